@@ -1,0 +1,90 @@
+"""Speed of the Moving MNIST generator and of its loader, on one thread.
+
+    python -m benchmarks.data
+
+Prints a table, then one JSON object as the last line. Every figure is the median of `ROUNDS`
+rounds after one that warms up.
+"""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import MovingMNIST, load_digits, make_loader, select_digits
+
+ROUNDS = 7
+LENGTH = 2048  # sequences a round
+BATCH = 16
+
+
+def cpu_name():
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def generate(data):
+    """One pass without the loader."""
+    for start in range(0, len(data), BATCH):
+        data.__getitems__(range(start, start + BATCH))
+
+
+def load(loader):
+    """One pass of the loader, with its shuffling and its copy into one batch."""
+    for _ in loader:
+        pass
+
+
+def rate(work):
+    """Sequences a second of work(), which makes LENGTH of them."""
+    work()
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return LENGTH / statistics.median(seconds)
+
+
+def main():
+    torch.set_num_threads(1)
+    digits = select_digits(load_digits("builtin"), "train")
+    rates = {}
+    for name, options in {
+        "10+10 frames, 64x64, 2 digits": {},
+        "5+5 frames, 32x32, 1 digit": {
+            "num_frames_input": 5,
+            "num_frames_output": 5,
+            "canvas": (32, 32),
+            "num_digits": 1,
+            "digit_size": 14,
+        },
+    }.items():
+        data = MovingMNIST(digits, LENGTH, **options)
+        rates[f"{name}: generated"] = rate(lambda data=data: generate(data))
+        loader = make_loader(data, BATCH, shuffle=True)
+        rates[f"{name}: loaded, 0 workers"] = rate(lambda loader=loader: load(loader))
+
+    machine = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()) + f"; batches of {BATCH}")
+    for name, value in rates.items():
+        print(f"{name:<52} {value:>9,.0f} sequences/s")
+    result = {"benchmark": "data", **machine, "batch": BATCH}
+    print(json.dumps(result | {"sequences_per_s": {k: round(v) for k, v in rates.items()}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The rollout, the loss, one epoch of training and one evaluation: the same for both networks."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import VMRNN_B
+import VMRNN_D
+from vmrnn.errors import UserError
+from vmrnn.metrics import Metrics
+
+
+def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
+                attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
+    """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up)."""
+    frame = (img_size, patch_size, in_chans, embed_dim)
+    rest = (drop_rate, attn_drop_rate, drop_path_rate, d_state, scan)
+    table = {
+        "VMRNN-B": lambda: VMRNN_B.VMRNN(*frame, depths, *rest),
+        "VMRNN-D": lambda: VMRNN_D.VMRNN(*frame, depths_down, depths_up, *rest),
+    }
+    return table[model]()
+
+
+def model_from_config(config, scan=None):
+    """The network of a vmrnn.config.Config."""
+    return build_model(
+        config.model, img_size=config.frame_size, patch_size=config.patch_size, in_chans=config.input_channels,
+        embed_dim=config.embed_dim, depths=config.depths, depths_down=config.depths_down, depths_up=config.depths_up,
+        drop_rate=config.drop_rate, attn_drop_rate=config.attn_drop_rate, drop_path_rate=config.drop_path_rate,
+        d_state=config.d_state, scan=scan or config.scan,
+    )  # fmt: skip
+
+
+def rollout(model, inputs, horizon):
+    """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
+
+    inputs (B, T_in, C, H, W). Output i is the network's view of frame i + 1, so the last `horizon`
+    are the forecast. The known frames are embedded in one call and the outputs before the forecast,
+    which nothing feeds on, are decoded in one.
+    """
+    B, T = inputs.shape[:2]
+    tokens = model.encode(inputs.flatten(0, 1)).unflatten(0, (B, T)).unbind(1)
+    warm_up, frames, states = [], [], None
+    for t in range(T - 1):
+        features, states = model.advance(tokens[t], states)
+        warm_up.append(features)
+    if warm_up:
+        decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
+        frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
+    token = tokens[-1]
+    for t in range(horizon):
+        features, states = model.advance(token, states)
+        frames.append(model.decode(features))
+        if t + 1 < horizon:
+            token = model.encode(frames[-1])
+    return torch.stack(frames, 1)
+
+
+def rollout_loss(outputs, inputs, targets):
+    """MSE + L1 over all outputs against the frames that follow (paper section 3.4); a scalar."""
+    truth = torch.cat([inputs[:, 1:], targets], dim=1)
+    return F.mse_loss(outputs, truth) + F.l1_loss(outputs, truth)
+
+
+def progress(loader, title):
+    """A bar over `loader` that counts frames, so it shows frames a second: yields (bar, step, inputs, targets)."""
+    # disable=None: no bar where nobody watches (a log file)
+    with tqdm(desc=title, unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=None) as bar:
+        for step, (inputs, targets) in enumerate(loader, 1):
+            frames = inputs.shape[0] * (inputs.shape[1] + targets.shape[1])
+            if step == 1:
+                bar.reset(total=frames * len(loader))
+            yield bar, step, inputs, targets
+            bar.update(frames)
+
+
+def train_one_epoch(model, loader, optimizer, scheduler, device, clip_grad=0.0, log_every=200, log=None, title=""):
+    """One pass over `loader`, one update a batch; returns the mean loss of a sample.
+
+    log(step, mean loss since the last call) is called every `log_every` updates. A loss that is not
+    finite raises UserError before it reaches the weights.
+    """
+    model.train()
+    total, count, window = 0.0, 0, []
+    for bar, step, inputs, targets in progress(loader, title):
+        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        optimizer.zero_grad(set_to_none=True)
+        loss = rollout_loss(rollout(model, inputs, targets.shape[1]), inputs, targets)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"the loss is {value} at update {step} of {title}: lower --lr or set --clip_grad 1")
+        loss.backward()
+        if clip_grad:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        optimizer.step()
+        scheduler.step()
+        total, count = total + value * len(inputs), count + len(inputs)
+        window.append(value)
+        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+        if log and step % log_every == 0:
+            log(step, sum(window) / len(window))
+            window.clear()
+    return total / count
+
+
+@torch.no_grad()
+def evaluate(model, loader, device, baselines=False, on_batch=None, title=""):
+    """Metrics of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
+
+    With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
+    on_batch(step, inputs, targets, forecast) sees every batch.
+    """
+    model.eval()
+    total, meters = 0.0, {}
+    for _, step, inputs, targets in progress(loader, title):
+        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        outputs = rollout(model, inputs, targets.shape[1])
+        total += rollout_loss(outputs, inputs, targets).item() * len(inputs)
+        forecast = outputs[:, inputs.shape[1] - 1 :]
+        forecasts = {"model": forecast}
+        if baselines:
+            forecasts["black"] = torch.zeros_like(targets)
+            forecasts["last"] = inputs[:, -1:].expand_as(targets)
+        for name, frames in forecasts.items():
+            meters.setdefault(name, Metrics()).update(frames, targets)
+        if on_batch:
+            on_batch(step, inputs, targets, forecast)
+    results = {name: meter.compute() for name, meter in meters.items()}
+    return {"loss": total / results["model"]["count"], **results}

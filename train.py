@@ -1,0 +1,194 @@
+"""Train a VMRNN.
+
+    python train.py --config configs/quickstart.toml                    minutes on a laptop, no download
+    python train.py --config configs/moving_mnist_d.toml                the paper's network D, one GPU
+    python train.py --model VMRNN-B --depths 6 --res_dir exps/b         the same by flags alone
+    python train.py --config ... --resume auto                          go on after an interruption
+
+Every flag is a key of the TOML file and the other way round (vmrnn/config.py); flags win.
+The run folder (--res_dir) gets config.toml, log.jsonl, loss.png, pictures, last.pt and best.safetensors.
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from dataset import build_dataset, make_loader
+from functions import evaluate, model_from_config, train_one_epoch
+from vmrnn import checkpoint, config as configuration, scan
+from vmrnn.errors import UserError
+from vmrnn.pictures import save_curve, save_strip
+from vmrnn.runtime import describe_device, make_folder, pick_device, run_program, seed_everything
+
+log = logging.getLogger("vmrnn")
+
+
+def parse_arguments(argv=None):
+    """(Config, the options of this program alone)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
+    parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start from")
+    parser.add_argument("--resume", metavar="auto|FILE", help="go on from the run folder's last.pt, or from FILE")
+    configuration.add_options(parser)
+    given = vars(parser.parse_args(argv))
+    own = {key: given.pop(key) for key in ("config", "checkpoint", "resume")}
+    return configuration.resolve(own["config"], given), argparse.Namespace(**own)
+
+
+def parameter_groups(model, weight_decay):
+    """Decay for matrices and filters; none for norms, biases and what is tagged `_no_weight_decay`."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        keep = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        (plain if keep else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def rate_schedule(optimizer, schedule, warmup_steps, total_steps):
+    """Linear warm-up, then constant or half a cosine down to 0, as a factor of lr; one step an update."""
+
+    def factor(step):
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if schedule == "constant":
+            return 1.0
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def main(argv=None):
+    config, options = parse_arguments(argv)
+    device = pick_device(config.device)
+    folder = make_folder(config.res_dir)
+    last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
+    resume_from = last if options.resume == "auto" else options.resume and Path(options.resume)
+    if options.resume == "auto" and not last.exists():
+        resume_from = None  # a first start with --resume auto in the job script
+    if last.exists() and resume_from is None:
+        raise UserError(f"{folder} already holds a run: add --resume auto to go on, or give another --res_dir")
+    seed_everything(config.seed)
+
+    # Data
+    data = {
+        "dataset": config.dataset, "digits": config.train_data_dir, "digits_split": config.digits_split,
+        "num_frames_input": config.num_frames_input, "num_frames_output": config.num_frames_output,
+        "img_size": config.frame_size, "num_digits": config.num_objects, "digit_size": config.digit_size,
+        "step_length": config.step_length, "seed": config.seed,
+    }  # fmt: skip
+    train_set = build_dataset("train", length=config.train_sequences, **data)
+    valid_set = build_dataset("valid", length=config.valid_sequences, **data)
+    pin = device.type == "cuda"
+    train_loader = make_loader(
+        train_set, config.train_batch_size, config.num_workers, shuffle=True, seed=config.seed, drop_last=True,
+        pin_memory=pin,
+    )  # fmt: skip
+    valid_loader = make_loader(valid_set, config.valid_batch_size, config.num_workers, pin_memory=pin)
+
+    # Network
+    back_end = scan.resolve(config.scan, device.type, d_state=config.d_state)
+    model = model_from_config(config).to(device)
+    if options.checkpoint:
+        checkpoint.load_weights(model, options.checkpoint)
+
+    # Optimiser
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    optimizer = optimizer_class(parameter_groups(model, config.weight_decay), lr=config.lr)
+    scheduler = rate_schedule(optimizer, config.schedule, config.warmup_steps, config.epochs * len(train_loader))
+
+    # Resume
+    first_epoch, best_mse, curves = 1, float("inf"), {"epoch": [], "loss": [], "valid_epoch": [], "valid_loss": []}
+    if resume_from:
+        state = checkpoint.read_checkpoint(resume_from)
+        if "optimizer" not in state:
+            raise UserError(f"--resume {resume_from}: holds weights alone; use --checkpoint to start from them")
+        checkpoint.load_weights(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        first_epoch, best_mse, curves = state["epoch"] + 1, state["best_mse"], state["curves"]
+
+    # What will run
+    log.info("device     %s", describe_device(device))
+    log.info("scan       %s (%s)", back_end, scan.available(device.type)[back_end][1])
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info("network    %s, %s parameters, frames %d x %d", config.model, f"{parameters:,}", *config.frame_size)
+    log.info(
+        "data       %s from %s: %d sequences an epoch, %d to validate, %d -> %d frames",
+        config.dataset, config.train_data_dir, len(train_set), len(valid_set), config.num_frames_input,
+        config.num_frames_output,
+    )  # fmt: skip
+    log.info(
+        "training   epochs %d to %d, %d updates each of batch %d, %s lr %g %s, effective batch %d",
+        first_epoch, config.epochs, len(train_loader), config.train_batch_size, config.optimizer, config.lr,
+        config.schedule, config.train_batch_size,
+    )  # fmt: skip
+    log.info("run folder %s", folder)
+    configuration.save_toml(config, folder / "config.toml")
+
+    board = SummaryWriter(folder / "tensorboard") if config.tensorboard else None
+
+    updates = len(train_loader)
+
+    def record(epoch, step=updates, **values):
+        with open(log_file, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"epoch": epoch, "step": step, **values}) + "\n")
+        if board:
+            for name, value in values.items():
+                board.add_scalar(name, value, (epoch - 1) * updates + step)
+            board.flush()
+
+    # Loop
+    started = time.perf_counter()
+    for epoch in range(first_epoch, config.epochs + 1):
+        train_loader.sampler.epoch = epoch
+        loss = train_one_epoch(
+            model, train_loader, optimizer, scheduler, device, clip_grad=config.clip_grad, log_every=config.log_train,
+            log=lambda step, mean: record(epoch=epoch, step=step, train_loss=mean, lr=scheduler.get_last_lr()[0]),
+            title=f"epoch {epoch}/{config.epochs}",
+        )  # fmt: skip
+        curves["epoch"].append(epoch)
+        curves["loss"].append(loss)
+
+        if epoch % config.epoch_valid == 0 or epoch == config.epochs:
+
+            def pictures(step, inputs, targets, forecast):
+                if (step - 1) % config.log_valid == 0:
+                    name = folder / "pictures" / f"epoch{epoch:04d}_batch{step:04d}.png"
+                    save_strip(name, inputs[0].cpu(), targets[0].cpu(), forecast[0].cpu(), f"epoch {epoch}")
+
+            make_folder(folder / "pictures")
+            results = evaluate(model, valid_loader, device, on_batch=pictures, title=f"validate {epoch}")
+            metrics = results["model"]["mean"]
+            seconds = round(time.perf_counter() - started, 1)
+            record(epoch=epoch, train_loss=loss, valid_loss=results["loss"], seconds=seconds, **metrics)
+            curves["valid_epoch"].append(epoch)
+            curves["valid_loss"].append(results["loss"])
+            save_curve(folder / "loss.png", *curves.values())
+            if metrics["mse"] < best_mse:
+                best_mse = metrics["mse"]
+                checkpoint.save_weights(best, model, config.to_dict())
+            log.info(
+                "epoch %d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %.0f s",
+                epoch, loss, results["loss"], metrics["mse"], metrics["ssim"], best_mse, seconds,
+            )  # fmt: skip
+        checkpoint.save_checkpoint(
+            last, model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+            rng=torch.get_rng_state(), epoch=epoch, best_mse=best_mse, curves=curves, config=config.to_dict(),
+        )  # fmt: skip
+    log.info(
+        "done: %s (best MSE %.2f on the validation set); next: python test.py --checkpoint %s", folder, best_mse, best
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

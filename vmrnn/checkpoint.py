@@ -1,0 +1,112 @@
+"""Reading and writing weights and checkpoints: ours, safetensors, and the published files."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vmrnn.errors import UserError
+from vmrnn.runtime import replacing
+
+FORMAT, VERSION = "vmrnn-checkpoint", 1
+
+# Weights of published files that no output depends on (design of the published code, not damage):
+# every block but a cell's first carries a `linear`, and the way up a patch embedding.
+DEAD_KEYS = re.compile(r"(.*\.VSBs\.[1-9]\d*\.linear\.(weight|bias)|Upsample\.patch_embed\..*)")
+
+
+def load_weights(model, source):
+    """Load `source` into `model`, strictly.
+
+    source: a path (published torch.save file, our checkpoint, safetensors) or a state dict. Drops
+    exactly the published files' dead weights and maps their prefixes (`module.`, `model.`, the single
+    `ST.layer` of the KTH and TaxiBJ variants). Raises UserError that names what is missing,
+    unexpected or of another shape; the model is then untouched.
+    """
+    if isinstance(source, (str, Path)):
+        where, state = str(source), read_checkpoint(source)["model"]
+    else:
+        where, state = "the state dict", source
+    state = published_to_ours(state)
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{key} ({tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the network)"
+            for key in sorted(own.keys() & state.keys())
+            if state[key].shape != own[key].shape
+        ],
+    }
+    found = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
+    if found:
+        raise UserError(f"{where} does not fit this network: {'; '.join(found)}; check model, widths and depths")
+    model.load_state_dict(state)
+
+
+def shorten(keys, most=3):
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+
+
+def published_to_ours(state):
+    """A state dict with the published files' prefixes mapped and their dead weights dropped."""
+    renamed = {}
+    for key, value in state.items():
+        while key.startswith(("module.", "model.")):
+            key = key.split(".", 1)[1]
+        key = re.sub(r"^ST\.layer\.", "ST.layers.0.", key)
+        if not DEAD_KEYS.fullmatch(key):
+            renamed[key] = value
+    return renamed
+
+
+def read_checkpoint(path):
+    """{"model": state dict, "config": dict or None, ...} from any file load_weights takes, on the CPU.
+
+    A pickle is read with weights_only=True: code in it is refused, never run. Raises UserError for a
+    file that is missing, damaged or holds no state dict.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            head = f.read(9)
+        if head[8:] == b"{":  # eight bytes of length, then JSON
+            with safe_open(path, "pt") as f:
+                config = json.loads((f.metadata() or {}).get("config", "null"))
+                return {"model": {key: f.get_tensor(key) for key in f.keys()}, "config": config}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path}: damaged, or holds more than weights, and is not loaded (code in it was not run)"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"checkpoint {path}: damaged or not a checkpoint; get it again") from error
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        if content["version"] > VERSION:
+            raise UserError(f"checkpoint {path}: version {content['version']} is newer than this program; update it")
+        return content
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+        raise UserError(f"checkpoint {path}: holds no state dict")
+    return {"model": content, "config": None}
+
+
+def save_checkpoint(path, **content):
+    """Everything a run needs to go on (see train.py); the old file stays whole until the new one is."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+
+
+def save_weights(path, model, config):
+    """Weights to publish: safetensors with the configuration inside."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "config": json.dumps(config)})

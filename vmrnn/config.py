@@ -1,0 +1,179 @@
+"""Every option of an experiment: one dataclass, and its three sources (defaults < TOML < command line)."""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmrnn.errors import UserError
+
+
+def option(default, help, choices=None):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, "choices": choices})
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Flat on purpose: a key is the same word in a TOML file, as a flag, and in a checkpoint.
+
+    Names are the published code's where they mean the same.
+    """
+
+    # Network
+    model: str = option("VMRNN-D", "network", ["VMRNN-B", "VMRNN-D"])
+    patch_size: int = option(2, "side of a patch: 2, 4, 8, ...")
+    embed_dim: int = option(128, "width of the patch embedding")
+    depths: list[int] = option([6], "VMRNN-B: VSS blocks of each cell")
+    depths_down: list[int] = option([2, 6], "VMRNN-D: VSS blocks of each level on the way down")
+    depths_up: list[int] = option([6, 2], "VMRNN-D: VSS blocks on the way up; the coarsest map takes the last")
+    d_state: int = option(16, "states per channel of the scan")
+    drop_rate: float = option(0.0, "dropout after the patch embedding")
+    attn_drop_rate: float = option(0.0, "dropout after each SS2D")
+    drop_path_rate: float = option(0.1, "stochastic depth")
+
+    # Data
+    dataset: str = option("moving_mnist", "data set, a row of the table in dataset.py")
+    train_data_dir: str = option(
+        "mnist", "digits: an idx3 file (.gz or not), mnist (fetched once), builtin (scikit-learn's)"
+    )
+    test_data_dir: str = option("", "test file (.npy or .npz); empty: sequences generated from the held-out digits")
+    digits_split: str = option("all", "all: 50,000 / 10,000 digits; published: 10,000 / 3,000", ["all", "published"])
+    num_frames_input: int = option(10, "frames given")
+    num_frames_output: int = option(10, "frames to forecast")
+    input_channels: int = option(1, "channels of a frame")
+    input_size: list[int] = option([64, 64], "height and width of a frame")
+    num_objects: int = option(2, "digits a sequence")
+    digit_size: int = option(28, "side of a digit in pixels")
+    step_length: float = option(0.1, "speed of a digit: fraction of the free canvas a frame")
+    train_sequences: int = option(10000, "sequences of an epoch")
+    valid_sequences: int = option(1000, "sequences of a validation, the same every time")
+    test_sequences: int = option(1000, "sequences of a generated test set")
+
+    # Training
+    epochs: int = option(2000, "epochs")
+    train_batch_size: int = option(16, "sequences of an update")
+    valid_batch_size: int = option(16, "sequences of a validation batch")
+    test_batch_size: int = option(16, "sequences of a test batch")
+    optimizer: str = option("adam", "optimiser", ["adam", "adamw"])
+    lr: float = option(1e-4, "learning rate (the peak of it under cosine)")
+    weight_decay: float = option(0.0, "of matrices and filters alone: never of norms, biases, A_logs, Ds")
+    schedule: str = option("constant", "learning rate over the run, stepped per update", ["constant", "cosine"])
+    warmup_steps: int = option(0, "updates of linear warm-up")
+    clip_grad: float = option(0.0, "largest gradient norm; 0: no clipping")
+    epoch_valid: int = option(5, "epochs between validations")
+    log_train: int = option(200, "updates between lines of training loss in log.jsonl")
+    log_valid: int = option(200, "validation batches between saved pictures (the first batch always)")
+    tensorboard: bool = option(False, "write the curves for TensorBoard too")
+    seed: int = option(1234, "seed of weights, data and dropout")
+
+    # Machine
+    scan: str = option("auto", "scan back end: auto, cpu, mamba, torch, reference")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    num_workers: int = option(0, "processes that make batches beside the main one")
+    res_dir: str = option("./results", "run folder")
+
+    def __post_init__(self):
+        at_least_one = [
+            "patch_size", "embed_dim", "d_state", "num_frames_input", "num_frames_output", "input_channels",
+            "num_objects", "digit_size", "train_sequences", "valid_sequences", "test_sequences", "epochs",
+            "train_batch_size", "valid_batch_size", "test_batch_size", "epoch_valid", "log_train", "log_valid",
+        ]  # fmt: skip
+        for key in at_least_one:
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} = {getattr(self, key)}: must be at least 1")
+        for key in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} = {getattr(self, key)}: must be in [0, 1)")
+        for key in ("lr", "weight_decay", "clip_grad", "step_length", "warmup_steps", "num_workers", "seed"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
+        if len(self.input_size) not in (1, 2):
+            raise UserError(f"input_size = {self.input_size}: give one side or height and width")
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise UserError(
+                    f"{f.name} = {getattr(self, f.name)!r}: choose one of {', '.join(f.metadata['choices'])}"
+                )
+
+    @property
+    def frame_size(self):
+        """(H, W) of a frame."""
+        return self.input_size[0], self.input_size[-1]
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def add_options(parser):
+    """A flag for every key of Config; one that is not given leaves no trace in the parsed arguments."""
+    for f in FIELDS.values():
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        is_list = f.type == list[int]
+        shown = " ".join(map(str, default)) if is_list else default
+        text = f"{f.metadata['help']} (default: {shown if shown != '' else 'none'})".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(
+                f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+            continue
+        parser.add_argument(
+            f"--{f.name}",
+            type=int if is_list else f.type,
+            nargs="+" if is_list else None,
+            default=argparse.SUPPRESS,
+            metavar=f.name.split("_")[-1].upper() if not f.metadata["choices"] else None,
+            choices=f.metadata["choices"],
+            help=text,
+        )
+
+
+def resolve(toml_path, given, base=None):
+    """Config from `base` (a dict, default: the defaults) < TOML file (path or None) < `given` (a dict)."""
+    merged = check_keys(base or {}, "the checkpoint's configuration")
+    if toml_path:
+        merged |= read_toml(toml_path)
+    return Config(**merged | check_keys(given, "the command line"))
+
+
+def read_toml(path):
+    try:
+        with open(path, "rb") as f:
+            values = tomllib.load(f)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a TOML file ({error})") from error
+    return check_keys(values, path)
+
+
+def check_keys(values, where):
+    """`values` with ints made floats where a float is due; UserError for an unknown key or a wrong type."""
+    checked = {}
+    for key, value in values.items():
+        if key not in FIELDS:
+            raise UserError(f"{where}: unknown key {key!r}; see python train.py --help")
+        kind = FIELDS[key].type
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind == list[int]:
+            fits = isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
+            wanted = "a list of integers"
+        else:
+            fits, wanted = type(value) is kind, kind.__name__
+        if not fits:
+            raise UserError(f"{where}: {key} = {value!r} is not {wanted}")
+        checked[key] = value
+    return checked
+
+
+def save_toml(config, path):
+    """The resolved configuration, readable by --config; JSON and TOML agree on these simple values."""
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in config.to_dict().items()]
+    Path(path).write_text("".join(lines), encoding="utf-8")

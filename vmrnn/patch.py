@@ -1,0 +1,95 @@
+"""Between frames and tokens: patch embedding, merging, expanding, and the head. Maps are (B, H, W, C)."""
+
+import torch.nn as nn
+from einops import rearrange
+from timm.layers import PatchEmbed
+
+from vmrnn.errors import UserError
+
+
+def check_network(img_size, patch_size, in_chans, embed_dim, levels):
+    """(H, W) from an int or a pair; raises UserError, with the reason, for a network that cannot be built."""
+    H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if patch_size < 2 or patch_size & (patch_size - 1):
+        raise UserError(f"patch_size {patch_size}: the head doubles the map, so it must be 2, 4, 8, ...")
+    if min(H, W, in_chans, embed_dim) < 1:
+        raise UserError(f"img_size {H}x{W}, in_chans {in_chans}, embed_dim {embed_dim}: all must be at least 1")
+    if patch_size > 2 and embed_dim % 16:
+        raise UserError(
+            f"embed_dim {embed_dim}: with patch_size {patch_size} the head's GroupNorm needs a multiple of 16"
+        )
+    check_frame_size(H, W, patch_size, levels)
+    return H, W
+
+
+def check_frame_size(H, W, patch_size, levels):
+    unit = patch_size * 2**levels
+    if H % unit or W % unit:
+        raise UserError(
+            f"frames of {H}x{W}: height and width must be multiples of {unit} "
+            f"(patch_size {patch_size}, {levels} merging levels)"
+        )
+
+
+def check_depths(**depths):
+    for name, blocks in depths.items():
+        if not blocks or any(not isinstance(d, int) or d < 1 for d in blocks):
+            raise UserError(f"{name} {blocks}: give one number of blocks, at least 1, for each cell")
+
+
+def patch_embed(patch_size, in_chans, embed_dim):
+    """(B, in_chans, H, W) -> (B, H/p, W/p, embed_dim): strided convolution and LN; any H, W divisible by p."""
+    return PatchEmbed(
+        img_size=None,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        norm_layer=nn.LayerNorm,
+        output_fmt="NHWC",
+    )
+
+
+class PatchMerging(nn.Module):
+    """(B, H, W, C) -> (B, H/2, W/2, 2C), neighbours in the order (0,0), (1,0), (0,1), (1,1) as (row, column)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        return self.reduction(self.norm(rearrange(x, "b (h p1) (w p2) c -> b h w (p2 p1 c)", p1=2, p2=2)))
+
+
+class PatchExpanding(nn.Module):
+    """(B, H, W, C) -> (B, 2H, 2W, C/2)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(dim // 2)
+
+    def forward(self, x):
+        return self.norm(rearrange(self.expand(x), "b h w (p1 p2 c) -> b (h p1) (w p2) c", p1=2, p2=2))
+
+
+def doubling_convolution(in_chans, out_chans):
+    return nn.ConvTranspose2d(in_chans, out_chans, 3, stride=2, padding=1, output_padding=1)
+
+
+class PatchInflated(nn.Module):
+    """The head: (B, H/p, W/p, C) -> (B, out_chans, H, W) before the sigmoid, doubling log2(p) times.
+
+    The published code inserts p // 4 inner doublings: the same for 2, 4 and 8, 32-fold for 16.
+    """
+
+    def __init__(self, patch_size, dim, out_chans):
+        super().__init__()
+        inner = []
+        for _ in range(patch_size.bit_length() - 2):
+            inner += [doubling_convolution(dim, dim), nn.GroupNorm(16, dim), nn.LeakyReLU(0.2)]
+        self.Conv_ = nn.Sequential(*inner)
+        self.Conv = doubling_convolution(dim, out_chans)
+
+    def forward(self, x):
+        return self.Conv(self.Conv_(rearrange(x, "b h w c -> b c h w")))

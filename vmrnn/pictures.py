@@ -1,0 +1,96 @@
+"""Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1]."""
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")  # no window is ever opened
+import matplotlib.pyplot as plt
+
+
+def save_strip(path, inputs, targets, forecast, title=""):
+    """PNG of one sequence: rows input, truth, forecast and difference (blue too dark, red too bright)."""
+    inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
+    difference = signed_colours(forecast - targets)
+    rows = {"input": inputs, "truth": targets, "forecast": forecast, "difference": difference}
+    columns = max(len(frames) for frames in rows.values())
+    height = 1.1 * len(rows) + 0.4
+    figure, axes = plt.subplots(len(rows), figsize=(0.7 + 1.05 * columns, height), layout="constrained")
+    for axis, (name, frames) in zip(axes, rows.items()):
+        axis.imshow(side_by_side(frames, columns), interpolation="nearest", vmin=0, vmax=1)
+        axis.set_ylabel(name, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    save(figure, path)
+
+
+def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200):
+    """GIF of one sequence: truth, forecast and difference side by side, after the input frames."""
+    inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
+    difference = signed_colours(forecast - targets)
+    blank = np.ones_like(inputs)
+    left = np.concatenate([inputs, targets])
+    middle = np.concatenate([inputs, forecast])
+    right = np.concatenate([blank, difference])
+    scale = max(1, pixels // max(left.shape[1:3]))
+    pictures = []
+    for frames in zip(left, middle, right):
+        picture = side_by_side(np.stack(frames), 3)
+        picture = np.repeat(np.repeat(picture, scale, 0), scale, 1)
+        pictures.append(Image.fromarray((255 * picture).round().astype(np.uint8)))
+    hold = [milliseconds] * len(pictures)
+    hold[-1] = 5 * milliseconds
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=hold, loop=0)
+
+
+def save_lead_times(path, results, names):
+    """PNG with one panel a metric: its value at each lead time, a line for each entry of
+    results = {label: Metrics.compute()}."""
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for label, result in results.items():
+            values = result["per_frame"][name]
+            axis.plot(range(1, len(values) + 1), values, marker=".", label=label)
+        axis.set(title=name, xlabel="lead time [frames]")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    save(figure, path)
+
+
+def save_curve(path, epochs, train_loss, valid_epochs, valid_loss):
+    """PNG of the loss a sample over the epochs."""
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    axis.plot(epochs, train_loss, label="training")
+    axis.plot(valid_epochs, valid_loss, marker=".", label="validation")
+    axis.set(xlabel="epoch", ylabel="MSE + L1", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def as_images(frames):
+    """(T, C, H, W) -> (T, H, W, 3): three channels are colours, of any other number the first is shown grey."""
+    frames = np.asarray(frames, dtype=np.float32)
+    if frames.shape[1] != 3:
+        frames = np.repeat(frames[:, :1], 3, axis=1)
+    return frames.transpose(0, 2, 3, 1)
+
+
+def signed_colours(difference):
+    return matplotlib.colormaps["RdBu_r"](difference.mean(-1) / 2 + 0.5)[..., :3].astype(np.float32)
+
+
+def side_by_side(frames, columns, gap=2):
+    """(T, H, W, 3) -> one (H, columns * (W + gap), 3) picture on white."""
+    T, H, W, _ = frames.shape
+    canvas = np.ones((H, columns * (W + gap) - gap, 3), dtype=np.float32)
+    for t, frame in enumerate(frames):
+        canvas[:, t * (W + gap) : t * (W + gap) + W] = np.clip(frame, 0, 1)
+    return canvas

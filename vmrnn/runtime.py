@@ -1,0 +1,98 @@
+"""How the programs start and end: errors, device, seeds, what is printed about the machine, safe writes."""
+
+import logging
+import os
+import platform
+import random
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vmrnn.errors import UserError
+
+
+def run_program(main):
+    """Run `main()`; a UserError ends the program with exit code 2 and its one line, no traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name):
+    """torch.device of "auto" (cuda, else mps, else cpu) or of a named one; UserError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # not compiled in, no driver, no such index
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not there ({reason}); use --device auto or cpu") from error
+    return device
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def describe_device(device):
+    """One line: the device, its name, threads on a CPU, and the versions that numbers depend on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{device} ({name}), torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def make_folder(path):
+    """The folder as a Path, made if it is not there; UserError if it cannot be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write there ({error.strerror}); choose another folder with --res_dir"
+        ) from error
+    return path
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path to write to; flushed to disk and renamed to `path` at the end, or removed on an
+    error, so a reader sees the old file or the whole new one. A full disk raises UserError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""The one entry point for the 2-D selective scan and the one place that chooses a back end.
+
+Every back end is a module with `scan_2d(x, dbl, dt_weight, dt_bias, A, D) -> y`, the contract of
+`reference.scan_2d`, and `can_run(device, dtype, d_state) -> (bool, reason)`.
+"""
+
+import logging
+import os
+
+import torch
+
+from vmrnn.errors import UserError
+from vmrnn.scan import chunked, mamba, reference
+
+BACKENDS = {"mamba": mamba, "torch": chunked, "reference": reference}
+
+# What `auto` tries, first to last; change it only on numbers from benchmarks/.
+ORDER = {"cuda": ("mamba", "torch"), "cpu": ("torch",)}
+OTHER_DEVICES = ("torch",)
+
+log = logging.getLogger("vmrnn")
+_logged = set()
+
+
+def scan_2d(x, dbl, dt_weight, dt_bias, A, D, backend="auto"):
+    """Four-direction selective scan of a feature map, summed; see `reference.scan_2d` for shapes.
+
+    backend: "auto" or a key of BACKENDS. A named one that cannot run raises UserError and never
+    falls back. VMRNN_SCAN in the environment overrides "auto".
+    """
+    name = resolve(backend, x.device.type, x.dtype, A.shape[-1])
+    return BACKENDS[name].scan_2d(x, dbl, dt_weight, dt_bias, A, D)
+
+
+# The choice is made while tracing, from constants, so a compiled graph holds the kernel alone.
+@torch.compiler.assume_constant_result
+def resolve(backend, device, dtype=torch.float32, d_state=16):
+    """The name of the back end that `backend` means on `device` ("cpu", "cuda", ...).
+
+    Raises UserError for a name that does not exist or cannot run, with the reason.
+    """
+    if backend == "auto":
+        backend = os.environ.get("VMRNN_SCAN", "auto")
+    if backend == "auto":
+        return _first_that_runs(device, dtype, d_state)
+    if backend not in BACKENDS:
+        raise UserError(f"scan back end {backend!r} does not exist: choose auto, {', '.join(BACKENDS)}")
+    ok, reason = BACKENDS[backend].can_run(device, dtype, d_state)
+    if not ok:
+        raise UserError(f"scan back end {backend!r} cannot run on {device} here: {reason}")
+    return backend
+
+
+def available(device="cpu", dtype=torch.float32, d_state=16):
+    """{name: (can run, reason)} of every back end for `device`, in no order of preference."""
+    return {name: module.can_run(device, dtype, d_state) for name, module in BACKENDS.items()}
+
+
+def _first_that_runs(device, dtype, d_state):
+    refused = []
+    for name in ORDER.get(device, OTHER_DEVICES):
+        ok, reason = BACKENDS[name].can_run(device, dtype, d_state)
+        if ok:
+            break
+        refused.append(f"{name}: {reason}")
+    key = (name, device, dtype)
+    if key not in _logged:
+        _logged.add(key)
+        slow = name == "torch"
+        log.log(
+            logging.WARNING if slow else logging.INFO,
+            "scan back end on %s: %s (%s)%s",
+            device,
+            name,
+            "SLOW: " + reason if slow else reason,
+            "".join(f"; not {r}" for r in refused),
+        )
+    return name

@@ -1,0 +1,62 @@
+"""SS2D: the 2-D selective-scan layer of VMamba (arXiv 2401.10166) as VMRNN uses it."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from vmrnn.scan import scan_2d
+
+DIRECTIONS = 4
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # the range of step sizes at initialisation
+
+
+class SS2D(nn.Module):
+    """(B, H, W, C) -> (B, H, W, C); H and W are free.
+
+    Parameter names and shapes are those of the published checkpoints. `A_logs`, `Ds` and
+    `dt_projs_bias` are tagged `_no_weight_decay`: decay would pull the state's time constants and
+    step sizes towards values that mean nothing.
+    """
+
+    def __init__(self, d_model, d_state=16, expand=2, dropout=0.0, scan="auto"):
+        super().__init__()
+        K, Di, N, R = DIRECTIONS, expand * d_model, d_state, math.ceil(d_model / 16)
+        self.scan = scan
+        self.splits = (R, N)
+        self.in_proj = nn.Linear(d_model, 2 * Di, bias=False)
+        self.conv2d = nn.Conv2d(Di, Di, 3, padding=1, groups=Di)
+        self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, Di).uniform_(-(Di**-0.5), Di**-0.5))
+        # The variance of dt_low survives the expansion.
+        self.dt_projs_weight = nn.Parameter(torch.empty(K, Di, R).uniform_(-(R**-0.5), R**-0.5))
+        # softplus(bias) is log-uniform in [DT_MIN, DT_MAX]: channels start with memories of 10 to
+        # 1000 steps.
+        dt = torch.exp(torch.empty(K, Di).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
+        self.dt_projs_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        # S4D-real: state n of every channel decays at rate n (arXiv 2206.11893).
+        self.A_logs = nn.Parameter(torch.log(torch.arange(1, N + 1.0)).repeat(K * Di, 1))
+        self.Ds = nn.Parameter(torch.ones(K * Di))
+        for parameter in (self.A_logs, self.Ds, self.dt_projs_bias):
+            parameter._no_weight_decay = True
+        self.out_norm = nn.LayerNorm(Di)
+        self.out_proj = nn.Linear(Di, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, u):
+        K, N = DIRECTIONS, self.splits[1]
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        # x_proj is linear per position: one GEMM in natural order serves all four directions.
+        dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
+        y = scan_2d(
+            x,
+            dbl,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            -torch.exp(self.A_logs).view(K, -1, N),
+            self.Ds.view(K, -1),
+            backend=self.scan,
+        )
+        y = self.out_norm(y) * F.silu(z)
+        return self.dropout(self.out_proj(y))
