@@ -422,8 +422,8 @@ def build_dataset(
     """The data set of one split: train, valid or test.
 
     train is drawn anew each epoch; valid and test are the same in every epoch and use the
-    held-out digits, or, for test, the sequences of test_file where one is named. The splits of
-    one seed are independent draws. img_size: (H, W) or an int.
+    held-out digits, or, for test, the sequences of test_file where one is named. The splits are
+    independent draws; seed moves those of train alone. img_size: (H, W) or an int.
     UserError: an unknown name, a bad file, sizes that do not fit.
     """
     if dataset not in DATASETS:
@@ -449,7 +449,8 @@ def build_dataset(
         num_digits,
         digit_size,
         step_length,
-        seed=len(SPLITS) * seed + SPLITS.index(split),  # no two (seed, split) share their draws
+        # No two splits share their draws, and every seed validates and tests on the same sequences.
+        seed=SPLITS.index(split) + (len(SPLITS) * seed if split == "train" else 0),
         same_every_epoch=split != "train",
     )
 

@@ -24,16 +24,6 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
     return table[model]()
 
 
-def model_from_config(config, scan=None):
-    """The network of a vmrnn.config.Config."""
-    return build_model(
-        config.model, img_size=config.frame_size, patch_size=config.patch_size, in_chans=config.input_channels,
-        embed_dim=config.embed_dim, depths=config.depths, depths_down=config.depths_down, depths_up=config.depths_up,
-        drop_rate=config.drop_rate, attn_drop_rate=config.attn_drop_rate, drop_path_rate=config.drop_path_rate,
-        d_state=config.d_state, scan=scan or config.scan,
-    )  # fmt: skip
-
-
 def rollout(model, inputs, horizon):
     """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
 

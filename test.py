@@ -8,13 +8,12 @@ Writes metrics.json, lead_times.png, forecast_*.png and forecast.gif into --res_
 `test` beside the checkpoint). Baselines: a black frame, and the last input frame repeated.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
 
 from dataset import build_dataset, make_loader
-from functions import evaluate, model_from_config
+from functions import build_model, evaluate
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.metrics import CONVENTIONS
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
@@ -27,9 +26,7 @@ LABELS = {"model": "forecast", "black": "black frame", "last": "last input frame
 
 def parse_arguments(argv=None):
     """(checkpoint content, Config, run folder, number of strips)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="weights to test")
     parser.add_argument("--strips", type=int, default=4, metavar="N", help="sequences to picture (default: 4)")
@@ -57,16 +54,10 @@ def table(results):
 def main(argv=None):
     path, content, config, folder, strips = parse_arguments(argv)
     device = pick_device(config.device)
-    test_set = build_dataset(
-        "test", dataset=config.dataset, digits=config.train_data_dir, digits_split=config.digits_split,
-        test_file=config.test_data_dir or None, length=config.test_sequences,
-        num_frames_input=config.num_frames_input, num_frames_output=config.num_frames_output,
-        img_size=config.frame_size, num_digits=config.num_objects, digit_size=config.digit_size,
-        step_length=config.step_length, seed=config.seed,
-    )  # fmt: skip
+    test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     back_end = scan.resolve(config.scan, device.type, d_state=config.d_state)
-    model = model_from_config(config)
+    model = build_model(**config.network_options)
     checkpoint.load_weights(model, content["model"])
     model.to(device)
     folder = make_folder(folder)

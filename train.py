@@ -12,15 +12,15 @@ The run folder (--res_dir) gets config.toml, log.jsonl, loss.png, pictures, last
 import argparse
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset import build_dataset, make_loader
-from functions import evaluate, model_from_config, train_one_epoch
+from functions import build_model, evaluate, train_one_epoch
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
 from vmrnn.pictures import save_curve, save_strip
@@ -31,9 +31,7 @@ log = logging.getLogger("vmrnn")
 
 def parse_arguments(argv=None):
     """(Config, the options of this program alone)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start from")
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from the run folder's last.pt, or from FILE")
@@ -61,7 +59,7 @@ def rate_schedule(optimizer, schedule, warmup_steps, total_steps):
         if schedule == "constant":
             return 1.0
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -79,14 +77,8 @@ def main(argv=None):
     seed_everything(config.seed)
 
     # Data
-    data = {
-        "dataset": config.dataset, "digits": config.train_data_dir, "digits_split": config.digits_split,
-        "num_frames_input": config.num_frames_input, "num_frames_output": config.num_frames_output,
-        "img_size": config.frame_size, "num_digits": config.num_objects, "digit_size": config.digit_size,
-        "step_length": config.step_length, "seed": config.seed,
-    }  # fmt: skip
-    train_set = build_dataset("train", length=config.train_sequences, **data)
-    valid_set = build_dataset("valid", length=config.valid_sequences, **data)
+    train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
+    valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
     pin = device.type == "cuda"
     train_loader = make_loader(
         train_set, config.train_batch_size, config.num_workers, shuffle=True, seed=config.seed, drop_last=True,
@@ -94,9 +86,12 @@ def main(argv=None):
     )  # fmt: skip
     valid_loader = make_loader(valid_set, config.valid_batch_size, config.num_workers, pin_memory=pin)
 
+    if len(train_loader) == 0:
+        raise UserError(f"train_sequences: {len(train_set)} do not fill one batch of {config.train_batch_size}")
+
     # Network
     back_end = scan.resolve(config.scan, device.type, d_state=config.d_state)
-    model = model_from_config(config).to(device)
+    model = build_model(**config.network_options).to(device)
     if options.checkpoint:
         checkpoint.load_weights(model, options.checkpoint)
 

@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import pickle
 import struct
 import threading
 from pathlib import Path
@@ -397,15 +398,9 @@ def test_sequence_file(tmp_path, sequences, kind):
 
 def test_pickled_file_data_set_is_small(tmp_path):
     """Workers started by spawn open the file themselves."""
-    import pickle
-
     np.save(tmp_path / "a.npy", np.ones((20, 50, 64, 64), np.uint8))
     packed = pickle.dumps(MovingMNISTFile(tmp_path / "a.npy"))
     assert len(packed) < 2000 and pickle.loads(packed)[3][0].min() == torch.tensor(1 / 255)
-
-
-def write_pickle(path):
-    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
 
 
 def write_cut(path):
@@ -432,7 +427,6 @@ def write_two_arrays(path):
         (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00"), "not a whole"),
         (lambda path: path.write_bytes(b"GIF89a not an array"), "not a whole"),
         (lambda path: path.mkdir(), "not a whole"),
-        (write_pickle, "not a whole"),
         (write_cut, "not a whole"),
         (write_cut_npz, "not a whole"),
         (write_two_arrays, "arr_0"),
@@ -484,6 +478,22 @@ def test_standard_test_file_baselines():
 def test_bad_options(options, says):
     with pytest.raises(UserError, match=says):
         build_dataset(options.pop("split", "train"), **options)
+
+
+def test_a_malicious_file_is_not_executed(tmp_path):
+    """A pickle under the name of an array is refused, never run."""
+
+    class Touch:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "plain.npy").write_bytes(pickle.dumps(Touch()))
+    np.save(tmp_path / "array.npy", np.array([Touch()], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "zip.npz", arr_0=np.array([Touch()], dtype=object))
+    for name in ("plain.npy", "array.npy", "zip.npz"):
+        with pytest.raises(UserError, match=name):
+            MovingMNISTFile(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_test_file_of_another_size(tmp_path, sequences):

@@ -104,11 +104,39 @@ class Config:
         """(H, W) of a frame."""
         return self.input_size[0], self.input_size[-1]
 
+    @property
+    def network_options(self):
+        """The arguments of functions.build_model."""
+        keys = ["model", "patch_size", "embed_dim", "depths", "depths_down", "depths_up", "d_state",
+                "drop_rate", "attn_drop_rate", "drop_path_rate", "scan"]  # fmt: skip
+        options = {key: getattr(self, key) for key in keys}
+        return options | {"img_size": self.frame_size, "in_chans": self.input_channels}
+
+    @property
+    def data_options(self):
+        """The arguments of dataset.build_dataset that the splits share."""
+        keys = ["dataset", "digits_split", "num_frames_input", "num_frames_output", "digit_size", "step_length", "seed"]
+        options = {key: getattr(self, key) for key in keys}
+        options |= {"img_size": self.frame_size, "num_digits": self.num_objects}
+        return options | {"digits": self.train_data_dir, "test_file": self.test_data_dir or None}
+
     def to_dict(self):
         return dataclasses.asdict(self)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a UserError of one line like any other mistake of the user."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
 
 
 def add_options(parser):

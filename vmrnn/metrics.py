@@ -4,6 +4,8 @@ Every figure is computed per frame, then averaged over frames and sequences. Fra
 tensors (..., C, H, W) with values in [0, 1]; a per-frame figure has the shape (...), float64.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -55,10 +57,10 @@ def psnr_uint8(pred, true):
     The frames become uint8; their difference wraps modulo 256 and so does its square: 0 against
     229 counts as an error of 217. No square is above 249, hence no figure below 24.2 dB.
     """
-    # float32, as published: in float64, k/255 * 255 of a float32 often lies just below k
+    # .to(torch.uint8) rounds down, as np.uint8 does in the published code
     difference = (pred.float() * 255).to(torch.uint8) - (true.float() * 255).to(torch.uint8)
     error = (difference * difference).double().mean(dim=(-3, -2, -1))
-    return (20 * torch.tensor(255.0).log10().item() - 10 * error.log10()).clamp(max=MAX_PSNR)
+    return (20 * math.log10(255) - 10 * error.log10()).clamp(max=MAX_PSNR)
 
 
 def ssim(pred, true, data_range):

@@ -1,0 +1,174 @@
+"""Weights from every kind of file, strictly; damaged and malicious files; files that cannot be written."""
+
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vmrnn.checkpoint import load_weights, read_checkpoint, save_checkpoint, save_weights
+from vmrnn.errors import UserError
+from vmrnn.runtime import replacing
+from VMRNN_B import VMRNN as B
+from VMRNN_D import VMRNN as D
+
+
+def small_d():
+    return D(16, 2, 1, 16, [1, 2], [2, 1])
+
+
+def published_state(model):
+    """What the published code would have saved: our weights and its dead ones."""
+    state = dict(model.state_dict())
+    for key, value in model.state_dict().items():
+        if ".VSBs.0.linear." in key:
+            for j in range(1, 3):
+                name = key.replace("VSBs.0", f"VSBs.{j}")
+                if name.replace("linear.weight", "ln_1.weight").replace("linear.bias", "ln_1.bias") in state:
+                    state[name] = torch.randn_like(value)
+        if key.startswith("Downsample.patch_embed"):
+            state[key.replace("Downsample", "Upsample")] = torch.randn_like(value)
+    assert len(state) > len(model.state_dict()) + 4
+    return state
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+def test_published_files(tmp_path, prefix):
+    source, target = small_d(), small_d()
+    assert not same(source, target)
+    torch.save({prefix + k: v for k, v in published_state(source).items()}, tmp_path / "trained_model_state_dict")
+    load_weights(target, tmp_path / "trained_model_state_dict")
+    assert same(source, target)
+
+
+def test_the_single_cell_of_the_kth_variant():
+    source, target = B(16, 2, 1, 16, [2]), B(16, 2, 1, 16, [2])
+    load_weights(target, {k.replace("ST.layers.0.", "ST.layer."): v for k, v in source.state_dict().items()})
+    assert same(source, target)
+
+
+def test_our_own_files(tmp_path):
+    source = small_d()
+    save_weights(tmp_path / "best.safetensors", source, {"embed_dim": 16})
+    save_checkpoint(tmp_path / "last.pt", model=source.state_dict(), config={"embed_dim": 16}, epoch=3)
+    save_file(dict(source.state_dict()), tmp_path / "plain.safetensors")
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "wrapped.pth")
+    for name, config in [("best.safetensors", {"embed_dim": 16}), ("last.pt", {"embed_dim": 16}),
+                         ("plain.safetensors", None), ("wrapped.pth", None)]:  # fmt: skip
+        target = small_d()
+        load_weights(target, tmp_path / name)
+        assert same(source, target), name
+        assert read_checkpoint(tmp_path / name)["config"] == config
+    assert read_checkpoint(tmp_path / "last.pt")["epoch"] == 3
+
+
+def test_fp16_weights_are_loaded_as_the_networks_type():
+    source, target = small_d(), small_d()
+    load_weights(target, {k: v.half() for k, v in source.state_dict().items()})
+    assert all(p.dtype == torch.float32 for p in target.parameters())
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda s: s.pop("ST.layers.0.VSBs.0.linear.weight"), "1 missing: ST.layers.0.VSBs.0.linear.weight"),
+        (lambda s: s.update(extra=torch.ones(1)), "1 unexpected: extra"),
+        # dead in network D only, and only under this name
+        (lambda s: s.update({"ST.patch_embed.proj2": torch.ones(1)}), "1 unexpected: ST.patch_embed.proj2"),
+        (
+            lambda s: s.update({"ST.patch_inflated.Conv.bias": torch.ones(3)}),
+            r"another shape: .*\(3,\) in the file, \(1,\)",
+        ),
+    ],
+)
+def test_everything_else_is_strict_and_named(change, complaint):
+    model = B(16, 2, 1, 16, [2])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items()}
+    change(state)
+    with pytest.raises(UserError, match=complaint):
+        load_weights(model, state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())  # nothing half-loaded
+
+
+def test_a_checkpoint_of_the_other_network():
+    with pytest.raises(UserError, match="does not fit this network: .* missing: .*; .* unexpected: "):
+        load_weights(B(16, 2, 1, 16, [2]), small_d().state_dict())
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_malicious_pickle_is_not_executed(tmp_path):
+    torch.save({"weight": Malicious(str(tmp_path / "owned"))}, tmp_path / "new.pt")
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(Malicious(str(tmp_path / "owned"))))
+    for name in ("new.pt", "old.pkl"):
+        with pytest.raises(UserError, match=re.escape(name)):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+    pickle.loads((tmp_path / "old.pkl").read_bytes())  # the file is what we say it is
+    assert (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.safetensors"])
+@pytest.mark.parametrize("damage", ["half", "nine bytes", "empty", "noise", "text"])
+def test_damaged_files(tmp_path, name, damage):
+    path = tmp_path / name
+    if name == "last.pt":
+        save_checkpoint(path, model=small_d().state_dict())
+    else:
+        save_weights(path, small_d(), {})
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "half": whole[: len(whole) // 2],
+            "nine bytes": whole[:9],
+            "empty": b"",
+            "noise": bytes((i * 37 + 11) % 256 for i in range(5000)),
+            "text": b"<!DOCTYPE html><html>not found</html>",
+        }[damage]
+    )
+    with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_without_weights(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_checkpoint(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="No such file"):
+        read_checkpoint(tmp_path / "absent.pt")
+    save_checkpoint(tmp_path / "future.pt", model={})
+    content = torch.load(tmp_path / "future.pt")
+    torch.save(content | {"version": 99}, tmp_path / "future.pt")
+    with pytest.raises(UserError, match="version 99"):
+        read_checkpoint(tmp_path / "future.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, model={"w": torch.ones(2)})
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        1 / 0  # noqa: B018
+    assert torch.equal(read_checkpoint(path)["model"]["w"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk(tmp_path):
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written \(No space left on device\)"):
+        with replacing(tmp_path / "last.pt"), open("/dev/full", "wb") as f:
+            f.write(b"x" * 100_000)

@@ -1,0 +1,56 @@
+"""Imports run one way (README, section on files): a lower layer never knows a higher one."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+TOP = {"VMRNN_B", "VMRNN_D", "dataset", "functions", "train", "test", "benchmarks"}
+# file -> what of the project it may not import
+FORBIDDEN = {
+    "VMRNN_B.py": TOP - {"VMRNN_B"},
+    "VMRNN_D.py": TOP - {"VMRNN_D"},
+    "dataset.py": TOP | {"vmrnn.cell", "vmrnn.ss2d", "vmrnn.scan", "vmrnn.patch"},
+    "functions.py": {"train", "test", "benchmarks", "dataset"},
+    "train.py": {"test", "benchmarks"},
+    "test.py": {"train", "benchmarks"},
+    "vmrnn/metrics.py": TOP | {"vmrnn.cell", "vmrnn.ss2d", "vmrnn.scan", "vmrnn.patch"},
+    "vmrnn/ss2d.py": TOP | {"vmrnn.cell", "vmrnn.patch"},
+    "vmrnn/cell.py": TOP | {"vmrnn.patch"},
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def offences(path, forbidden):
+    return [name for name in imported(path) if any(name == f or name.startswith(f + ".") for f in forbidden)]
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "vmrnn").rglob("*.py"), *ROOT.glob("*.py")]), ids=lambda p: p.name)
+def test_imports_run_one_way(path):
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith("vmrnn/scan/"):
+        forbidden = TOP | {"vmrnn.ss2d", "vmrnn.cell", "vmrnn.patch", "vmrnn.metrics"}
+    else:
+        forbidden = FORBIDDEN.get(name, TOP)
+    assert not offences(path, forbidden)
+
+
+def test_the_reference_imports_torch_alone():
+    roots = {name.split(".")[0] for name in imported(ROOT / "vmrnn" / "scan" / "reference.py")}
+    assert roots == {"torch"}
+
+
+def test_importing_the_programs_does_nothing():
+    code = "import train, test, sys; sys.exit('mamba_ssm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -1,0 +1,165 @@
+"""Both networks: published numbers, sizes, what the rollout may see, what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, relative_error
+
+from functions import build_model, rollout, rollout_loss
+from vmrnn import scan
+from vmrnn.cell import VMRNNCell
+from vmrnn.checkpoint import load_weights
+from vmrnn.errors import UserError
+from VMRNN_B import VMRNN as B
+from VMRNN_D import VMRNN as D, drop_path_rates
+
+PUBLISHED = ROOT.parent / "shared" / "golden"  # numbers of the published code, not part of the project
+OWN = Path(__file__).parent / "golden"  # the reference in float64, made by make_golden.py
+
+
+def golden_model(file, back_end):
+    config = json.loads(str(file["config"]))
+    model = build_model(
+        config["model"], img_size=config["img_size"], patch_size=config["patch_size"], in_chans=config["in_chans"],
+        embed_dim=config["embed_dim"], depths=config.get("depths"), depths_down=config.get("depths_downsample"),
+        depths_up=config.get("depths_upsample"), scan=back_end,
+    )  # fmt: skip
+    load_weights(model, {key[6:]: torch.from_numpy(file[key]) for key in file if key.startswith("state/")})
+    return model.eval()
+
+
+@pytest.mark.parametrize("back_end", [n for n, (ok, _) in scan.available("cpu").items() if ok])
+@pytest.mark.parametrize(
+    "path",
+    [PUBLISHED / "b_patch2.npz", PUBLISHED / "d_small.npz", OWN / "b_patch8.npz", OWN / "d_odd.npz"],
+    ids=lambda p: p.stem,
+)
+def test_golden_outputs_and_gradients(path, back_end):
+    if not path.exists():
+        assert path.parent != OWN
+        pytest.skip("the published code's numbers are not on this machine")
+    file = np.load(path)
+    model = golden_model(file, back_end)
+    inputs, targets = torch.from_numpy(file["inputs"]).float(), torch.from_numpy(file["targets"]).float()
+    outputs = rollout(model, inputs, targets.shape[1])
+    assert relative_error(outputs, torch.from_numpy(file["outputs"])) <= 2e-5
+    loss = rollout_loss(outputs, inputs, targets)
+    assert abs(loss.item() - float(file["loss"])) <= 2e-5 * float(file["loss"])
+    loss.backward()
+    gradients = dict(model.named_parameters())
+    assert {"grad/" + name for name in gradients} == {key for key in file if key.startswith("grad/")}
+    for name, parameter in gradients.items():
+        assert relative_error(parameter.grad, torch.from_numpy(file["grad/" + name])) <= 2e-4, name
+
+
+def test_parameter_counts_of_the_paper_without_the_dead_weights():
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    assert count(B(64, 2, 1, 128, [6])) == 1_050_241
+    assert count(D(64, 2, 1, 128, [2, 6], [6, 2])) == 13_395_329
+
+
+@pytest.mark.parametrize(
+    "model, channels",
+    [(B((24, 16), 4, 3, 16, [1, 2]), 3), (D((16, 32), 2, 2, 8, [2, 1], [1, 2]), 2)],
+    ids=["B", "D"],
+)
+def test_every_parameter_gets_a_gradient_on_frames_that_are_not_square(model, channels):
+    inputs, targets = torch.rand(2, 3, channels, *model.img_size), torch.rand(2, 2, channels, *model.img_size)
+    outputs = rollout(model, inputs, 2)
+    assert outputs.shape == (2, 4, channels, *model.img_size)
+    assert outputs.min() >= 0 and outputs.max() <= 1
+    rollout_loss(outputs, inputs, targets).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_a_trained_network_takes_frames_of_another_size():
+    model = D(16, 2, 1, 16, [1], [1]).eval()
+    assert model(torch.rand(1, 1, 24, 8))[0].shape == (1, 1, 24, 8)
+    with pytest.raises(UserError, match="18x16.*multiples of 4"):
+        model(torch.rand(1, 1, 18, 16))
+
+
+def test_the_gate():
+    cell = VMRNNCell(16, 2, [0.0, 0.0]).eval()
+    x, h, c = torch.randn(3, 1, 4, 5, 16).unbind(0)
+    o = cell.VSBs[1](cell.VSBs[0](x, h))
+    f = torch.sigmoid(o)
+    new_c = f * c + f * torch.tanh(o)
+    out, (new_h, got_c) = cell(x, (h, c))
+    torch.testing.assert_close(got_c, new_c)
+    torch.testing.assert_close(new_h, f * torch.tanh(new_c))
+    assert out is new_h
+    # the first step is that of zero states, layer norm's bias included
+    torch.nn.init.normal_(cell.VSBs[0].ln_1.bias)
+    torch.testing.assert_close(cell(x)[0], cell(x, (torch.zeros_like(h), torch.zeros_like(c)))[0])
+
+
+@pytest.mark.parametrize("t_in, horizon", [(1, 3), (3, 1), (4, 2)])
+def test_the_rollout_is_the_models_own_calls(t_in, horizon):
+    model = B(8, 2, 1, 16, [1]).eval()
+    inputs = torch.rand(2, t_in, 1, 8, 8)
+    frames, states, frame = [], None, None
+    for t in range(t_in + horizon - 1):
+        frame, states = model(inputs[:, t] if t < t_in else frame, states)
+        frames.append(frame)
+    torch.testing.assert_close(rollout(model, inputs, horizon), torch.stack(frames, 1))
+
+
+def test_forecast_frames_depend_on_all_inputs_and_early_outputs_on_the_past_alone():
+    model = D(8, 2, 1, 8, [1], [1]).eval()
+    inputs = torch.rand(1, 4, 1, 8, 8)
+    base = rollout(model, inputs, 3)
+    changed = inputs.clone()
+    changed[:, 2] = 1 - changed[:, 2]
+    other = rollout(model, changed, 3)
+    # batched and single decoding may round differently, hence the tolerance
+    torch.testing.assert_close(other[:, :2], base[:, :2])
+    assert all((other[:, t] - base[:, t]).abs().max() > 1e-5 for t in range(2, 6))
+
+
+def test_the_loss_compares_every_output_with_the_frame_that_follows():
+    inputs, targets = torch.rand(2, 3, 1, 4, 4), torch.rand(2, 5, 1, 4, 4)
+    perfect = torch.cat([inputs, targets], 1)[:, 1:]
+    assert rollout_loss(perfect, inputs, targets) == 0
+    off = perfect + 0.5
+    torch.testing.assert_close(rollout_loss(off, inputs, targets), torch.tensor(0.75))  # 0.25 + 0.5
+
+
+def test_drop_path_rates_follow_the_published_schedule():
+    rates = [block.drop_path.drop_prob for cell in B(8, 2, 1, 16, [2, 1]).ST.layers for block in cell.VSBs]
+    assert rates == [0.1] * 3
+    assert drop_path_rates(0.1, [2, 1]) == [pytest.approx([0, 0.05]), pytest.approx([0.1])]
+    model = D(16, 2, 1, 8, [2, 1], [1, 2])
+    up = [[block.drop_path.drop_prob for block in cell.VSBs] for cell in model.Upsample.layers]
+    assert up == [pytest.approx([0.05, 0.1]), pytest.approx([0])]  # coarsest first
+    assert [len(cell.VSBs) for cell in model.Upsample.layers] == [2, 1]
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8, 16])
+def test_the_head_undoes_the_patch_embedding(patch):
+    model = B(32, patch, 1, 16, [1]).eval()
+    assert model(torch.rand(1, 1, 32, 32))[0].shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (lambda: B(30, 4, 1, 16, [1]), "30x30.*multiples of 4"),
+        (lambda: B(12, 3, 1, 16, [1]), "patch_size 3"),
+        (lambda: B(8, 1, 1, 16, [1]), "patch_size 1"),
+        (lambda: B(16, 4, 1, 24, [1]), "embed_dim 24.*multiple of 16"),
+        (lambda: B(16, 2, 1, 16, []), "depths"),
+        (lambda: B(16, 2, 1, 16, [0]), "depths"),
+        (lambda: D((16, 20), 2, 1, 16, [1, 1], [1, 1]), "16x20.*multiples of 8"),
+        (lambda: D(16, 2, 1, 16, [1, 1], [1]), "as many levels"),
+        (lambda: B(0, 2, 1, 16, [1]), "at least 1"),
+    ],
+)
+def test_networks_that_cannot_work_are_refused(build, reason):
+    with pytest.raises(UserError, match=reason):
+        build()

@@ -1,0 +1,251 @@
+"""The two programs on real input, and what they say to bad input."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import test as test_program
+import train
+from functions import build_model
+from vmrnn import config as configuration
+from vmrnn.checkpoint import read_checkpoint, save_weights
+from vmrnn.errors import UserError
+from vmrnn.runtime import run_program
+
+TINY = [
+    "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "1", "--d_state", "4",
+    "--train_data_dir", "builtin", "--input_size", "16", "--digit_size", "8", "--num_objects", "1",
+    "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "16", "--valid_sequences", "6",
+    "--test_sequences", "6", "--train_batch_size", "4", "--epoch_valid", "1", "--device", "cpu", "--lr", "1e-3",
+]  # fmt: skip
+
+
+def fails(program, arguments, capsys):
+    """The one line a program ends with, with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        run_program(lambda: program.main([str(a) for a in arguments]))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run):
+    """A run folder made by a real process."""
+    folder = tmp_path_factory.mktemp("run") / "x"
+    done = run("train.py", *TINY, "--epochs", 2, "--res_dir", folder, "--tensorboard", "--log_train", 2)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_training_says_what_runs_and_leaves_a_whole_run_folder(trained):
+    folder, printed = trained
+    for word in ("device     cpu", "scan  ", "parameters", "16 sequences", "effective batch 4", "MSE"):
+        assert word in printed, printed
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(e["epoch"], e["step"]) for e in entries] == [(1, 2), (1, 4), (1, 4), (2, 2), (2, 4), (2, 4)]
+    assert {"mse", "ssim", "ssim_dr2", "psnr", "psnr_uint8", "valid_loss", "train_loss"} <= entries[-1].keys()
+    assert configuration.resolve(folder / "config.toml", {}).embed_dim == 16
+    assert read_checkpoint(folder / "best.safetensors")["config"]["depths"] == [1]
+    assert read_checkpoint(folder / "last.pt")["epoch"] == 2
+    for picture in ("loss.png", "pictures/epoch0001_batch0001.png"):
+        assert min(Image.open(folder / picture).size) > 100
+    assert list((folder / "tensorboard").iterdir())
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_testing_a_checkpoint_with_its_own_configuration(trained, run):
+    folder, _ = trained
+    done = run("test.py", "--checkpoint", folder / "best.safetensors", "--strips", 2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "test" / "metrics.json").read_text())
+    results = report["results"]
+    assert results["forecast"]["count"] == 6 and len(results["forecast"]["per_frame"]["mse"]) == 2
+    assert results["forecast"]["mean"]["mse"] == pytest.approx(np.mean(results["forecast"]["per_frame"]["mse"]))
+    for name, value in results["black frame"]["mean"].items():
+        assert f"{value:.4f}" in done.stdout and name in done.stdout
+    gif = Image.open(folder / "test" / "forecast.gif")
+    assert gif.n_frames == 5
+    assert {p.name for p in (folder / "test").glob("*.png")} == {
+        "forecast_0000.png", "forecast_0001.png", "lead_times.png",
+    }  # fmt: skip
+
+
+def test_testing_a_published_file_on_a_test_file(trained, tmp_path, capsys, caplog):
+    """Keys as published, dead weights included; the standard file's layout."""
+    folder, _ = trained
+    state = read_checkpoint(folder / "best.safetensors")["model"]
+    state["ST.layers.0.VSBs.1.linear.weight"] = torch.ones(16, 32)
+    torch.save(state, tmp_path / "trained_model_state_dict")
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "seq.npy", rng.integers(0, 256, (7, 9, 16, 16), dtype=np.uint8))
+    test_program.main([
+        "--checkpoint", str(tmp_path / "trained_model_state_dict"), *TINY, "--test_data_dir",
+        str(tmp_path / "seq.npy"), "--test_batch_size", "4", "--res_dir", str(tmp_path / "out"),
+    ])  # fmt: skip
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    frames = np.load(tmp_path / "seq.npy")[3:5] / 255
+    assert report["results"]["forecast"]["count"] == 9  # no batch dropped
+    assert report["results"]["black frame"]["mean"]["mse"] == pytest.approx((frames**2).sum((2, 3)).mean(), rel=1e-5)
+
+
+def test_an_interrupted_and_resumed_run_is_the_same_run(tmp_path, monkeypatch):
+    """Bit for bit on a CPU, dropout and stochastic depth included."""
+    options = [*TINY, "--epochs", "3", "--attn_drop_rate", "0.1", "--schedule", "cosine", "--optimizer", "adamw"]
+    train.main([*options, "--res_dir", str(tmp_path / "whole")])
+    save = train.checkpoint.save_checkpoint
+
+    def save_then_die(path, **content):
+        save(path, **content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.checkpoint, "save_checkpoint", save_then_die)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*options, "--res_dir", str(tmp_path / "parts"), "--resume", "auto"])
+    whole, parts = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
+    assert whole["curves"] == parts["curves"] and parts["epoch"] == 3
+
+
+def test_weights_to_start_from(trained, tmp_path):
+    folder, _ = trained
+    options = [*TINY, "--epochs", "1", "--lr", "0", "--res_dir", str(tmp_path / "y")]
+    train.main([*options, "--checkpoint_path", str(folder / "best.safetensors")])
+    before, after = (read_checkpoint(d / "best.safetensors")["model"] for d in (folder, tmp_path / "y"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    train.main([*TINY, "--epochs", "3", "--lr", "1e-2", "--train_sequences", "64", "--res_dir", str(tmp_path / "x")])
+    losses = read_checkpoint(tmp_path / "x" / "last.pt")["curves"]["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_config_parses_and_builds(path):
+    config = configuration.resolve(path, {})
+    model = build_model(**config.network_options)
+    assert model.img_size == config.frame_size
+    assert path.read_text().startswith("#"), "a config opens with its command and what to expect"
+
+
+def test_the_published_command_line_is_understood():
+    line = (
+        "--res_dir ./exps/x --model VMRNN-D --epochs 500 --lr 5e-5 --train_batch_size 8 --valid_batch_size 8 "
+        "--test_batch_size 8 --epoch_valid 5 --log_train 200 --log_valid 200 --patch_size 2 --embed_dim 128 --depths 6 "
+        "--depths_down 2 6 --depths_up 6 2 --drop_path_rate 0.1 --num_workers 4 --seed 1 --device cpu"
+    )
+    config, options = train.parse_arguments([*line.split(), "--checkpoint_path", "w"])
+    assert (config.depths, config.depths_down, config.lr, options.checkpoint) == ([6], [2, 6], 5e-5, "w")
+
+
+def test_defaults_then_file_then_flags(tmp_path):
+    (tmp_path / "c.toml").write_text("lr = 1\nembed_dim = 32\ndepths = [1, 2]\n")
+    config = configuration.resolve(tmp_path / "c.toml", {"embed_dim": 48}, base={"epochs": 7, "lr": 0.5})
+    assert (config.epochs, config.lr, config.embed_dim, config.depths) == (7, 1.0, 48, [1, 2])
+    configuration.save_toml(config, tmp_path / "saved.toml")
+    assert configuration.resolve(tmp_path / "saved.toml", {}) == config
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("embed_dims = 3", "unknown key 'embed_dims'"),
+        ('lr = "fast"', "lr = 'fast' is not float"),
+        ("depths = 6", "depths = 6 is not a list of integers"),
+        ("depths = []", "is not a list of integers"),
+        ("epochs = true", "epochs = True is not int"),
+        ("epochs = 1.5", "is not int"),
+        ("tensorboard = 1", "is not bool"),
+        ('model = "VMRNN-C"', "choose one of VMRNN-B, VMRNN-D"),
+        ("epochs = 0", "epochs = 0: must be at least 1"),
+        ("drop_path_rate = 1.0", "must be in"),
+        ("lr = nan", "finite"),
+        ("input_size = [1, 2, 3]", "input_size"),
+        ("epochs", "not a TOML file"),
+    ],
+)
+def test_wrong_configurations(tmp_path, text, complaint):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        configuration.resolve(tmp_path / "c.toml", {})
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--config", "absent.toml"], "absent.toml: cannot be read"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+        (["--input_size", "18"], "18x18.*multiples of 4"),
+        (["--patch_size", "3"], "patch_size 3"),
+        (["--digit_size", "20"], "20"),
+        (["--device", "cuda:7"], "--device cuda:7: not there"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--scan", "mamba"], "'mamba' cannot run on cpu"),
+        (["--scan", "fast"], "'fast' does not exist"),
+        (["--train_data_dir", "absent"], "absent"),
+        (["--train_sequences", "3"], "train_sequences"),
+        (["--digits_split", "published"], "13,?000"),
+        (["--dataset", "nothing"], "nothing"),
+        (["--checkpoint", "absent.pt"], "absent.pt: cannot be read"),
+        (["--resume", "absent.pt"], "absent.pt: cannot be read"),
+    ],
+)
+def test_train_refuses_bad_input(arguments, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = fails(train, [*TINY, "--res_dir", tmp_path / "x", *arguments], capsys)
+    assert re.search(complaint, line), line
+    assert not (tmp_path / "x" / "last.pt").exists()
+
+
+def test_a_run_is_never_overwritten_by_accident(trained, capsys):
+    folder, _ = trained
+    before = (folder / "log.jsonl").read_text()
+    assert "already holds a run" in fails(train, [*TINY, "--res_dir", folder], capsys)
+    assert "holds weights alone" in fails(
+        train, [*TINY, "--res_dir", folder, "--resume", folder / "best.safetensors"], capsys
+    )
+    assert (folder / "log.jsonl").read_text() == before
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write there" in fails(train, [*TINY, "--res_dir", tmp_path / "file" / "x"], capsys)
+    assert "cannot write there" in fails(train, [*TINY, "--res_dir", tmp_path / "file"], capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    line = fails(train, [*TINY, "--epochs", "4", "--lr", "1e30", "--res_dir", tmp_path / "x"], capsys)
+    assert "the loss is nan at update" in line and "epoch" in line
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--embed_dim", "32"], "does not fit this network"),
+    (["--test_data_dir", "absent.npy"], "absent.npy"),
+    (["--num_frames_input", "0"], "num_frames_input"),
+])  # fmt: skip
+def test_test_refuses_bad_input(trained, arguments, complaint, capsys):
+    assert complaint in fails(test_program, ["--checkpoint", trained[0] / "best.safetensors", *arguments], capsys)
+
+
+def test_test_needs_a_checkpoint_that_can_be_read(trained, tmp_path, capsys):
+    assert "--checkpoint" in fails(test_program, [], capsys)
+    (tmp_path / "half.pt").write_bytes((trained[0] / "last.pt").read_bytes()[:3000])
+    assert "half.pt" in fails(test_program, ["--checkpoint", tmp_path / "half.pt"], capsys)
+    model = build_model(**configuration.resolve(None, {"model": "VMRNN-B", "embed_dim": 16}).network_options)
+    save_weights(tmp_path / "odd.safetensors", model, {"surprise": 1})
+    assert "unknown key 'surprise'" in fails(test_program, ["--checkpoint", tmp_path / "odd.safetensors"], capsys)
+
+
+def test_exit_code_and_one_line_of_a_real_process(run, tmp_path):
+    done = run("train.py", *TINY, "--res_dir", tmp_path / "x", "--scan", "mamba")
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ") and os.linesep in done.stderr

@@ -1,0 +1,110 @@
+"""Every scan back end against the reference in float64: the output and all six gradients."""
+
+import logging
+
+import pytest
+import torch
+from conftest import relative_error
+
+from vmrnn import scan
+from vmrnn.errors import UserError
+from vmrnn.scan import reference
+
+NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A", "D")
+#          B  H  W  Di  N   R
+SHAPES = [(2, 5, 7, 24, 16, 3), (1, 1, 1, 8, 1, 1), (1, 1, 9, 17, 5, 2), (3, 40, 3, 16, 8, 1), (1, 8, 8, 32, 16, 2)]
+
+
+def scan_inputs(B, H, W, Di, N, R, dtype=torch.float64, device="cpu"):
+    generator = torch.Generator().manual_seed(B + 10 * H + 100 * W + 1000 * Di)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = (
+        normal(B, H, W, Di),
+        normal(B, H, W, 4, R + 2 * N),
+        normal(4, Di, R) * R**-0.5,
+        normal(4, Di) - 2,
+        -torch.exp(normal(4, Di, N)),
+        normal(4, Di),
+    )
+    return [t.to(device, dtype).requires_grad_() for t in tensors]
+
+
+def outputs_and_gradients(function, inputs):
+    y = function(*inputs)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y)
+    return {"y": y.detach()} | dict(zip(NAMES, torch.autograd.grad((y * weights).sum(), inputs)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in scan.BACKENDS if n != "reference"])
+def test_parity(name, shape):
+    device = "cuda" if name in ("mamba", "triton") else "cpu"
+    ok, reason = scan.BACKENDS[name].can_run(device, torch.float32, shape[4])
+    if not ok or (device == "cuda" and not torch.cuda.is_available()):
+        pytest.skip(f"{name}: {reason if not ok else 'no CUDA device'}")
+    expected = outputs_and_gradients(reference.scan_2d, scan_inputs(*shape))
+    inputs = scan_inputs(*shape, dtype=torch.float32, device=device)
+    got = outputs_and_gradients(lambda *t: scan.scan_2d(*t, backend=name), inputs)
+    for key, value in got.items():
+        assert relative_error(value.cpu(), expected[key]) <= 5e-6, key
+
+
+def test_the_reference_against_four_explicit_walks():
+    """An oracle that shares nothing with the reference: positions visited one by one in numpy order."""
+    x, dbl, dt_weight, dt_bias, A, D = (t.detach() for t in scan_inputs(1, 3, 4, 2, 2, 1))
+    H, W = 3, 4
+    rows = [(i, j) for i in range(H) for j in range(W)]
+    columns = [(i, j) for j in range(W) for i in range(H)]
+    y = torch.zeros(H, W, 2, dtype=torch.float64)
+    for k, order in enumerate([rows, columns, rows[::-1], columns[::-1]]):
+        h = torch.zeros(2, 2, dtype=torch.float64)
+        for i, j in order:
+            dt_low, b, c = dbl[0, i, j, k, :1], dbl[0, i, j, k, 1:3], dbl[0, i, j, k, 3:]
+            dt = torch.log1p(torch.exp(dt_weight[k] @ dt_low + dt_bias[k]))
+            h = torch.exp(dt[:, None] * A[k]) * h + dt[:, None] * b * x[0, i, j][:, None]
+            y[i, j] += h @ c + D[k] * x[0, i, j]
+    assert relative_error(reference.scan_2d(x, dbl, dt_weight, dt_bias, A, D)[0], y) < 1e-12
+
+
+def test_gradients_of_the_chunked_path_numerically(monkeypatch):
+    monkeypatch.setattr(scan.chunked, "CHUNK", 4)  # 6 positions: a whole chunk and a short one
+    inputs = scan_inputs(1, 2, 3, 2, 2, 1)
+    assert torch.autograd.gradcheck(lambda *t: scan.scan_2d(*t, backend="torch"), inputs)
+
+
+def test_bf16_goes_through_fp32():
+    inputs = scan_inputs(1, 4, 4, 16, 16, 1, dtype=torch.bfloat16)
+    y = scan.scan_2d(*inputs, backend="torch")
+    exact = reference.scan_2d(*(t.double() for t in inputs))
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, exact) < 2**-8
+
+
+def test_a_named_back_end_never_falls_back():
+    with pytest.raises(UserError, match="CUDA"):
+        scan.resolve("mamba", "cpu")
+    with pytest.raises(UserError, match="does not exist: choose auto"):
+        scan.resolve("fast", "cpu")
+
+
+def test_auto_obeys_the_environment_and_says_when_it_is_slow(monkeypatch, caplog):
+    monkeypatch.setenv("VMRNN_SCAN", "reference")
+    assert scan.resolve("auto", "cpu") == "reference"
+    monkeypatch.delenv("VMRNN_SCAN")
+    monkeypatch.setattr(scan, "ORDER", {"cpu": ("mamba", "torch")})
+    monkeypatch.setattr(scan, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="vmrnn"):
+        assert [scan.resolve("auto", "cpu") for _ in range(3)] == ["torch"] * 3
+    (entry,) = caplog.records
+    assert entry.levelno == logging.WARNING
+    assert "SLOW" in entry.message and "mamba" in entry.message
+
+
+def test_available_names_every_back_end_with_a_reason():
+    answers = scan.available("cpu")
+    assert answers.keys() == scan.BACKENDS.keys()
+    assert all(reason for _, reason in answers.values())
+    assert answers["torch"][0] and not answers["mamba"][0]
