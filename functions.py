@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import VMRNN_B
@@ -24,25 +25,33 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
     return table[model]()
 
 
-def rollout(model, inputs, horizon):
+def rollout(model, inputs, horizon, grad_checkpoint=False):
     """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
 
     inputs (B, T_in, C, H, W). Output i is the network's view of frame i + 1, so the last `horizon`
     are the forecast. The known frames are embedded in one call and the outputs before the forecast,
-    which nothing feeds on, are decoded in one.
+    which nothing feeds on, are decoded in one. grad_checkpoint: keep only the states between frames
+    and compute a frame's activations again in the backward pass (a third more time, a fraction of
+    the memory).
     """
+
+    def advance(tokens, states):
+        if grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(model.advance, tokens, states, use_reentrant=False)
+        return model.advance(tokens, states)
+
     B, T = inputs.shape[:2]
     tokens = model.encode(inputs.flatten(0, 1)).unflatten(0, (B, T)).unbind(1)
     warm_up, frames, states = [], [], None
     for t in range(T - 1):
-        features, states = model.advance(tokens[t], states)
+        features, states = advance(tokens[t], states)
         warm_up.append(features)
     if warm_up:
         decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
         frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
     token = tokens[-1]
     for t in range(horizon):
-        features, states = model.advance(token, states)
+        features, states = advance(token, states)
         frames.append(model.decode(features))
         if t + 1 < horizon:
             token = model.encode(frames[-1])
@@ -67,7 +76,18 @@ def progress(loader, title):
             bar.update(frames)
 
 
-def train_one_epoch(model, loader, optimizer, scheduler, device, clip_grad=0.0, log_every=200, log=None, title=""):
+def train_one_epoch(
+    model,
+    loader,
+    optimizer,
+    scheduler,
+    device,
+    clip_grad=0.0,
+    grad_checkpoint=False,
+    log_every=200,
+    log=None,
+    title="",
+):
     """One pass over `loader`, one update a batch; returns the mean loss of a sample.
 
     log(step, mean loss since the last call) is called every `log_every` updates. A loss that is not
@@ -78,7 +98,7 @@ def train_one_epoch(model, loader, optimizer, scheduler, device, clip_grad=0.0, 
     for bar, step, inputs, targets in progress(loader, title):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
-        loss = rollout_loss(rollout(model, inputs, targets.shape[1]), inputs, targets)
+        loss = rollout_loss(rollout(model, inputs, targets.shape[1], grad_checkpoint), inputs, targets)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} at update {step} of {title}: lower --lr or set --clip_grad 1")

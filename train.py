@@ -147,7 +147,8 @@ def main(argv=None):
     for epoch in range(first_epoch, config.epochs + 1):
         train_loader.sampler.epoch = epoch
         loss = train_one_epoch(
-            model, train_loader, optimizer, scheduler, device, clip_grad=config.clip_grad, log_every=config.log_train,
+            model, train_loader, optimizer, scheduler, device, clip_grad=config.clip_grad,
+            grad_checkpoint=config.grad_checkpoint, log_every=config.log_train,
             log=lambda step, mean: record(epoch=epoch, step=step, train_loss=mean, lr=scheduler.get_last_lr()[0]),
             title=f"epoch {epoch}/{config.epochs}",
         )  # fmt: skip

@@ -122,6 +122,18 @@ def test_forecast_frames_depend_on_all_inputs_and_early_outputs_on_the_past_alon
     assert all((other[:, t] - base[:, t]).abs().max() > 1e-5 for t in range(2, 6))
 
 
+def test_checkpointed_gradients_are_the_same():
+    model = D(8, 2, 1, 8, [1], [1], attn_drop_rate=0.2, drop_path_rate=0.2).train()
+    inputs, targets = torch.rand(2, 3, 1, 8, 8), torch.rand(2, 2, 1, 8, 8)
+    gradients = []
+    for grad_checkpoint in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        rollout_loss(rollout(model, inputs, 2, grad_checkpoint), inputs, targets).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_the_loss_compares_every_output_with_the_frame_that_follows():
     inputs, targets = torch.rand(2, 3, 1, 4, 4), torch.rand(2, 5, 1, 4, 4)
     perfect = torch.cat([inputs, targets], 1)[:, 1:]

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from vmrnn.recompute import conv_silu, norm_gate
 from vmrnn.scan import scan_2d
 
 DIRECTIONS = 4
@@ -49,7 +50,7 @@ class SS2D(nn.Module):
         # the gate make no copies (on a CPU the forward pass of this line and the next is 2.4x faster).
         to_x, to_z = self.in_proj.weight.chunk(2)
         x, z = F.linear(u, to_x), F.linear(u, to_z)
-        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = conv_silu(x, self.conv2d.weight, self.conv2d.bias)
         # x_proj is linear per position: one GEMM in natural order serves all four directions.
         dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
         y = scan_2d(
@@ -61,5 +62,5 @@ class SS2D(nn.Module):
             self.Ds.view(K, -1),
             backend=self.scan,
         )
-        y = self.out_norm(y) * F.silu(z)
+        y = norm_gate(y, z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         return self.dropout(self.out_proj(y))

@@ -1,0 +1,117 @@
+"""Whole steps: a training step (rollout, loss, backward, Adam) and one frame forward, seconds and memory.
+
+    python -m benchmarks.train_step                       networks B and D, batch 1 and 4, the default back end
+    python -m benchmarks.train_step --cases D:1 D:1:checkpoint --rounds 5
+    python -m benchmarks.train_step --scan torch --cases D:1
+
+A case is NETWORK:BATCH[:checkpoint]: the published sizes (64x64, patch 2, width 128), 10 + 10 frames.
+Each runs in a process of its own, so that its peak memory is its own; rounds go over all cases in
+turn, so that a machine whose speed drifts treats them alike. Medians over rounds; a human table,
+then one JSON line. The golden test of tests/test_networks.py must pass first.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from functions import build_model, rollout, rollout_loss
+from vmrnn import scan
+from vmrnn.runtime import describe_device, pick_device
+
+FRAMES = 10  # given, and to forecast
+STEPS = 3  # training steps a process, the first not counted
+
+
+def peak_mib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device, times):
+    measured = []
+    for _ in range(times):
+        synchronise(device)
+        start = time.perf_counter()
+        function()
+        synchronise(device)
+        measured.append(time.perf_counter() - start)
+    return statistics.median(measured)
+
+
+def measure(case, device, back_end):
+    """{"step": s, "frame": s, "peak": MiB} of one case, in this process."""
+    network, batch, *rest = case.split(":")
+    torch.manual_seed(0)
+    model = build_model(
+        f"VMRNN-{network}", img_size=64, patch_size=2, in_chans=1, embed_dim=128, depths=[6], depths_down=[2, 6],
+        depths_up=[6, 2], scan=back_end,
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        rollout_loss(rollout(model, inputs, FRAMES, "checkpoint" in rest), inputs, targets).backward()
+        optimizer.step()
+
+    step()
+    result = {"step": seconds(step, device, STEPS - 1), "peak": peak_mib(device)}
+    model.eval()
+    with torch.inference_mode():
+        _, states = model(inputs[:, 0])
+        for _ in range(3):
+            model(inputs[:, 0], states)
+        result["frame"] = seconds(lambda: model(inputs[:, 0], states), device, 15)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["B:1", "B:4", "D:1", "D:1:checkpoint", "D:4"])
+    parser.add_argument("--scan", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", metavar="CASE", help="measure one case in this process and print JSON")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    back_end = scan.resolve(args.scan, device.type)
+    if args.one:
+        print(json.dumps(measure(args.one, device, back_end)))
+        return
+
+    gate = [sys.executable, "-m", "pytest", "-q", "tests/test_networks.py", "-k", f"golden and {back_end}"]
+    if subprocess.run(gate, capture_output=True).returncode:
+        sys.exit(f"{' '.join(gate[1:])} fails: no figure from a step that computes something else")
+    results = {case: [] for case in args.cases}
+    for _ in range(args.rounds):
+        for case in args.cases:
+            command = [sys.executable, "-m", "benchmarks.train_step", "--one", case, "--scan", back_end,
+                       "--device", args.device]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            results[case].append(json.loads(done.stdout.splitlines()[-1]))
+
+    print(f"{describe_device(device)}; scan {back_end}; {args.rounds} rounds, medians; {FRAMES} + {FRAMES} frames")
+    print(f"{'case':18}{'step [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}")
+    medians = {}
+    for case, rounds in results.items():
+        medians[case] = m = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+        rate = int(case.split(":")[1]) * 2 * FRAMES / m["step"]
+        print(f"{case:18}{m['step']:10.2f}{rate:10.1f}{m['peak']:12.0f}{1e3 * m['frame']:20.1f}")
+    print(json.dumps({"device": describe_device(device), "scan": back_end, "medians": medians}))
+
+
+if __name__ == "__main__":
+    main()
