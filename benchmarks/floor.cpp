@@ -41,6 +41,7 @@ extern "C" float vmrnn_floor(long count, int threads, int both) {
   std::vector<vec> table(68, splat(0.01f));
   std::vector<float> sink(threads);
   const long n = count / (G * U * V) / threads;
-  run(threads, threads, [&](long i) { sink[i] = (both ? steps<true>(n, table.data()) : steps<false>(n, table.data()))[0]; });
+  const auto kernel = both ? steps<true> : steps<false>;
+  run(threads, threads, [&](long i) { sink[i] = kernel(n, table.data())[0]; });
   return sink[0];
 }
