@@ -54,16 +54,15 @@ def table(results):
 def main(argv=None):
     path, content, config, folder, strips = parse_arguments(argv)
     device = pick_device(config.device)
+    log.info("device     %s", describe_device(device))
+    scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
     test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
-    back_end = scan.resolve(config.scan, device.type, d_state=config.d_state)
     model = build_model(**config.network_options)
     checkpoint.load_weights(model, content["model"])
     model.to(device)
     folder = make_folder(folder)
 
-    log.info("device     %s", describe_device(device))
-    log.info("scan       %s (%s)", back_end, scan.available(device.type)[back_end][1])
     log.info("checkpoint %s (%s)", path, config.model)
     log.info("data       %s", test_set)
 

@@ -67,6 +67,8 @@ def rate_schedule(optimizer, schedule, warmup_steps, total_steps):
 def main(argv=None):
     config, options = parse_arguments(argv)
     device = pick_device(config.device)
+    log.info("device     %s", describe_device(device))
+    scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
     folder = make_folder(config.res_dir)
     last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
     resume_from = last if options.resume == "auto" else options.resume and Path(options.resume)
@@ -90,7 +92,6 @@ def main(argv=None):
         raise UserError(f"train_sequences: {len(train_set)} do not fill one batch of {config.train_batch_size}")
 
     # Network
-    back_end = scan.resolve(config.scan, device.type, d_state=config.d_state)
     model = build_model(**config.network_options).to(device)
     if options.checkpoint:
         checkpoint.load_weights(model, options.checkpoint)
@@ -113,8 +114,6 @@ def main(argv=None):
         first_epoch, best_mse, curves = state["epoch"] + 1, state["best_mse"], state["curves"]
 
     # What will run
-    log.info("device     %s", describe_device(device))
-    log.info("scan       %s (%s)", back_end, scan.available(device.type)[back_end][1])
     parameters = sum(p.numel() for p in model.parameters())
     log.info("network    %s, %s parameters, frames %d x %d", config.model, f"{parameters:,}", *config.frame_size)
     log.info(

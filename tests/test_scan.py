@@ -96,9 +96,10 @@ def test_auto_obeys_the_environment_and_says_when_it_is_slow(monkeypatch, caplog
     monkeypatch.delenv("VMRNN_SCAN")
     monkeypatch.setattr(scan, "ORDER", {"cpu": ("mamba", "torch")})
     monkeypatch.setattr(scan, "_logged", set())
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="vmrnn"):
         assert [scan.resolve("auto", "cpu") for _ in range(3)] == ["torch"] * 3
-    (entry,) = caplog.records
+    (entry,) = caplog.records  # once, not at every call
     assert entry.levelno == logging.WARNING
     assert "SLOW" in entry.message and "mamba" in entry.message
 

@@ -48,6 +48,7 @@ def resolve(backend, device, dtype=torch.float32, d_state=16):
     ok, reason = BACKENDS[backend].can_run(device, dtype, d_state)
     if not ok:
         raise UserError(f"scan back end {backend!r} cannot run on {device} here: {reason}")
+    _log_once(backend, device, reason)
     return backend
 
 
@@ -57,22 +58,25 @@ def available(device="cpu", dtype=torch.float32, d_state=16):
 
 
 def _first_that_runs(device, dtype, d_state):
-    refused = []
+    refused = ""
     for name in ORDER.get(device, OTHER_DEVICES):
         ok, reason = BACKENDS[name].can_run(device, dtype, d_state)
         if ok:
             break
-        refused.append(f"{name}: {reason}")
-    key = (name, device, dtype)
-    if key not in _logged:
-        _logged.add(key)
-        slow = name == "torch"
+        refused += f"; not {name}: {reason}"
+    _log_once(name, device, reason + refused)
+    return name
+
+
+def _log_once(name, device, reason):
+    if (name, device) not in _logged:
+        _logged.add((name, device))
+        slow = name in ("torch", "reference")
         log.log(
             logging.WARNING if slow else logging.INFO,
-            "scan back end on %s: %s (%s)%s",
-            device,
+            "scan       %s on %s (%s%s)",
             name,
-            "SLOW: " + reason if slow else reason,
-            "".join(f"; not {r}" for r in refused),
+            device,
+            "SLOW: " if slow else "",
+            reason,
         )
-    return name
