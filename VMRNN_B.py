@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from vmrnn.cell import VMRNNCell
-from vmrnn.patch import PatchInflated, check_depths, check_frame_size, check_network, patch_embed
+from vmrnn.patch import PatchInflated, check_depths, check_frame, check_network, patch_embed
 
 
 class VMRNN(nn.Module):
@@ -39,7 +39,7 @@ class VMRNN(nn.Module):
 
     def encode(self, frame):
         """(B, in_chans, H, W) -> tokens (B, H/p, W/p, C)."""
-        check_frame_size(*frame.shape[-2:], self.patch_size, self.levels)
+        check_frame(frame.shape, self.in_chans, self.patch_size, self.levels)
         return self.ST.dropout(self.ST.patch_embed(frame))
 
     def advance(self, tokens, states=None):

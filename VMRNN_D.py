@@ -13,7 +13,7 @@ from vmrnn.patch import (
     PatchInflated,
     PatchMerging,
     check_depths,
-    check_frame_size,
+    check_frame,
     check_network,
     patch_embed,
 )
@@ -74,7 +74,7 @@ class VMRNN(nn.Module):
 
     def encode(self, frame):
         """(B, in_chans, H, W) -> tokens (B, H/p, W/p, C)."""
-        check_frame_size(*frame.shape[-2:], self.patch_size, self.levels)
+        check_frame(frame.shape, self.in_chans, self.patch_size, self.levels)
         return self.Downsample.dropout(self.Downsample.patch_embed(frame))
 
     def advance(self, tokens, states=None):

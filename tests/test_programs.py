@@ -186,6 +186,7 @@ def test_wrong_configurations(tmp_path, text, complaint):
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
         (["--input_size", "18"], "18x18.*multiples of 4"),
         (["--patch_size", "3"], "patch_size 3"),
+        (["--input_channels", "3"], "frames of 1 channels, but the network takes 3"),
         (["--digit_size", "20"], "20"),
         (["--device", "cuda:7"], "--device cuda:7: not there"),
         (["--device", "abacus"], "--device abacus"),

@@ -22,6 +22,13 @@ def check_network(img_size, patch_size, in_chans, embed_dim, levels):
     return H, W
 
 
+def check_frame(shape, in_chans, patch_size, levels):
+    """UserError unless frames of `shape` (B, C, H, W) fit a network of in_chans channels."""
+    if shape[1] != in_chans:
+        raise UserError(f"frames of {shape[1]} channels, but the network takes {in_chans}; set --input_channels")
+    check_frame_size(*shape[2:], patch_size, levels)
+
+
 def check_frame_size(H, W, patch_size, levels):
     unit = patch_size * 2**levels
     if H % unit or W % unit:
