@@ -58,6 +58,12 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
     return torch.stack(frames, 1)
 
 
+def mixed_precision(device, precision):
+    """The context that `precision` means: "fp32" or "bf16" (products and convolutions in bf16; norms,
+    gates, the scan's state and the loss stay in fp32)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def rollout_loss(outputs, inputs, targets):
     """MSE + L1 over all outputs against the frames that follow (paper section 3.4); a scalar."""
     truth = torch.cat([inputs[:, 1:], targets], dim=1)
@@ -84,6 +90,7 @@ def train_one_epoch(
     device,
     clip_grad=0.0,
     grad_checkpoint=False,
+    precision="fp32",
     log_every=200,
     log=None,
     title="",
@@ -98,7 +105,9 @@ def train_one_epoch(
     for bar, step, inputs, targets in progress(loader, title):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
-        loss = rollout_loss(rollout(model, inputs, targets.shape[1], grad_checkpoint), inputs, targets)
+        with mixed_precision(device, precision):
+            outputs = rollout(model, inputs, targets.shape[1], grad_checkpoint)
+        loss = rollout_loss(outputs, inputs, targets)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} at update {step} of {title}: lower --lr or set --clip_grad 1")
@@ -117,7 +126,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, baselines=False, on_batch=None, title=""):
+def evaluate(model, loader, device, precision="fp32", baselines=False, on_batch=None, title=""):
     """Metrics of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
@@ -127,7 +136,8 @@ def evaluate(model, loader, device, baselines=False, on_batch=None, title=""):
     total, meters = 0.0, {}
     for _, step, inputs, targets in progress(loader, title):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        outputs = rollout(model, inputs, targets.shape[1])
+        with mixed_precision(device, precision):
+            outputs = rollout(model, inputs, targets.shape[1])
         total += rollout_loss(outputs, inputs, targets).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
         forecasts = {"model": forecast}

@@ -75,7 +75,7 @@ def main(argv=None):
                 if index == 0:
                     save_animation(folder / "forecast.gif", *sequence)
 
-    results = evaluate(model, loader, device, baselines=True, on_batch=pictures, title="test")
+    results = evaluate(model, loader, device, config.precision, baselines=True, on_batch=pictures, title="test")
     loss = results.pop("loss")
     log.info("%d sequences, loss (MSE + L1 over all outputs) %.4f", results["model"]["count"], loss)
     for line in table(results):

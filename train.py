@@ -122,9 +122,9 @@ def main(argv=None):
         config.num_frames_output,
     )  # fmt: skip
     log.info(
-        "training   epochs %d to %d, %d updates each of batch %d, %s lr %g %s, effective batch %d",
+        "training   epochs %d to %d, %d updates each of batch %d, %s lr %g %s, %s, effective batch %d",
         first_epoch, config.epochs, len(train_loader), config.train_batch_size, config.optimizer, config.lr,
-        config.schedule, config.train_batch_size,
+        config.schedule, config.precision, config.train_batch_size,
     )  # fmt: skip
     log.info("run folder %s", folder)
     configuration.save_toml(config, folder / "config.toml")
@@ -147,7 +147,7 @@ def main(argv=None):
         train_loader.sampler.epoch = epoch
         loss = train_one_epoch(
             model, train_loader, optimizer, scheduler, device, clip_grad=config.clip_grad,
-            grad_checkpoint=config.grad_checkpoint, log_every=config.log_train,
+            grad_checkpoint=config.grad_checkpoint, precision=config.precision, log_every=config.log_train,
             log=lambda step, mean: record(epoch=epoch, step=step, train_loss=mean, lr=scheduler.get_last_lr()[0]),
             title=f"epoch {epoch}/{config.epochs}",
         )  # fmt: skip
@@ -162,7 +162,9 @@ def main(argv=None):
                     save_strip(name, inputs[0].cpu(), targets[0].cpu(), forecast[0].cpu(), f"epoch {epoch}")
 
             make_folder(folder / "pictures")
-            results = evaluate(model, valid_loader, device, on_batch=pictures, title=f"validate {epoch}")
+            results = evaluate(
+                model, valid_loader, device, config.precision, on_batch=pictures, title=f"validate {epoch}"
+            )
             metrics = results["model"]["mean"]
             seconds = round(time.perf_counter() - started, 1)
             record(epoch=epoch, train_loss=loss, valid_loss=results["loss"], seconds=seconds, **metrics)

@@ -4,7 +4,7 @@
     python -m benchmarks.train_step --cases D:1 D:1:checkpoint --rounds 5
     python -m benchmarks.train_step --scan torch --cases D:1
 
-A case is NETWORK:BATCH[:checkpoint]: the published sizes (64x64, patch 2, width 128), 10 + 10 frames.
+A case is NETWORK:BATCH[:checkpoint][:bf16]: the published sizes (64x64, patch 2, width 128), 10 + 10 frames.
 Each runs in a process of its own, so that its peak memory is its own; rounds go over all cases in
 turn, so that a machine whose speed drifts treats them alike. Medians over rounds; a human table,
 then one JSON line. The golden test of tests/test_networks.py must pass first.
@@ -19,7 +19,7 @@ import time
 
 import torch
 
-from functions import build_model, rollout, rollout_loss
+from functions import build_model, mixed_precision, rollout, rollout_loss
 from vmrnn import scan
 from vmrnn.runtime import describe_device, pick_device
 
@@ -54,6 +54,7 @@ def seconds(function, device, times):
 def measure(case, device, back_end):
     """{"step": s, "frame": s, "peak": MiB} of one case, in this process."""
     network, batch, *rest = case.split(":")
+    precision = "bf16" if "bf16" in rest else "fp32"
     torch.manual_seed(0)
     model = build_model(
         f"VMRNN-{network}", img_size=64, patch_size=2, in_chans=1, embed_dim=128, depths=[6], depths_down=[2, 6],
@@ -64,13 +65,15 @@ def measure(case, device, back_end):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        rollout_loss(rollout(model, inputs, FRAMES, "checkpoint" in rest), inputs, targets).backward()
+        with mixed_precision(device, precision):
+            outputs = rollout(model, inputs, FRAMES, "checkpoint" in rest)
+        rollout_loss(outputs, inputs, targets).backward()
         optimizer.step()
 
     step()
     result = {"step": seconds(step, device, STEPS - 1), "peak": peak_mib(device)}
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), mixed_precision(device, precision):
         _, states = model(inputs[:, 0])
         for _ in range(3):
             model(inputs[:, 0], states)

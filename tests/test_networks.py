@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, relative_error
 
-from functions import build_model, rollout, rollout_loss
+from functions import build_model, mixed_precision, rollout, rollout_loss
 from vmrnn import scan
 from vmrnn.cell import VMRNNCell
 from vmrnn.checkpoint import load_weights
@@ -132,6 +132,22 @@ def test_checkpointed_gradients_are_the_same():
         rollout_loss(rollout(model, inputs, 2, grad_checkpoint), inputs, targets).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("model", [B(16, 4, 1, 32, [2]), D(16, 2, 1, 16, [1], [1])], ids=["B", "D"])
+def test_bf16_is_close_to_fp32_and_frames_and_gradients_stay_fp32(model):
+    inputs, targets = torch.rand(2, 3, 1, 16, 16), torch.rand(2, 2, 1, 16, 16)
+    outputs, gradients = [], []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model.zero_grad()
+        with mixed_precision(torch.device("cpu"), precision):
+            outputs.append(rollout(model, inputs, 2))
+        rollout_loss(outputs[-1], inputs, targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert outputs[1].dtype == torch.float32 and len(outputs[1].unique()) > 256
+    assert 0 < relative_error(outputs[1], outputs[0]) < 0.02
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_the_loss_compares_every_output_with_the_frame_that_follows():

@@ -1,5 +1,6 @@
 """Between frames and tokens: patch embedding, merging, expanding, and the head. Maps are (B, H, W, C)."""
 
+import torch
 import torch.nn as nn
 from einops import rearrange
 from timm.layers import PatchEmbed
@@ -99,4 +100,5 @@ class PatchInflated(nn.Module):
         self.Conv = doubling_convolution(dim, out_chans)
 
     def forward(self, x):
-        return self.Conv(self.Conv_(rearrange(x, "b h w c -> b c h w")))
+        x = self.Conv(self.Conv_(rearrange(x, "b h w c -> b c h w")))
+        return x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 has 8 bits: too few for a frame
