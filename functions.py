@@ -25,6 +25,17 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
     return table[model]()
 
 
+FUSED_ADAM = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
+
+
+def compile_model(model):
+    """Compile the recurrence step of `model` in place (torch.compile, one graph a frame, no breaks).
+
+    The first steps of a run then take a minute or more; weights and checkpoints are unchanged.
+    """
+    model.advance = torch.compile(model.advance, fullgraph=True, dynamic=False)
+
+
 def rollout(model, inputs, horizon, grad_checkpoint=False):
     """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
 

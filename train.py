@@ -20,7 +20,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset import build_dataset, make_loader
-from functions import build_model, evaluate, train_one_epoch
+from functions import FUSED_ADAM, build_model, compile_model, evaluate, train_one_epoch
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
 from vmrnn.pictures import save_curve, save_strip
@@ -96,9 +96,13 @@ def main(argv=None):
     if options.checkpoint:
         checkpoint.load_weights(model, options.checkpoint)
 
+    if config.compile:
+        compile_model(model)
+
     # Optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    optimizer = optimizer_class(parameter_groups(model, config.weight_decay), lr=config.lr)
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = optimizer_class(groups, lr=config.lr, fused=device.type in FUSED_ADAM)
     scheduler = rate_schedule(optimizer, config.schedule, config.warmup_steps, config.epochs * len(train_loader))
 
     # Resume

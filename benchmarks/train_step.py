@@ -1,13 +1,14 @@
 """Whole steps: a training step (rollout, loss, backward, Adam) and one frame forward, seconds and memory.
 
-    python -m benchmarks.train_step                       networks B and D, batch 1 and 4, the default back end
-    python -m benchmarks.train_step --cases D:1 D:1:checkpoint --rounds 5
-    python -m benchmarks.train_step --scan torch --cases D:1
+    python -m benchmarks.train_step                       networks B and D, batch 1 and 4, on the CPU
+    python -m benchmarks.train_step --cases D:1 D:1:checkpoint D:1:torch --rounds 5
+    python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:compile
 
-A case is NETWORK:BATCH[:checkpoint][:bf16]: the published sizes (64x64, patch 2, width 128), 10 + 10 frames.
-Each runs in a process of its own, so that its peak memory is its own; rounds go over all cases in
-turn, so that a machine whose speed drifts treats them alike. Medians over rounds; a human table,
-then one JSON line. The golden test of tests/test_networks.py must pass first.
+A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, a scan back end (default: auto). Sizes
+are the published ones (64x64, patch 2, width 128), 10 + 10 frames. Each case runs in a process of
+its own, so that its peak memory is its own; rounds go over all cases in turn, so that a machine
+whose speed drifts treats them alike. Medians over rounds; a human table, then one JSON line. The
+golden tests of every back end used must pass first.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 
 import torch
 
-from functions import build_model, mixed_precision, rollout, rollout_loss
+from functions import FUSED_ADAM, build_model, compile_model, mixed_precision, rollout, rollout_loss
 from vmrnn import scan
 from vmrnn.runtime import describe_device, pick_device
 
@@ -51,16 +52,28 @@ def seconds(function, device, times):
     return statistics.median(measured)
 
 
-def measure(case, device, back_end):
+OPTIONS = {"checkpoint", "bf16", "compile"}
+
+
+def back_end_of(case, device):
+    """The scan back end a case runs, resolved; UserError for a word that is neither option nor back end."""
+    words = set(case.split(":")[2:]) - OPTIONS
+    return scan.resolve(words.pop() if words else "auto", device.type)
+
+
+def measure(case, device):
     """{"step": s, "frame": s, "peak": MiB} of one case, in this process."""
     network, batch, *rest = case.split(":")
+    back_end = back_end_of(case, device)
     precision = "bf16" if "bf16" in rest else "fp32"
     torch.manual_seed(0)
     model = build_model(
         f"VMRNN-{network}", img_size=64, patch_size=2, in_chans=1, embed_dim=128, depths=[6], depths_down=[2, 6],
         depths_up=[6, 2], scan=back_end,
     ).to(device)  # fmt: skip
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    if "compile" in rest:
+        compile_model(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device.type in FUSED_ADAM)
     inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
 
     def step():
@@ -84,36 +97,34 @@ def measure(case, device, back_end):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["B:1", "B:4", "D:1", "D:1:checkpoint", "D:4"])
-    parser.add_argument("--scan", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", metavar="CASE", help="measure one case in this process and print JSON")
     args = parser.parse_args()
     device = pick_device(args.device)
-    back_end = scan.resolve(args.scan, device.type)
     if args.one:
-        print(json.dumps(measure(args.one, device, back_end)))
+        print(json.dumps(measure(args.one, device)))
         return
 
-    gate = [sys.executable, "-m", "pytest", "-q", "tests/test_networks.py", "-k", f"golden and {back_end}"]
-    if subprocess.run(gate, capture_output=True).returncode:
-        sys.exit(f"{' '.join(gate[1:])} fails: no figure from a step that computes something else")
+    for back_end in sorted({back_end_of(case, device) for case in args.cases}):
+        gate = [sys.executable, "-m", "pytest", "-q", "tests/test_networks.py", "-k", f"golden and {back_end}"]
+        if subprocess.run(gate, capture_output=True).returncode:
+            sys.exit(f"{' '.join(gate[1:])} fails: no figure from a step that computes something else")
     results = {case: [] for case in args.cases}
     for _ in range(args.rounds):
         for case in args.cases:
-            command = [sys.executable, "-m", "benchmarks.train_step", "--one", case, "--scan", back_end,
-                       "--device", args.device]  # fmt: skip
+            command = [sys.executable, "-m", "benchmarks.train_step", "--one", case, "--device", args.device]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             results[case].append(json.loads(done.stdout.splitlines()[-1]))
 
-    print(f"{describe_device(device)}; scan {back_end}; {args.rounds} rounds, medians; {FRAMES} + {FRAMES} frames")
-    print(f"{'case':18}{'step [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}")
+    print(f"{describe_device(device)}; {args.rounds} rounds, medians; {FRAMES} + {FRAMES} frames")
+    print(f"{'case':26}{'step [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}")
     medians = {}
     for case, rounds in results.items():
         medians[case] = m = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         rate = int(case.split(":")[1]) * 2 * FRAMES / m["step"]
-        print(f"{case:18}{m['step']:10.2f}{rate:10.1f}{m['peak']:12.0f}{1e3 * m['frame']:20.1f}")
-    print(json.dumps({"device": describe_device(device), "scan": back_end, "medians": medians}))
+        print(f"{case:26}{m['step']:10.2f}{rate:10.1f}{m['peak']:12.0f}{1e3 * m['frame']:20.1f}")
+    print(json.dumps({"device": describe_device(device), "medians": medians}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, relative_error
 
-from functions import build_model, mixed_precision, rollout, rollout_loss
+from functions import build_model, compile_model, mixed_precision, rollout, rollout_loss
 from vmrnn import scan
 from vmrnn.cell import VMRNNCell
 from vmrnn.checkpoint import load_weights
@@ -18,6 +18,14 @@ from VMRNN_D import VMRNN as D, drop_path_rates
 
 PUBLISHED = ROOT.parent / "shared" / "golden"  # numbers of the published code, not part of the project
 OWN = Path(__file__).parent / "golden"  # the reference in float64, made by make_golden.py
+
+
+BACK_ENDS = [
+    pytest.param(device, name, id=f"{device}-{name}")
+    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    for name, (ok, _) in scan.available(device).items()
+    if ok
+]
 
 
 def golden_model(file, back_end):
@@ -31,28 +39,28 @@ def golden_model(file, back_end):
     return model.eval()
 
 
-@pytest.mark.parametrize("back_end", [n for n, (ok, _) in scan.available("cpu").items() if ok])
+@pytest.mark.parametrize("device, back_end", BACK_ENDS)
 @pytest.mark.parametrize(
     "path",
     [PUBLISHED / "b_patch2.npz", PUBLISHED / "d_small.npz", OWN / "b_patch8.npz", OWN / "d_odd.npz"],
     ids=lambda p: p.stem,
 )
-def test_golden_outputs_and_gradients(path, back_end):
+def test_golden_outputs_and_gradients(path, device, back_end):
     if not path.exists():
         assert path.parent != OWN
         pytest.skip("the published code's numbers are not on this machine")
     file = np.load(path)
-    model = golden_model(file, back_end)
-    inputs, targets = torch.from_numpy(file["inputs"]).float(), torch.from_numpy(file["targets"]).float()
+    model = golden_model(file, back_end).to(device)
+    inputs, targets = (torch.from_numpy(file[key]).float().to(device) for key in ("inputs", "targets"))
     outputs = rollout(model, inputs, targets.shape[1])
-    assert relative_error(outputs, torch.from_numpy(file["outputs"])) <= 2e-5
+    assert relative_error(outputs.cpu(), torch.from_numpy(file["outputs"])) <= 2e-5
     loss = rollout_loss(outputs, inputs, targets)
     assert abs(loss.item() - float(file["loss"])) <= 2e-5 * float(file["loss"])
     loss.backward()
     gradients = dict(model.named_parameters())
     assert {"grad/" + name for name in gradients} == {key for key in file if key.startswith("grad/")}
     for name, parameter in gradients.items():
-        assert relative_error(parameter.grad, torch.from_numpy(file["grad/" + name])) <= 2e-4, name
+        assert relative_error(parameter.grad.cpu(), torch.from_numpy(file["grad/" + name])) <= 2e-4, name
 
 
 def test_parameter_counts_of_the_paper_without_the_dead_weights():
@@ -132,6 +140,23 @@ def test_checkpointed_gradients_are_the_same():
         rollout_loss(rollout(model, inputs, 2, grad_checkpoint), inputs, targets).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiled_steps_are_one_graph_and_the_same_numbers():
+    if scan.resolve("auto", "cpu") != "cpu":
+        pytest.skip("torch.compile on a CPU needs the C++ compiler that is not here")
+    model = B(8, 2, 1, 16, [1], drop_path_rate=0.0)
+    inputs, targets = torch.rand(1, 2, 1, 8, 8), torch.rand(1, 2, 1, 8, 8)
+    outputs, gradients = [], []
+    for compiled in (False, True):
+        if compiled:
+            compile_model(model)  # fullgraph: a graph break raises
+        model.zero_grad()
+        outputs.append(rollout(model, inputs, 2))
+        rollout_loss(outputs[-1], inputs, targets).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert relative_error(outputs[1], outputs[0]) < 1e-5
+    assert all(relative_error(b, a) < 1e-4 for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("model", [B(16, 4, 1, 32, [2]), D(16, 2, 1, 16, [1], [1])], ids=["B", "D"])

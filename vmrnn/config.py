@@ -65,6 +65,7 @@ class Config:
     warmup_steps: int = option(0, "updates of linear warm-up")
     clip_grad: float = option(0.0, "largest gradient norm; 0: no clipping")
     precision: str = option("fp32", "arithmetic of products and convolutions; the rest is fp32", ["fp32", "bf16"])
+    compile: bool = option(False, "torch.compile the recurrence: a slow start, then faster steps on a GPU")
     grad_checkpoint: bool = option(False, "compute activations again in the backward pass: less memory, a third slower")
     epoch_valid: int = option(5, "epochs between validations")
     log_train: int = option(200, "updates between lines of training loss in log.jsonl")

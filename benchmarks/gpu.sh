@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA GPU, in at most 8 minutes: the tests, then both benchmarks.
+#   bash benchmarks/gpu.sh [folder for the results, default benchmarks/results]
+# PYTHON names the interpreter (default: python). Each part has its own time limit and leaves what it
+# had printed; the exit code is 0 only if all of them passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+folder=${1:-benchmarks/results}
+mkdir -p "$folder"
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--' | tr '[:upper:]' '[:lower:]')
+result=$folder/gpu_${gpu}_$(date +%F).txt
+failed=0
+
+part() { # part SECONDS COMMAND...
+    echo "\$ ${*:2}" | tee -a "$result"
+    timeout "$1" "${@:2}" 2>&1 | tee -a "$result"
+    [ "${PIPESTATUS[0]}" -eq 0 ] || { failed=1; echo "failed or out of time ($1 s)" | tee -a "$result"; }
+}
+
+{
+    date --iso-8601=seconds
+    git log -1 --format='commit %h' 2>/dev/null
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    "$python" -c "import torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'Python', sys.version.split()[0])"
+} | tee "$result"
+part 120 "$python" -m pytest -q -rs tests/test_scan.py tests/test_networks.py tests/test_scan_triton.py
+part 100 "$python" -m benchmarks.scan --device cuda
+part 250 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases \
+    D:16:bf16 D:16:bf16:checkpoint D:16 D:1:bf16 D:8:bf16 D:64:bf16 B:16:bf16 B:64:bf16 D:16:bf16:compile
+echo "results: $result"
+exit $failed
