@@ -159,7 +159,7 @@ def add_options(parser):
             type=int if is_list else f.type,
             nargs="+" if is_list else None,
             default=argparse.SUPPRESS,
-            metavar=f.name.split("_")[-1].upper() if not f.metadata["choices"] else None,
+            metavar=None if f.metadata["choices"] else {str: "TEXT", float: "X"}.get(f.type, "N"),
             choices=f.metadata["choices"],
             help=text,
         )
