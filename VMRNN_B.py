@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from vmrnn.cell import VMRNNCell
-from vmrnn.patch import PatchInflated, check_depths, check_frame, check_network, patch_embed
+from vmrnn.patch import PatchInflated, check_depths, check_frame, check_network, check_options, patch_embed
 
 
 class VMRNN(nn.Module):
@@ -28,6 +28,7 @@ class VMRNN(nn.Module):
         super().__init__()
         self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, levels=0)
         check_depths(depths=depths)
+        check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         self.patch_size, self.in_chans, self.levels = patch_size, in_chans, 0
         self.ST = nn.Module()  # the published name of everything below
         self.ST.patch_embed = patch_embed(patch_size, in_chans, embed_dim)

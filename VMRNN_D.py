@@ -15,6 +15,7 @@ from vmrnn.patch import (
     check_depths,
     check_frame,
     check_network,
+    check_options,
     patch_embed,
 )
 
@@ -31,8 +32,8 @@ class VMRNN(nn.Module):
     img_size           int or (H, W), each a multiple of patch_size * 2**len(depths_downsample);
                        at run time any such size will do
     depths_downsample  VSS blocks of the cell at each level, finest first, e.g. [2, 6]
-    depths_upsample    the same for the way up, listed coarsest first, e.g. [6, 2], and used in the
-                       published code's order: the cell at the coarsest map takes the last entry
+    depths_upsample    the same for the way up, finest first too, e.g. [6, 2]: the coarsest map's cell
+                       has the last entry's blocks
     The others as in VMRNN_B. Widths are embed_dim * 2**level. Drop path rises linearly from 0 over
     the blocks of the way down; the way up takes its own schedule in the order its depths are used.
     """
@@ -40,13 +41,14 @@ class VMRNN(nn.Module):
     def __init__(self, img_size, patch_size, in_chans, embed_dim, depths_downsample, depths_upsample,
                  drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
         super().__init__()
+        check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
         n = len(depths_downsample)
         if len(depths_upsample) != n:
             raise UserError(
                 f"depths_downsample {depths_downsample} and depths_upsample {depths_upsample}: "
                 "give as many levels up as down"
             )
-        check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
+        check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, levels=n)
         self.patch_size, self.in_chans, self.levels = patch_size, in_chans, n
 

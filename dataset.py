@@ -1,7 +1,7 @@
 """Data sets and loaders. Knows nothing of models.
 
-An item is `(inputs, targets)`: float32 tensors (T, C, H, W), values in the range that the row of
-`DATASETS` states. A random sample is a function of (seed, epoch, index) only, so it is the same
+An item is `(inputs, targets)`: float32 tensors (T, C, H, W), values in the range that its data set
+states. A random sample is a function of (seed, epoch, index) only, so it is the same
 at any worker count, after any resume and on any rank.
 
     digits = load_digits("builtin")                         # or "mnist", or an idx3 file
@@ -14,6 +14,7 @@ import gzip
 import math
 import os
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -29,28 +30,16 @@ from vmrnn.errors import UserError
 
 @dataclass(frozen=True)
 class Spec:
-    """The facts of one data set that the rest of the program needs to know."""
+    """The facts of one data set that the programs need to know."""
 
     description: str
-    in_chans: int
-    img_size: tuple  # (H, W)
-    num_frames_input: int
-    num_frames_output: int
-    value_range: tuple  # (low, high) of every item
     metrics: tuple  # names of vmrnn.metrics.CONVENTIONS, in the order of the tables
-    selection_split: str  # the split whose MSE selects the checkpoint to keep; never the test split
 
 
 DATASETS = {
     "moving_mnist": Spec(
-        description="two handwritten digits that move and bounce (Srivastava et al. 2015)",
-        in_chans=1,
-        img_size=(64, 64),
-        num_frames_input=10,
-        num_frames_output=10,
-        value_range=(0.0, 1.0),
+        description="two handwritten digits that move and bounce (Srivastava et al. 2015); values in [0, 1]",
         metrics=("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8"),
-        selection_split="valid",
     ),
 }
 
@@ -378,7 +367,15 @@ def open_sequences(path):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a .npy or .npz file of sequences") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        tokenize.TokenError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: not a whole .npy or .npz array ({reason}); fetch it again") from error
     if not isinstance(loaded, np.ndarray):  # a zip member that is no array comes back as bytes

@@ -42,8 +42,8 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
     inputs (B, T_in, C, H, W). Output i is the network's view of frame i + 1, so the last `horizon`
     are the forecast. The known frames are embedded in one call and the outputs before the forecast,
     which nothing feeds on, are decoded in one. grad_checkpoint: keep only the states between frames
-    and compute a frame's activations again in the backward pass (a third more time, a fraction of
-    the memory).
+    and compute a frame's activations again in the backward pass (a third to a half more time, a
+    fraction of the memory).
     """
 
     def advance(tokens, states):
@@ -97,7 +97,7 @@ def train_one_epoch(
     model,
     loader,
     optimizer,
-    scheduler,
+    learning_rate,
     device,
     clip_grad=0.0,
     grad_checkpoint=False,
@@ -108,25 +108,29 @@ def train_one_epoch(
 ):
     """One pass over `loader`, one update a batch; returns the mean loss of a sample.
 
-    log(step, mean loss since the last call) is called every `log_every` updates. A loss that is not
-    finite raises UserError before it reaches the weights.
+    learning_rate(step) is the lr of update `step`, from 1. log(step, mean loss since the last call) is
+    called every `log_every` updates. A loss or a gradient that is not finite raises UserError before
+    it reaches the weights.
     """
     model.train()
     total, count, window = 0.0, 0, []
     for bar, step, inputs, targets in progress(loader, title):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
         with mixed_precision(device, precision):
             outputs = rollout(model, inputs, targets.shape[1], grad_checkpoint)
         loss = rollout_loss(outputs, inputs, targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at update {step} of {title}: lower --lr or set --clip_grad 1")
         loss.backward()
-        if clip_grad:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf).item()
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise UserError(
+                f"the loss is {value} and its gradient's norm {norm} at update {step} of {title}: "
+                "lower --lr or set --clip_grad 1"
+            )
         optimizer.step()
-        scheduler.step()
         total, count = total + value * len(inputs), count + len(inputs)
         window.append(value)
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
@@ -137,8 +141,8 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, precision="fp32", baselines=False, on_batch=None, title=""):
-    """Metrics of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
+def evaluate(model, loader, device, metrics, precision="fp32", baselines=False, on_batch=None, title=""):
+    """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
     on_batch(step, inputs, targets, forecast) sees every batch.
@@ -156,7 +160,7 @@ def evaluate(model, loader, device, precision="fp32", baselines=False, on_batch=
             forecasts["black"] = torch.zeros_like(targets)
             forecasts["last"] = inputs[:, -1:].expand_as(targets)
         for name, frames in forecasts.items():
-            meters.setdefault(name, Metrics()).update(frames, targets)
+            meters.setdefault(name, Metrics(metrics)).update(frames, targets)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
     results = {name: meter.compute() for name, meter in meters.items()}

@@ -12,7 +12,7 @@ import json
 import logging
 from pathlib import Path
 
-from dataset import build_dataset, make_loader
+from dataset import DATASETS, build_dataset, make_loader
 from functions import build_model, evaluate
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.metrics import CONVENTIONS
@@ -75,7 +75,16 @@ def main(argv=None):
                 if index == 0:
                     save_animation(folder / "forecast.gif", *sequence)
 
-    results = evaluate(model, loader, device, config.precision, baselines=True, on_batch=pictures, title="test")
+    results = evaluate(
+        model,
+        loader,
+        device,
+        DATASETS[config.dataset].metrics,
+        config.precision,
+        baselines=True,
+        on_batch=pictures,
+        title="test",
+    )
     loss = results.pop("loss")
     log.info("%d sequences, loss (MSE + L1 over all outputs) %.4f", results["model"]["count"], loss)
     for line in table(results):

@@ -5,40 +5,64 @@
     python train.py --model VMRNN-B --depths 6 --res_dir exps/b         the same by flags alone
     python train.py --config ... --resume auto                          go on after an interruption
 
-Every flag is a key of the TOML file and the other way round (vmrnn/config.py); flags win.
+Every key of the TOML file is a flag (vmrnn/config.py); flags win.
 The run folder (--res_dir) gets config.toml, log.jsonl, loss.png, pictures, last.pt and best.safetensors.
 """
 
-import argparse
 import json
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset import build_dataset, make_loader
+from dataset import DATASETS, build_dataset, make_loader
 from functions import FUSED_ADAM, build_model, compile_model, evaluate, train_one_epoch
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
 from vmrnn.pictures import save_curve, save_strip
-from vmrnn.runtime import describe_device, make_folder, pick_device, run_program, seed_everything
+from vmrnn.runtime import describe_device, make_folder, pick_device, replacing, run_program, seed_everything
 
 log = logging.getLogger("vmrnn")
 
 
+# What a resumed run may change: nothing that its data, network or schedule were made from.
+FREE_ON_RESUME = {
+    "epochs", "lr", "weight_decay", "clip_grad", "precision", "compile", "grad_checkpoint", "epoch_valid", "log_train",
+    "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir", "valid_batch_size", "test_batch_size",
+    "test_data_dir", "test_sequences",
+}  # fmt: skip
+
+
 def parse_arguments(argv=None):
-    """(Config, the options of this program alone)."""
+    """(Config, weights to start from or None, (path, content) of the checkpoint to resume or None)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start from")
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from the run folder's last.pt, or from FILE")
     configuration.add_options(parser)
     given = vars(parser.parse_args(argv))
-    own = {key: given.pop(key) for key in ("config", "checkpoint", "resume")}
-    return configuration.resolve(own["config"], given), argparse.Namespace(**own)
+    toml, weights, resume = (given.pop(key) for key in ("config", "checkpoint", "resume"))
+    config = configuration.resolve(toml, given)
+    last = Path(config.res_dir) / "last.pt"
+    if resume == "auto":
+        resume = last if last.exists() else None  # a first start with --resume auto in the job script
+    if last.exists() and (resume is None or last.resolve() != Path(resume).resolve()):
+        raise UserError(f"{last.parent} already holds a run: --resume auto goes on, or give another --res_dir")
+    if resume is None:
+        return config, weights, None
+    state = checkpoint.read_checkpoint(resume)
+    if "optimizer" not in state:
+        raise UserError(f"--resume {resume}: holds weights alone; use --checkpoint to start from them")
+    before = state["config"]
+    config = configuration.resolve(toml, given, base=before | {"res_dir": config.res_dir})
+    changed = {key for key, value in config.to_dict().items() if value != before.get(key)} - FREE_ON_RESUME
+    if changed:
+        raise UserError(f"--resume {resume}: the run has other {', '.join(sorted(changed))}; leave them or start anew")
+    return config, weights, (Path(resume), state)
 
 
 def parameter_groups(model, weight_decay):
@@ -50,32 +74,34 @@ def parameter_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def rate_schedule(optimizer, schedule, warmup_steps, total_steps):
-    """Linear warm-up, then constant or half a cosine down to 0, as a factor of lr; one step an update."""
+def rate_factor(step, schedule, warmup_steps, total_steps):
+    """lr as a factor of its peak at update `step` (from 0): linear warm-up, then constant or half a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def factor(step):
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if schedule == "constant":
-            return 1.0
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def forget_from(log_file, epoch):
+    """Drop what log.jsonl has of `epoch` and later, and a line that was cut off: they will be written again."""
+    kept = []
+    for line in log_file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except ValueError:  # the process died while writing it
+            continue
+    with replacing(log_file) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def main(argv=None):
-    config, options = parse_arguments(argv)
+    config, weights, resumed = parse_arguments(argv)
     device = pick_device(config.device)
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
-    folder = make_folder(config.res_dir)
-    last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
-    resume_from = last if options.resume == "auto" else options.resume and Path(options.resume)
-    if options.resume == "auto" and not last.exists():
-        resume_from = None  # a first start with --resume auto in the job script
-    if last.exists() and resume_from is None:
-        raise UserError(f"{folder} already holds a run: add --resume auto to go on, or give another --res_dir")
     seed_everything(config.seed)
 
     # Data
@@ -93,9 +119,10 @@ def main(argv=None):
 
     # Network
     model = build_model(**config.network_options).to(device)
-    if options.checkpoint:
-        checkpoint.load_weights(model, options.checkpoint)
-
+    if weights:
+        checkpoint.load_weights(model, weights)
+    with torch.no_grad():
+        model.encode(train_set[0][0].to(device))  # refuses frames that do not fit, before anything is written
     if config.compile:
         compile_model(model)
 
@@ -103,19 +130,30 @@ def main(argv=None):
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     groups = parameter_groups(model, config.weight_decay)
     optimizer = optimizer_class(groups, lr=config.lr, fused=device.type in FUSED_ADAM)
-    scheduler = rate_schedule(optimizer, config.schedule, config.warmup_steps, config.epochs * len(train_loader))
+    updates = len(train_loader)
+
+    def learning_rate(epoch, step):
+        done = (epoch - 1) * updates + step - 1
+        return config.lr * rate_factor(done, config.schedule, config.warmup_steps, config.epochs * updates)
+
+    # Run folder
+    folder = make_folder(config.res_dir)
+    last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
 
     # Resume
     first_epoch, best_mse, curves = 1, float("inf"), {"epoch": [], "loss": [], "valid_epoch": [], "valid_loss": []}
-    if resume_from:
-        state = checkpoint.read_checkpoint(resume_from)
-        if "optimizer" not in state:
-            raise UserError(f"--resume {resume_from}: holds weights alone; use --checkpoint to start from them")
+    if resumed:
+        path, state = resumed
         checkpoint.load_weights(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        # Moments are the checkpoint's, lr and weight decay the configuration's.
+        moments = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+        optimizer.load_state_dict(moments)
         torch.set_rng_state(state["rng"])
-        first_epoch, best_mse, curves = state["epoch"] + 1, state["best_mse"], state["curves"]
+        first_epoch, curves = state["epoch"] + 1, state["curves"]
+        if best.exists():  # not where a run goes on in another folder
+            best_mse = state["best_mse"]
+        if log_file.exists():
+            forget_from(log_file, first_epoch)
 
     # What will run
     parameters = sum(p.numel() for p in model.parameters())
@@ -127,15 +165,14 @@ def main(argv=None):
     )  # fmt: skip
     log.info(
         "training   epochs %d to %d, %d updates each of batch %d, %s lr %g %s, %s, effective batch %d",
-        first_epoch, config.epochs, len(train_loader), config.train_batch_size, config.optimizer, config.lr,
+        first_epoch, config.epochs, updates, config.train_batch_size, config.optimizer, config.lr,
         config.schedule, config.precision, config.train_batch_size,
     )  # fmt: skip
     log.info("run folder %s", folder)
     configuration.save_toml(config, folder / "config.toml")
 
-    board = SummaryWriter(folder / "tensorboard") if config.tensorboard else None
-
-    updates = len(train_loader)
+    purge = (first_epoch - 1) * updates + 1  # steps that will be written again
+    board = SummaryWriter(folder / "tensorboard", purge_step=purge) if config.tensorboard else None
 
     def record(epoch, step=updates, **values):
         with open(log_file, "a", encoding="utf-8") as f:
@@ -150,9 +187,9 @@ def main(argv=None):
     for epoch in range(first_epoch, config.epochs + 1):
         train_loader.sampler.epoch = epoch
         loss = train_one_epoch(
-            model, train_loader, optimizer, scheduler, device, clip_grad=config.clip_grad,
+            model, train_loader, optimizer, partial(learning_rate, epoch), device, clip_grad=config.clip_grad,
             grad_checkpoint=config.grad_checkpoint, precision=config.precision, log_every=config.log_train,
-            log=lambda step, mean: record(epoch=epoch, step=step, train_loss=mean, lr=scheduler.get_last_lr()[0]),
+            log=lambda step, mean: record(epoch=epoch, step=step, train_loss=mean, lr=learning_rate(epoch, step)),
             title=f"epoch {epoch}/{config.epochs}",
         )  # fmt: skip
         curves["epoch"].append(epoch)
@@ -167,9 +204,19 @@ def main(argv=None):
 
             make_folder(folder / "pictures")
             results = evaluate(
-                model, valid_loader, device, config.precision, on_batch=pictures, title=f"validate {epoch}"
+                model,
+                valid_loader,
+                device,
+                DATASETS[config.dataset].metrics,
+                config.precision,
+                on_batch=pictures,
+                title=f"validate {epoch}",
             )
             metrics = results["model"]["mean"]
+            if not math.isfinite(results["loss"]):  # and last.pt stays what it was
+                raise UserError(
+                    f"the validation loss of epoch {epoch} is {results['loss']}: lower --lr or set --clip_grad 1"
+                )
             seconds = round(time.perf_counter() - started, 1)
             record(epoch=epoch, train_loss=loss, valid_loss=results["loss"], seconds=seconds, **metrics)
             curves["valid_epoch"].append(epoch)
@@ -183,12 +230,12 @@ def main(argv=None):
                 epoch, loss, results["loss"], metrics["mse"], metrics["ssim"], best_mse, seconds,
             )  # fmt: skip
         checkpoint.save_checkpoint(
-            last, model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+            last, model=model.state_dict(), optimizer=optimizer.state_dict(),
             rng=torch.get_rng_state(), epoch=epoch, best_mse=best_mse, curves=curves, config=config.to_dict(),
         )  # fmt: skip
-    log.info(
-        "done: %s (best MSE %.2f on the validation set); next: python test.py --checkpoint %s", folder, best_mse, best
-    )
+    log.info("done: %s", folder)
+    if best.exists():
+        log.info("best MSE on the validation set %.2f; next: python test.py --checkpoint %s", best_mse, best)
 
 
 if __name__ == "__main__":

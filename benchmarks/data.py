@@ -10,24 +10,16 @@ import json
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataset import MovingMNIST, load_digits, make_loader, select_digits
+from vmrnn.runtime import cpu_name
 
 ROUNDS = 7
 LENGTH = 2048  # sequences a round
 BATCH = 16
-
-
-def cpu_name():
-    """The processor's name as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def generate(data):

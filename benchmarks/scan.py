@@ -14,7 +14,6 @@ then one JSON line. infer: forward under no_grad; forward: with the graph for a 
 import argparse
 import ctypes
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from vmrnn import scan
+from vmrnn.runtime import cpu_name
 from vmrnn.scan import cpu, reference
 
 SHAPES = ((32, 256, 8), (16, 512, 16), (8, 1024, 32))  # H = W, Di, R of network D at 64x64, patch 2
@@ -161,15 +161,12 @@ def print_results(shape, batch, results):
 
 def describe(device):
     """The machine and the versions."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []  # fmt: skip
     compiler = cpu.find_compiler()
     version = (
-        compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        compiler and subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     )
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "isa": cpu.wanted_isa(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

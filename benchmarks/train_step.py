@@ -22,7 +22,7 @@ import torch
 
 from functions import FUSED_ADAM, build_model, compile_model, mixed_precision, rollout, rollout_loss
 from vmrnn import scan
-from vmrnn.runtime import describe_device, pick_device
+from vmrnn.runtime import describe_device, pick_device, run_program
 
 FRAMES = 10  # given, and to forecast
 STEPS = 3  # training steps a process, the first not counted
@@ -128,4 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -13,15 +13,6 @@ from vmrnn.errors import UserError
 from vmrnn.metrics import CONVENTIONS, Metrics
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: on a busy machine, threads that wait for each other take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def frames(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 

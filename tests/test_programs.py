@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -78,10 +79,9 @@ def test_testing_a_checkpoint_with_its_own_configuration(trained, run):
 
 
 def test_testing_a_published_file_on_a_test_file(trained, tmp_path, capsys, caplog):
-    """Keys as published, dead weights included; the standard file's layout."""
+    """A plain state dict and flags; the standard file's layout."""
     folder, _ = trained
     state = read_checkpoint(folder / "best.safetensors")["model"]
-    state["ST.layers.0.VSBs.1.linear.weight"] = torch.ones(16, 32)
     torch.save(state, tmp_path / "trained_model_state_dict")
     rng = np.random.default_rng(0)
     np.save(tmp_path / "seq.npy", rng.integers(0, 256, (7, 9, 16, 16), dtype=np.uint8))
@@ -142,8 +142,8 @@ def test_the_published_command_line_is_understood():
         "--test_batch_size 8 --epoch_valid 5 --log_train 200 --log_valid 200 --patch_size 2 --embed_dim 128 --depths 6 "
         "--depths_down 2 6 --depths_up 6 2 --drop_path_rate 0.1 --num_workers 4 --seed 1 --device cpu"
     )
-    config, options = train.parse_arguments([*line.split(), "--checkpoint_path", "w"])
-    assert (config.depths, config.depths_down, config.lr, options.checkpoint) == ([6], [2, 6], 5e-5, "w")
+    config, weights, resumed = train.parse_arguments([*line.split(), "--checkpoint_path", "w"])
+    assert (config.depths, config.depths_down, config.lr, weights, resumed) == ([6], [2, 6], 5e-5, "w", None)
 
 
 def test_defaults_then_file_then_flags(tmp_path):
@@ -187,9 +187,12 @@ def test_wrong_configurations(tmp_path, text, complaint):
         (["--input_size", "18"], "18x18.*multiples of 4"),
         (["--patch_size", "3"], "patch_size 3"),
         (["--input_channels", "3"], "frames of 1 channels, but the network takes 3"),
-        (["--digit_size", "20"], "20"),
+        (["--digit_size", "20"], "digits of 20 pixels do not fit"),
         (["--device", "cuda:7"], "--device cuda:7: not there"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta: not there"),
+        (["--seed", str(2**64)], "below 2"),
+        (["--input_size", "4"], "7 pixels or more"),
         (["--scan", "mamba"], "'mamba' cannot run on cpu"),
         (["--scan", "fast"], "'fast' does not exist"),
         (["--train_data_dir", "absent"], "absent"),
@@ -204,17 +207,36 @@ def test_train_refuses_bad_input(arguments, complaint, tmp_path, capsys, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = fails(train, [*TINY, "--res_dir", tmp_path / "x", *arguments], capsys)
     assert re.search(complaint, line), line
-    assert not (tmp_path / "x" / "last.pt").exists()
+    assert not (tmp_path / "x").exists()  # not even an empty folder
 
 
-def test_a_run_is_never_overwritten_by_accident(trained, capsys):
+def test_a_run_is_never_overwritten_by_accident(trained, tmp_path, capsys):
     folder, _ = trained
     before = (folder / "log.jsonl").read_text()
     assert "already holds a run" in fails(train, [*TINY, "--res_dir", folder], capsys)
     assert "holds weights alone" in fails(
-        train, [*TINY, "--res_dir", folder, "--resume", folder / "best.safetensors"], capsys
+        train, [*TINY, "--res_dir", tmp_path, "--resume", folder / "best.safetensors"], capsys
     )
     assert (folder / "log.jsonl").read_text() == before
+
+
+def test_a_resumed_run_takes_lr_from_the_command_line_and_the_rest_from_the_checkpoint(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    resume = ["--res_dir", str(folder), "--resume", "auto"]
+    assert "other embed_dim, num_objects; leave them" in fails(
+        train, [*resume, "--num_objects", "2", "--embed_dim", "32"], capsys
+    )
+    assert "already holds a run" in fails(train, ["--res_dir", folder, "--resume", trained[0] / "last.pt"], capsys)
+    with open(folder / "log.jsonl", "a") as f:
+        f.write('{"epoch": 3, "step": 2, "train_loss": 1}\n{"epoch": 3, "st')  # killed in epoch 3
+    train.main([*resume, "--epochs", "3", "--lr", "0", "--weight_decay", "0.5"])  # no --config, none of TINY
+    before, after = (read_checkpoint(d / "last.pt") for d in (trained[0], folder))
+    assert after["epoch"] == 3 and after["config"]["embed_dim"] == 16 and after["config"]["lr"] == 0
+    assert [g["weight_decay"] for g in after["optimizer"]["param_groups"]] == [0.5, 0]
+    assert all(torch.equal(before["model"][key], after["model"][key]) for key in before["model"])  # lr 0
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(e["epoch"], e["step"]) for e in entries[-4:]] == [(2, 4), (3, 2), (3, 4), (3, 4)]
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
@@ -225,7 +247,8 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     line = fails(train, [*TINY, "--epochs", "4", "--lr", "1e30", "--res_dir", tmp_path / "x"], capsys)
-    assert "the loss is nan at update" in line and "epoch" in line
+    assert "the loss is nan" in line and "at update 2 of epoch 1/4" in line
+    assert not (tmp_path / "x" / "last.pt").exists()
 
 
 @pytest.mark.parametrize("arguments, complaint", [

@@ -83,6 +83,14 @@ def test_bf16_goes_through_fp32():
     assert relative_error(y, exact) < 2**-8
 
 
+@pytest.mark.parametrize("wrong", range(1, 6), ids=NAMES[1:])
+def test_shapes_that_do_not_belong_together_reach_no_kernel(wrong):
+    inputs = scan_inputs(1, 3, 4, 8, 4, 2, dtype=torch.float32)
+    inputs[wrong] = inputs[wrong][..., :-1]
+    with pytest.raises(ValueError, match="scan: "):
+        scan.scan_2d(*inputs)
+
+
 def test_a_named_back_end_never_falls_back():
     with pytest.raises(UserError, match="CUDA"):
         scan.resolve("mamba", "cpu")

@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -12,11 +14,16 @@ from safetensors.torch import save_file
 from vmrnn.errors import UserError
 from vmrnn.runtime import replacing
 
+# What torch.load, zipfile and safetensors raise for files that are not what they seem.
+DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, TypeError, KeyError,
+          AttributeError, IndexError, AssertionError)  # fmt: skip
+
 FORMAT, VERSION = "vmrnn-checkpoint", 1
 
-# Weights of published files that no output depends on (design of the published code, not damage):
-# every block but a cell's first carries a `linear`, and the way up a patch embedding.
-DEAD_KEYS = re.compile(r"(.*\.VSBs\.[1-9]\d*\.linear\.(weight|bias)|Upsample\.patch_embed\..*)")
+# Weights of published files that no output depends on: every block but a cell's first carries a
+# `linear`, and the way up a patch embedding.
+DEAD_LINEAR = re.compile(r"(.*\.VSBs\.[1-9]\d*)\.linear\.(weight|bias)")
+DEAD_EMBEDDING = "Upsample.patch_embed."
 
 
 def load_weights(model, source):
@@ -31,8 +38,8 @@ def load_weights(model, source):
         where, state = str(source), read_checkpoint(source)["model"]
     else:
         where, state = "the state dict", source
-    state = published_to_ours(state)
     own = model.state_dict()
+    state = published_to_ours(state, own)
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -52,15 +59,22 @@ def shorten(keys, most=3):
     return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
 
 
-def published_to_ours(state):
-    """A state dict with the published files' prefixes mapped and their dead weights dropped."""
+def published_to_ours(state, own):
+    """A state dict with the published files' prefixes mapped and their dead weights dropped.
+
+    own: our network's keys; what is dead belongs to a block, or a way up, that it has.
+    """
     renamed = {}
     for key, value in state.items():
         while key.startswith(("module.", "model.")):
             key = key.split(".", 1)[1]
         key = re.sub(r"^ST\.layer\.", "ST.layers.0.", key)
-        if not DEAD_KEYS.fullmatch(key):
-            renamed[key] = value
+        dead = DEAD_LINEAR.fullmatch(key)
+        if dead and f"{dead[1]}.ln_1.weight" in own:
+            continue
+        if key.startswith(DEAD_EMBEDDING) and key.replace("Upsample", "Downsample") in own:
+            continue
+        renamed[key] = value
     return renamed
 
 
@@ -78,6 +92,8 @@ def read_checkpoint(path):
             with safe_open(path, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("config", "null"))
                 return {"model": {key: f.get_tensor(key) for key in f.keys()}, "config": config}
+        if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
+            raise UserError(f"checkpoint {path}: damaged ({broken}); get it again")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
@@ -85,9 +101,13 @@ def read_checkpoint(path):
         raise UserError(
             f"checkpoint {path}: damaged, or holds more than weights, and is not loaded (code in it was not run)"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except UserError:
+        raise
+    except DAMAGE as error:
         raise UserError(f"checkpoint {path}: damaged or not a checkpoint; get it again") from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
+        if not {"version", "model", "config"} <= content.keys():
+            raise UserError(f"checkpoint {path}: incomplete; get it again")
         if content["version"] > VERSION:
             raise UserError(f"checkpoint {path}: version {content['version']} is newer than this program; update it")
         return content

@@ -66,7 +66,9 @@ class Config:
     clip_grad: float = option(0.0, "largest gradient norm; 0: no clipping")
     precision: str = option("fp32", "arithmetic of products and convolutions; the rest is fp32", ["fp32", "bf16"])
     compile: bool = option(False, "torch.compile the recurrence: a slow start, then faster steps on a GPU")
-    grad_checkpoint: bool = option(False, "compute activations again in the backward pass: less memory, a third slower")
+    grad_checkpoint: bool = option(
+        False, "compute activations again in the backward pass: far less memory, a third to a half slower"
+    )
     epoch_valid: int = option(5, "epochs between validations")
     log_train: int = option(200, "updates between lines of training loss in log.jsonl")
     log_valid: int = option(200, "validation batches between saved pictures (the first batch always)")
@@ -94,6 +96,10 @@ class Config:
         for key in ("lr", "weight_decay", "clip_grad", "step_length", "warmup_steps", "num_workers", "seed"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
+        if self.seed >= 2**63:
+            raise UserError(f"seed = {self.seed}: must be below 2**63")
+        if min(self.input_size) < 7:
+            raise UserError(f"input_size = {self.input_size}: frames must be 7 pixels or more, the window of SSIM")
         if len(self.input_size) not in (1, 2):
             raise UserError(f"input_size = {self.input_size}: give one side or height and width")
         for f in dataclasses.fields(self):
@@ -206,5 +212,5 @@ def check_keys(values, where):
 
 def save_toml(config, path):
     """The resolved configuration, readable by --config; JSON and TOML agree on these simple values."""
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in config.to_dict().items()]
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.to_dict().items()]
     Path(path).write_text("".join(lines), encoding="utf-8")

@@ -10,7 +10,10 @@ from vmrnn.errors import UserError
 
 def check_network(img_size, patch_size, in_chans, embed_dim, levels):
     """(H, W) from an int or a pair; raises UserError, with the reason, for a network that cannot be built."""
-    H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2:
+        raise UserError(f"img_size {img_size}: give an int or (height, width)")
+    H, W = size
     if patch_size < 2 or patch_size & (patch_size - 1):
         raise UserError(f"patch_size {patch_size}: the head doubles the map, so it must be 2, 4, 8, ...")
     if min(H, W, in_chans, embed_dim) < 1:
@@ -41,8 +44,16 @@ def check_frame_size(H, W, patch_size, levels):
 
 def check_depths(**depths):
     for name, blocks in depths.items():
-        if not blocks or any(not isinstance(d, int) or d < 1 for d in blocks):
+        if not isinstance(blocks, list | tuple) or not blocks or any(not isinstance(d, int) or d < 1 for d in blocks):
             raise UserError(f"{name} {blocks}: give one number of blocks, at least 1, for each cell")
+
+
+def check_options(d_state, **rates):
+    if d_state < 1:
+        raise UserError(f"d_state {d_state}: must be at least 1")
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise UserError(f"{name} {rate}: must be in [0, 1)")
 
 
 def patch_embed(patch_size, in_chans, embed_dim):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from vmrnn.errors import UserError
 
@@ -20,6 +21,9 @@ def run_program(main):
     try:
         main()
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder in the way: says what and where itself
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -35,6 +39,8 @@ def pick_device(name):
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of cpu, cuda, mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # not compiled in, no driver, no such index
         reason = str(error).splitlines()[0]
@@ -92,7 +98,8 @@ def replacing(path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as theirs
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); the previous file is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -28,8 +28,20 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A, D, backend="auto"):
     backend: "auto" or a key of BACKENDS. A named one that cannot run raises UserError and never
     falls back. VMRNN_SCAN in the environment overrides "auto".
     """
+    check_shapes(x, dbl, dt_weight, dt_bias, A, D)
     name = resolve(backend, x.device.type, x.dtype, A.shape[-1])
     return BACKENDS[name].scan_2d(x, dbl, dt_weight, dt_bias, A, D)
+
+
+def check_shapes(x, dbl, dt_weight, dt_bias, A, D):
+    """ValueError unless the shapes belong together: a kernel would read beyond a tensor's end."""
+    *map_shape, Di = x.shape
+    K, N, R = 4, A.shape[-1], dt_weight.shape[-1]
+    expected = {"dbl": (*map_shape, K, R + 2 * N), "dt_weight": (K, Di, R), "dt_bias": (K, Di), "A": (K, Di, N),
+                "D": (K, Di)}  # fmt: skip
+    for (name, shape), tensor in zip(expected.items(), (dbl, dt_weight, dt_bias, A, D)):
+        if x.ndim != 4 or tuple(tensor.shape) != shape:
+            raise ValueError(f"scan: {name} is {tuple(tensor.shape)}, x {tuple(x.shape)} (B, H, W, Di) needs {shape}")
 
 
 # The choice is made while tracing, from constants, so a compiled graph holds the kernel alone.

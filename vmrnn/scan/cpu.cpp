@@ -431,6 +431,14 @@ int vmrnn_scan_channels() { return C; }
 int vmrnn_scan_steps() { return T; }
 int vmrnn_scan_group() { return G; }
 
+int vmrnn_scan_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // checkpoints: null when no backward follows.
 void vmrnn_scan_forward(const Problem* p, int threads, float* y, float* checkpoints) {
   const long blocks = p->blocks();

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,9 +50,7 @@ def isas():
 def cache_folder():
     if "VMRNN_CACHE" in os.environ:
         return Path(os.environ["VMRNN_CACHE"])
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
+    if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -59,9 +58,14 @@ def cache_folder():
 
 
 def find_compiler():
-    """Path of $CXX, c++, g++ or clang++, the first that is there, or None."""
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    """The command of $CXX (which may hold words, as in "ccache g++"), or of c++, g++ or clang++, the first
+    that is there; None if none is. UserError for a $CXX that is not there: it was meant."""
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if not shutil.which(command[0]):
+            raise UserError(f"CXX={os.environ['CXX']}: not found; set it to a C++ compiler or unset it")
+        return command
+    return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
 def openmp_flags():
@@ -84,14 +88,15 @@ def digest(*parts):
 def build(isa, sources=(SOURCE,)):
     """Path of the library for one instruction set, compiled unless the cache has it.
 
-    The first source is compiled, the others are what it includes. A build is named scan-<source and flags>-<compiler>-<its own checksum>, written under another
-    name and renamed: several processes may build at once, and a damaged file shows.
+    The first source is compiled, the others are what it includes. A build is named scan-<source and
+    flags>-<compiler>-<its own checksum>, written under another name and renamed: several processes
+    may build at once, and a damaged file shows.
     """
     folder = cache_folder()
     flags = FLAGS + ISA_FLAGS[isa]
     source = digest(*(path.read_text() for path in sources), flags, openmp_flags(), platform.machine(), isa)
     compiler = find_compiler()
-    version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = compiler and subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     # Without a compiler any compiler's build will do.
     for path in sorted(folder.glob(f"scan-{source}-{digest(compiler, version) if compiler else '*'}-*.lib")):
         if path.stem.rsplit("-", 1)[1] == hashlib.sha256(path.read_bytes()).hexdigest()[:16]:
@@ -103,13 +108,14 @@ def build(isa, sources=(SOURCE,)):
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / "scan.lib"
         for openmp in openmp_flags():
-            command = [compiler, *flags, str(sources[0]), "-o", str(output), *openmp]
+            command = [*compiler, *flags, str(sources[0]), "-o", str(output), *openmp]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 break
         else:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise UserError(f"{compiler} failed: {first}; set CXX to GCC 9 or clang 12 or newer")
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            first = next((line for line in lines if "error" in line), lines[0])
+            raise UserError(f"{' '.join(compiler)} failed: {first}; set CXX to GCC 9 or clang 12 or newer")
         checksum = hashlib.sha256(output.read_bytes()).hexdigest()[:16]
         path = folder / f"scan-{source}-{digest(compiler, version)}-{checksum}.lib"
         os.replace(output, path)
@@ -132,7 +138,7 @@ def attempt(isa):
         return None, f"VMRNN_CPU_ISA={isa} does not run here; choose from {', '.join(isas())}"
     try:
         library = ctypes.CDLL(str(build(isa)))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:  # RuntimeError: no home folder
         return None, str(error)
     # ctypes lets go of the interpreter lock during a call.
     pointer = ctypes.c_void_p
@@ -159,10 +165,15 @@ def load():
 def can_run(device, dtype, d_state):
     if device != "cpu":
         return False, "runs on a CPU only"
+    if sys.platform == "win32":
+        return False, "not built on Windows: use WSL"
     if dtype not in DTYPES:
         return False, f"{dtype} is not supported: convert to float32"
     library, reason = attempt(wanted_isa())
-    return library is not None, reason or f"fused C++ kernel, {wanted_isa()}"
+    if library is None:
+        return False, reason
+    threads = "" if library.vmrnn_scan_openmp() else "; ONE THREAD ONLY: the compiler has no OpenMP"
+    return True, f"fused C++ kernel, {wanted_isa()}{threads}"
 
 
 def problem(x, dbl, dt_weight, dt_bias, A, D):
@@ -186,7 +197,7 @@ def checkpoint_shape(x, A):
 T = torch.Tensor
 
 
-@torch.library.custom_op("vmrnn::scan_cpu", mutates_args=())
+@torch.library.custom_op("vmrnn::scan_cpu", mutates_args=(), device_types="cpu")
 def scan_op(x: T, dbl: T, dt_weight: T, dt_bias: T, A: T, D: T, save: bool) -> tuple[T, T]:
     """y, and for the backward (if save) the state at the start of every chunk."""
     lib = load()
@@ -205,7 +216,7 @@ def _(x, dbl, dt_weight, dt_bias, A, D, save):
     return y, x.new_empty(checkpoint_shape(x, A) if save else 0)
 
 
-@torch.library.custom_op("vmrnn::scan_cpu_backward", mutates_args=())
+@torch.library.custom_op("vmrnn::scan_cpu_backward", mutates_args=(), device_types="cpu")
 def scan_backward_op(
     dy: T, x: T, dbl: T, dt_weight: T, dt_bias: T, A: T, D: T, checkpoints: T
 ) -> tuple[T, T, T, T, T, T]:
