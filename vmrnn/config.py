@@ -76,7 +76,7 @@ class Config:
     seed: int = option(1234, "seed of weights, data and dropout")
 
     # Machine
-    scan: str = option("auto", "scan back end: auto, cpu, mamba, torch, reference")
+    scan: str = option("auto", "scan back end: auto, mamba, triton, cpu, torch, reference")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     num_workers: int = option(0, "processes that make batches beside the main one")
     res_dir: str = option("./results", "run folder")

@@ -10,12 +10,12 @@ import os
 import torch
 
 from vmrnn.errors import UserError
-from vmrnn.scan import chunked, cpu, mamba, reference
+from vmrnn.scan import chunked, cpu, fused, mamba, reference
 
-BACKENDS = {"mamba": mamba, "cpu": cpu, "torch": chunked, "reference": reference}
+BACKENDS = {"mamba": mamba, "triton": fused, "cpu": cpu, "torch": chunked, "reference": reference}
 
 # What `auto` tries, first to last; change it only on numbers from benchmarks/.
-ORDER = {"cuda": ("mamba", "torch"), "cpu": ("cpu", "torch")}
+ORDER = {"cuda": ("mamba", "triton", "torch"), "cpu": ("cpu", "torch")}
 OTHER_DEVICES = ("torch",)
 
 log = logging.getLogger("vmrnn")

@@ -1,0 +1,279 @@
+"""The Triton scan: against the reference in float64, and what the compiler makes of it.
+
+No GPU is needed. Numbers come from Triton's interpreter, in one process of its own, since
+TRITON_INTERPRET must be set before triton is imported; registers and spills from compiling ahead of
+time. The table of vmrnn/scan/README.md: PYTHONPATH=. python tests/test_scan_triton.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, relative_error
+from test_scan import SHAPES, outputs_and_gradients, scan_inputs
+
+from vmrnn.scan import fused, reference
+
+TOLERANCE = 5e-6  # max abs error / max abs of the reference
+
+# name: ((B, H, W, Di, N, R), channels of a warp). The interpreter takes about 30 ms a step of a
+# program, and a program is a batch item, a direction and a block of channels.
+CASES = {
+    "1x1": ((1, 1, 1, 8, 2, 1), 32),
+    "rows and columns differ": ((1, 3, 5, 9, 16, 3), 32),
+    "a block and a part": ((1, 2, 5, 40, 4, 2), 32),
+    "one row": ((1, 1, 11, 5, 5, 1), 32),
+    "one column, one state": ((2, 9, 1, 8, 1, 1), 32),
+    "rank outside": ((1, 3, 3, 8, 16, 17), 32),
+    "many states": ((1, 2, 3, 3, 33, 2), 32),
+    "few channels": ((1, 3, 4, 12, 16, 3), 8),
+    "few channels, rank outside": ((1, 2, 2, 3, 2, 17), 8),
+}
+HALF = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
+EXTREMES = (-80.0, -20.0, 20.5, 80.0)  # dt_bias
+
+
+def errors_of(function, inputs, dtype=torch.float32, oracle=reference.scan_2d):
+    """{y and each gradient: relative error}, both from the inputs as dtype holds them."""
+    inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    expected = outputs_and_gradients(oracle, [t.detach().double().requires_grad_() for t in inputs])
+    got = outputs_and_gradients(function, inputs)
+    wrong_type = [name for name, t in got.items() if t.dtype != dtype]
+    assert not wrong_type, wrong_type
+    return {name: relative_error(t.cpu(), expected[name].cpu()) for name, t in got.items()}
+
+
+def interpret():
+    """Everything that needs the interpreter; {case: {what: error}}."""
+    torch.set_num_threads(1)
+    fused.CHUNK = 8  # several chunks on small maps
+    answers = {}
+    for name, (shape, channels) in CASES.items():
+        fused.MANY_CHANNELS = 0 if channels == 32 else 1 << 62
+        answers[name] = errors_of(fused.scan_2d, scan_inputs(*shape))
+    for name, dtype in HALF.items():
+        answers[name] = errors_of(fused.scan_2d, scan_inputs(1, 3, 3, 8, 16, 2), dtype)
+    for bias in EXTREMES:
+        inputs = scan_inputs(1, 2, 2, 4, 2, 1)
+        inputs[3] = torch.full_like(inputs[3], bias)
+        answers[f"bias {bias}"] = errors_of(fused.scan_2d, inputs)
+
+    def twice(scan):
+        return lambda x, *rest: scan(torch.tanh(scan(x, *rest)), *rest)
+
+    inputs = scan_inputs(1, 3, 4, 8, 4, 2)
+    answers["chained"] = errors_of(twice(fused.scan_2d), inputs, oracle=twice(reference.scan_2d))
+
+    inputs = [t.detach().float() for t in scan_inputs(1, 3, 3, 4, 4, 2)]
+    turned = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = fused.scan_2d(*inputs)
+    answers["exact"] = {
+        "not contiguous": (fused.scan_2d(*turned) - y).abs().max().item(),
+        "with gradients": (fused.scan_2d(*leaves) - y).abs().max().item(),
+    }
+    compiled = torch.compile(fused.scan_2d, fullgraph=True, backend="aot_eager")
+    got, expected = (outputs_and_gradients(f, leaves) for f in (compiled, fused.scan_2d))
+    answers["exact"] |= {f"compiled {name}": relative_error(got[name], t) for name, t in expected.items()}
+
+    leaves = [t.detach().float().requires_grad_() for t in scan_inputs(1, 2, 1, 3, 2, 1)]
+    torch.library.opcheck(fused.scan_op, (*leaves, True))
+    plain = [t.detach() for t in leaves]
+    y, checkpoints = fused.scan_op(*plain, True)
+    torch.library.opcheck(fused.scan_backward_op, (y, *plain, checkpoints))
+    return answers
+
+
+needs_triton = pytest.mark.skipif(fused.triton is None, reason=f"Triton is not installed: {fused.INSTALL}")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_small(errors, tolerance):
+    assert errors
+    for name, error in errors.items():
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [*CASES, "chained"])
+def test_parity_in_the_interpreter(interpreted, case):
+    assert_small(interpreted[case], TOLERANCE)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_in_the_interpreter(interpreted, name):
+    assert_small(interpreted[name], torch.finfo(HALF[name]).eps)  # one rounding of each result
+
+
+@needs_triton
+@pytest.mark.parametrize("bias", EXTREMES)
+def test_extreme_step_sizes_in_the_interpreter(interpreted, bias):
+    # fp32 rounds dt A to eps |dt A|, which is then the relative error of exp(dt A); below -80 all
+    # but the smallest numbers are flushed to zero.
+    assert_small(interpreted[f"bias {bias}"], TOLERANCE + 2 * torch.finfo(torch.float32).eps * max(bias, 0))
+
+
+@needs_triton
+def test_same_bits_in_the_interpreter(interpreted):
+    """Strides, gradients and torch.compile (in one graph) change nothing; opcheck has passed."""
+    assert_small(interpreted["exact"], 0.0)
+
+
+GPU, NO_GPU = fused.can_run("cuda", torch.float32, 16)
+
+
+@pytest.mark.skipif(not GPU, reason=NO_GPU)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (1, 32, 32, 256, 16, 8), (16, 16, 16, 512, 16, 16), (16, 8, 8, 1024, 16, 32)], ids=str
+)
+def test_parity_on_a_gpu(shape):
+    inputs = scan_inputs(*shape, device="cuda")
+    assert_small(errors_of(fused.scan_2d, inputs), TOLERANCE)
+    assert_small(errors_of(fused.scan_2d, inputs, torch.bfloat16), torch.finfo(torch.bfloat16).eps)
+    first, second = (
+        outputs_and_gradients(fused.scan_2d, [t.float().detach().requires_grad_() for t in inputs]) for _ in "ab"
+    )
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+# name: (B, H = W, Di, R) of network D, what the kernels are compiled for.
+BUILDS = {
+    "32x32": (16, 32, 256, 8),
+    "16x16": (16, 16, 512, 16),
+    "8x8": (16, 8, 1024, 32),
+    "32x32, B=1": (1, 32, 256, 8),
+}
+ARCHITECTURES = (80, 90, 120)
+
+
+def kernels_of(build, N=16):
+    """{name: (kernel, constants, options)} as scan_op and scan_backward_op launch them."""
+    B, H, Di, R = BUILDS[build]
+    fixed = dict(H=H, W=H, N=N, R=R, CHUNK=fused.CHUNK)
+    forward = fused.forward_blocks(B, Di, N, R)
+    return {
+        f"forward {build}": (fused.forward_kernel, fixed | forward | dict(SAVE=True), fused.OPTIONS),
+        f"backward {build}": (fused.backward_kernel, fixed | fused.backward_blocks(B, Di, N), fused.OPTIONS),
+    }
+
+
+def sum_of_four():
+    return fused.sum_kernel, dict(PARTS=4, BLOCK=fused.SUM_BLOCK), fused.SUM_OPTIONS
+
+
+def resources(kernel, constants, options, dtype, arch):
+    """Registers, bytes of stack (where spills go) and of shared memory of one compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"this Triton brings no cuobjdump: {tool}")
+    types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names}
+    types |= {name: f"*{dtype}" for name in ("x", "dy", "total") if name in types}
+    types |= {name: "i32" for name in ("B", "Di", "size") if name in types}
+    # What a launch finds out by itself: pointers, Di and size are multiples of 16.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name in ("Di", "size")]
+    source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK"))
+    return registers, stack, compiled.metadata.shared
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("build", BUILDS)
+def test_compiled_without_spills(build, arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    dtype = "bf16" if build == "16x16" else "fp32"  # both, in half the time that both of each take
+    for name, kernel in kernels_of(build).items():
+        registers, stack, shared = resources(*kernel, dtype, arch)
+        assert stack == 0, f"{name}: {stack} bytes of spills"
+        assert registers <= 255 and shared <= 1024, f"{name}: {registers} registers, {shared} bytes shared"
+
+
+@needs_triton
+def test_many_states_compiled_without_spills(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, kernel in kernels_of("32x32", N=64).items():
+        assert resources(*kernel, "fp32", 90)[1] == 0, name
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sum_compiled_without_spills(arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    registers, stack, _ = resources(*sum_of_four(), "bf16", arch)
+    assert stack == 0 and registers <= 64
+
+
+def test_can_run_says_why_not(monkeypatch):
+    assert fused.can_run("cpu", torch.float32, 16) == (False, "the Triton kernels run on CUDA only, the device is cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ok, reason = fused.can_run("cuda", torch.float32, 16)
+    assert not ok and reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "triton", fused.triton or sys)
+    monkeypatch.setattr(fused.triton, "__version__", "3.9", raising=False)
+    assert fused.can_run("cuda", torch.bfloat16, 16) == (True, "fused Triton kernels, Triton 3.9")
+    assert "convert to float32" in fused.can_run("cuda", torch.float64, 16)[1]
+    assert "d_state" in fused.can_run("cuda", torch.float32, 65)[1]
+
+
+def test_imports_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from vmrnn.scan import fused
+print(fused.can_run("cuda", torch.float32, 16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "pip install triton" in done.stdout, done.stdout + done.stderr
+
+
+def print_table():
+    """Registers / shared memory, and spills where there are any."""
+    columns = [(dtype, arch) for dtype in ("fp32", "bf16") for arch in ARCHITECTURES]
+    print("| kernel | " + " | ".join(f"{dtype} sm_{arch}" for dtype, arch in columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    kernels = {name: k for build in BUILDS for name, k in kernels_of(build).items()} | {"sum": sum_of_four()}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        for name, kernel in kernels.items():
+            cells = []
+            for dtype, arch in columns:
+                registers, stack, shared = resources(*kernel, dtype, arch)
+                cells.append(f"{registers} / {shared}" + (f" ({stack} SPILLED)" if stack else ""))
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print(json.dumps(interpret()))
+    else:
+        print_table()

@@ -1,0 +1,466 @@
+"""The 2-D selective scan on CUDA: Triton kernels, forward and backward, fused over the four directions.
+
+Layout, recurrences, counts and register use: README.md beside this file. In short: a program is one
+warp and owns one batch item, one direction and BLOCK_D channels. It walks the channels-last map in
+its direction's order with the state in registers, in fp32. What several programs add to is written
+once per program and added by `sum_kernel` in a fixed order: no atomics, so results repeat bit for bit.
+"""
+
+# Annotations stay text, so that this file can be imported where Triton is not installed.
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = None
+
+    def jit(function):
+        return function
+
+
+DIRECTIONS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 64  # steps between the states that the forward keeps for the backward
+STEPS = 2  # of the forward, loaded together
+STEPS_BACK = 4  # of the backward, whose states are in registers together; it divides CHUNK
+MAX_RANK_INSIDE = 16  # up to which the forward kernel makes the step sizes from their low rank
+# A warp takes 32 channels if that makes a warp for half of an H200's 528 schedulers, else 8.
+MANY_CHANNELS = 264 * 32  # B K Di
+SUM_BLOCK = 1024
+# One warp meets no barrier of others and leaves more programs. FMA is Triton's default up to 3.9 only.
+OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+SUM_OPTIONS = OPTIONS | {"num_warps": 4}
+
+INSTALL = "pip install triton (torch's CUDA builds for Linux bring it)"
+
+
+def can_run(device, dtype, d_state):
+    if device != "cuda":
+        return False, f"the Triton kernels run on CUDA only, the device is {device}"
+    if triton is None:
+        return False, f"Triton is not installed: {INSTALL}"
+    if not torch.cuda.is_available():
+        return False, "torch finds no CUDA GPU"
+    if dtype not in DTYPES:
+        return False, f"{dtype} is not supported: convert to float32"
+    if d_state > 64:
+        return False, f"the state of a warp's channels would not fit its registers: d_state up to 64, got {d_state}"
+    return True, f"fused Triton kernels, Triton {triton.__version__}"
+
+
+# Inside the kernels a state is [NR, BLOCK_D, NT]: what a lane holds, channels, and what lanes share.
+
+
+@jit
+def state_index(NR: tl.constexpr, NT: tl.constexpr, SPREAD: tl.constexpr):
+    """n of each state. The compiler gives a lane four neighbours in n, to load them at once: without
+    SPREAD these are axis 2, then a lane holds all states of its channel and a sum over n needs no
+    shuffles; with it axis 0, then N / 4 lanes share a channel and a sum over channels needs few."""
+    first = tl.arange(0, NR)[:, None, None]
+    last = tl.arange(0, NT)[None, None, :]
+    return last * NR + first if SPREAD else first * NT + last
+
+
+@jit
+def wide(v):
+    return v[None, :, None]
+
+
+@jit
+def place_of(k, i, H: tl.constexpr, W: tl.constexpr):
+    """Where in the map step i of direction k stands; past the end the last step, so that loads need
+    no mask for it."""
+    i = tl.minimum(i, H * W - 1)
+    i = tl.where(k >= 2, H * W - 1 - i, i)
+    return tl.where(k % 2 == 1, i % H * W + i // H, i)
+
+
+@jit
+def exp_minus_abs(s):
+    return tl.exp2(-tl.abs(s) * 1.4426950408889634)
+
+
+@jit
+def softplus(s):
+    """log(1 + e^s) with a small relative error for every s (above 20 it is s, as in torch)."""
+    z = exp_minus_abs(s)
+    t = z / (2.0 + z)  # log(1 + z) = 2 artanh(t), t <= 1/3
+    q = t * t
+    p = 2.801198958900e-1
+    p = p * q + 2.800180315971e-1
+    p = p * q + 4.002152681350e-1
+    p = p * q + 6.666641831398e-1
+    p = p * q + 2.0
+    return tl.maximum(s, 0.0) + p * t
+
+
+@jit
+def sigmoid(s):
+    """The derivative of softplus."""
+    z = exp_minus_abs(s)
+    return tl.where(s < 0, z, 1.0) / (1.0 + z)
+
+
+@jit
+def within(i, bound, H: tl.constexpr, W: tl.constexpr):
+    """bound, or 0 where step i is beyond the map."""
+    return tl.where(i < H * W, bound, 0)
+
+
+@jit
+def load(base, place, stride, offsets, bound):
+    return tl.load(base + place * stride + offsets, mask=offsets < bound, other=0.0).to(tl.float32)
+
+
+@jit
+def load_forward(x, dbl, raw, d, r, n, Di, k, first, H: tl.constexpr, W: tl.constexpr,
+                 N: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, PROJECT: tl.constexpr):  # fmt: skip
+    """x, step sizes, B and C of STEPS steps."""
+    us = ()
+    steps = ()
+    bs = ()
+    cs = ()
+    for j in tl.static_range(STEPS):
+        place = place_of(k, first + j, H, W)
+        us = us + (load(x, place, Di, d, Di),)
+        if PROJECT:
+            steps = steps + (load(dbl, place, 4 * (R + 2 * N), r, R),)
+        else:
+            steps = steps + (load(raw, place, Di, d, Di),)
+        bs = bs + (load(dbl + R, place, 4 * (R + 2 * N), n, N),)
+        cs = cs + (load(dbl + R + N, place, 4 * (R + 2 * N), n, N),)
+    return us, steps, bs, cs
+
+
+@jit
+def run_forward(loaded, h, As, Ds, weights, biases, y, d, Di, k, first, H: tl.constexpr, W: tl.constexpr,
+                STEPS: tl.constexpr, PROJECT: tl.constexpr):  # fmt: skip
+    """The state after STEPS steps; stores their y."""
+    us, steps, bs, cs = loaded
+    for j in tl.static_range(STEPS):
+        if PROJECT:
+            dt = softplus(tl.sum(tl.sum(weights * steps[j], 2), 0) + biases)
+        else:
+            dt = softplus(steps[j])
+        h = tl.exp2(wide(dt) * As) * h + wide(dt * us[j]) * bs[j]
+        out = tl.sum(tl.sum(h * cs[j], 2), 0) + Ds * us[j]
+        tl.store(y + place_of(k, first + j, H, W) * Di + d, out, mask=d < within(first + j, Di, H, W))
+    return h
+
+
+@jit
+def load_backward(dy, x, raw, dbl, d, n, Di, k, i, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+    """dy, x, step size, B and C of one step. Past the end dy and the step size are zero, which leaves
+    the state and its gradient as they are."""
+    place = place_of(k, i, H, W)
+    end = within(i, Di, H, W)
+    return (
+        load(dy, place, Di, d, end),
+        load(x, place, Di, d, Di),
+        load(raw, place, Di, d, Di),
+        load(dbl + R, place, 4 * (R + 2 * N), n, N),
+        load(dbl + R + N, place, 4 * (R + 2 * N), n, N),
+    )
+
+
+@jit
+def forward_kernel(x, dbl, raw, weight, bias, A, D, y, checkpoints, B, Di,
+                   H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+                   BLOCK_D: tl.constexpr, RR: tl.constexpr, RT: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
+                   SPREAD: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+                   PROJECT: tl.constexpr, SAVE: tl.constexpr):  # fmt: skip
+    """y (K, B, L, Di), a part for each direction; checkpoints (K, B, chunks - 1, Di, N) if SAVE.
+
+    PROJECT: step sizes are made here from their low rank; otherwise raw (K, B, L, Di) holds them
+    before softplus.
+    """
+    L: tl.constexpr = H * W
+    ROW: tl.constexpr = R + 2 * N
+    b = tl.program_id(1) // 4
+    k = tl.program_id(1) % 4
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = state_index(RR, RT, SPREAD)
+    n = state_index(NR, NT, SPREAD)
+    state_mask = wide(d < Di) & (n < N)
+    state_at = wide(d) * N + n
+
+    x += b.to(tl.int64) * L * Di
+    dbl += b.to(tl.int64) * L * 4 * ROW + k * ROW
+    raw += (k * B + b).to(tl.int64) * L * Di
+    y += (k * B + b).to(tl.int64) * L * Di
+    checkpoints += (k * B + b).to(tl.int64) * ((L - 1) // CHUNK) * Di * N
+
+    channel = k * Di + d
+    weights = tl.load(weight + wide(channel) * R + r, mask=wide(d < Di) & (r < R), other=0.0).to(tl.float32)
+    biases = tl.load(bias + channel, mask=d < Di, other=0.0).to(tl.float32)
+    Ds = tl.load(D + channel, mask=d < Di, other=0.0).to(tl.float32)
+    # In units of log(2), so that a step's decay is 2^(dt A).
+    As = tl.load(A + k * Di * N + state_at, mask=state_mask, other=0.0).to(tl.float32) * 1.4426950408889634
+    h = tl.zeros([NR, BLOCK_D, NT], tl.float32)
+
+    # Two sets of registers take turns: one set's inputs are on their way while the other's steps run,
+    # since there are few warps to hide a load.
+    these = load_forward(x, dbl, raw, d, r, n, Di, k, 0, H, W, N, R, STEPS, PROJECT)
+    for first in range(0, L, 2 * STEPS):
+        if SAVE:
+            if first % CHUNK == 0 and first > 0:
+                tl.store(checkpoints + (first // CHUNK - 1) * Di * N + state_at, h, mask=state_mask)
+        middle = first + STEPS
+        those = load_forward(x, dbl, raw, d, r, n, Di, k, middle, H, W, N, R, STEPS, PROJECT)
+        h = run_forward(these, h, As, Ds, weights, biases, y, d, Di, k, first, H, W, STEPS, PROJECT)
+        these = load_forward(x, dbl, raw, d, r, n, Di, k, middle + STEPS, H, W, N, R, STEPS, PROJECT)
+        h = run_forward(those, h, As, Ds, weights, biases, y, d, Di, k, middle, H, W, STEPS, PROJECT)
+
+
+@jit
+def backward_kernel(dy, x, dbl, raw, A, D, checkpoints, scratch, dx, dbc, dA, dD, dbias, B, Di,
+                    H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+                    BLOCK_D: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
+                    STEPS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """dx (K, B, L, Di), dbc (channel blocks, B, L, K, 2N), dA (B, K, Di, N), dD and dbias (B, K, Di).
+
+    raw (K, B, L, Di), the step sizes before softplus, is replaced by its own gradient.
+    scratch (K, B, CHUNK / STEPS, Di, N): the states of the chunk at hand, one every STEPS steps.
+    """
+    L: tl.constexpr = H * W
+    ROW: tl.constexpr = R + 2 * N
+    CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
+    b = tl.program_id(1) // 4
+    k = tl.program_id(1) % 4
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = state_index(NR, NT, True)
+    state_mask = wide(d < Di) & (n < N)
+    state_at = wide(d) * N + n
+
+    dy += b.to(tl.int64) * L * Di
+    x += b.to(tl.int64) * L * Di
+    dbl += b.to(tl.int64) * L * 4 * ROW + k * ROW
+    map_at = (k * B + b).to(tl.int64) * L * Di
+    raw += map_at
+    dx += map_at
+    dbc += (tl.program_id(0) * B + b).to(tl.int64) * L * 4 * 2 * N + k * 2 * N
+    checkpoints += (k * B + b).to(tl.int64) * (CHUNKS - 1) * Di * N
+    scratch += (k * B + b).to(tl.int64) * (CHUNK // STEPS) * Di * N
+
+    channel = k * Di + d
+    Ds = tl.load(D + channel, mask=d < Di, other=0.0).to(tl.float32)
+    As = tl.load(A + k * Di * N + state_at, mask=state_mask, other=0.0).to(tl.float32) * 1.4426950408889634
+    dh = tl.zeros([NR, BLOCK_D, NT], tl.float32)  # sent back by the steps after
+    dAs = tl.zeros([NR, BLOCK_D, NT], tl.float32)
+    dDs = tl.zeros([BLOCK_D], tl.float32)
+    dbiases = tl.zeros([BLOCK_D], tl.float32)
+
+    for i in range(CHUNKS):
+        chunk = CHUNKS - 1 - i
+        begin = chunk * CHUNK
+        groups = (tl.minimum(CHUNK, L - begin) + STEPS - 1) // STEPS
+        saved = checkpoints + (chunk - 1) * Di * N + state_at
+        h = tl.load(saved, mask=state_mask & (n < tl.where(chunk > 0, N, 0)), other=0.0)
+        tl.store(scratch + state_at, h, mask=state_mask)
+        for s in range(1, groups):
+            first = begin + (s - 1) * STEPS
+            us, raws, bs, _ = load_forward(x, dbl, raw, d, n, n, Di, k, first, H, W, N, R, STEPS, False)
+            for j in tl.static_range(STEPS):
+                dt = softplus(raws[j])
+                h = tl.exp2(wide(dt) * As) * h + wide(dt * us[j]) * bs[j]
+            tl.store(scratch + s * Di * N + state_at, h, mask=state_mask)
+        tl.debug_barrier()  # another lane may load what this one has stored
+        for s in range(groups):
+            group = groups - 1 - s
+            first = begin + group * STEPS
+            h = tl.load(scratch + group * Di * N + state_at, mask=state_mask, other=0.0)
+            last = first + STEPS - 1
+            ahead = load_backward(dy, x, raw, dbl, d, n, Di, k, last, H, W, N, R)
+            us, raws, bs, _ = load_forward(x, dbl, raw, d, n, n, Di, k, first, H, W, N, R, STEPS - 1, False)
+            hs = (h,)  # before each step
+            for j in tl.static_range(STEPS - 1):
+                dt = tl.where(d < within(first + j, Di, H, W), softplus(raws[j]), 0.0)
+                h = tl.exp2(wide(dt) * As) * h + wide(dt * us[j]) * bs[j]
+                hs = hs + (h,)
+            for j in tl.static_range(STEPS - 1, -1, -1):
+                # Loaded again, and the decay made again: kept, they would take more registers than
+                # hs. One step ahead of the stores that no load may overtake.
+                dy_j, u, raw_j, b_j, c_j = ahead
+                if j > 0:
+                    ahead = load_backward(dy, x, raw, dbl, d, n, Di, k, first + j - 1, H, W, N, R)
+                place = place_of(k, first + j, H, W)
+                d_mask = d < within(first + j, Di, H, W)
+                n_mask = n < within(first + j, N, H, W)
+                dt = tl.where(d_mask, softplus(raw_j), 0.0)
+                a = tl.exp2(wide(dt) * As)
+                decayed = a * hs[j]
+                h = decayed + wide(dt * u) * b_j
+                g = wide(dy_j) * c_j + dh
+                g_decayed = g * decayed
+                dh = a * g
+                db = tl.sum(g * wide(dt * u), 1, keep_dims=True)
+                dc = tl.sum(wide(dy_j) * h, 1, keep_dims=True)
+                dAs += g_decayed * wide(dt)
+                from_a = tl.sum(tl.sum(g_decayed * As, 0), 1)
+                from_b = tl.sum(tl.sum(g * b_j, 0), 1)
+                draw = (from_a * 0.6931471805599453 + from_b * u) * sigmoid(raw_j)
+                dDs += dy_j * u
+                dbiases += tl.where(d_mask, draw, 0.0)
+                at = dbc + place * 4 * 2 * N + n
+                tl.store(at, db, mask=n_mask)
+                tl.store(at + N, dc, mask=n_mask)
+                tl.store(dx + place * Di + d, from_b * dt + Ds * dy_j, mask=d_mask)
+                tl.store(raw + place * Di + d, draw, mask=d_mask)
+        tl.debug_barrier()
+
+    channel += b * 4 * Di
+    tl.store(dA + (b * 4 + k).to(tl.int64) * Di * N + state_at, dAs, mask=state_mask)
+    tl.store(dD + channel, dDs, mask=d < Di)
+    tl.store(dbias + channel, dbiases, mask=d < Di)
+
+
+@jit
+def sum_kernel(parts, total, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """parts (PARTS, size) -> total (size), added in order in fp32."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(parts + at, mask=at < size, other=0.0)
+    for _ in range(1, PARTS):
+        parts += size
+        value += tl.load(parts + at, mask=at < size, other=0.0)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask=at < size)
+
+
+def add_up(parts, dtype):
+    """The sum over the first axis, which the kernels leave to be done in a fixed order."""
+    total = parts.new_empty(parts.shape[1:], dtype=dtype)
+    size = total.numel()
+    grid = (-(-size // SUM_BLOCK),)
+    sum_kernel[grid](parts, total, size, PARTS=len(parts), BLOCK=SUM_BLOCK, **SUM_OPTIONS)
+    return total
+
+
+def split(n):
+    """An axis of n, padded to a power of two, as (the rest, up to four neighbours)."""
+    padded = 1 << (n - 1).bit_length()
+    return padded // min(padded, 4), min(padded, 4)
+
+
+def forward_blocks(B, Di, N, R):
+    spread = B * DIRECTIONS * Di < MANY_CHANNELS or N > 32
+    order = -1 if spread else 1
+    RR, RT = split(R)[::order]
+    NR, NT = split(N)[::order]
+    shape = dict(BLOCK_D=8 if spread else 32, RR=RR, RT=RT, NR=NR, NT=NT, SPREAD=spread)
+    return shape | dict(STEPS=STEPS, PROJECT=R <= MAX_RANK_INSIDE)
+
+
+def backward_blocks(B, Di, N):
+    NT, NR = split(N)
+    few = B * DIRECTIONS * Di < MANY_CHANNELS or N > 16
+    return dict(BLOCK_D=8 if few else 32, NR=NR, NT=NT, STEPS=STEPS_BACK if N <= 32 else 2)
+
+
+def checkpoint_shape(x, A):
+    B, H, W, Di = x.shape
+    return DIRECTIONS, B, (H * W - 1) // CHUNK, Di, A.shape[-1]
+
+
+def raw_step_sizes(dbl, dt_weight, dt_bias):
+    """Step sizes before softplus, (K, B L, Di) in fp32, and the low rank they are made from, (K, B L, R)."""
+    K, _, R = dt_weight.shape
+    low = dbl.view(-1, K, dbl.shape[-1])[..., :R].transpose(0, 1)
+    return torch.baddbmm(dt_bias.float()[:, None], low, dt_weight.float().mT), low
+
+
+T = torch.Tensor
+
+
+@torch.library.custom_op("vmrnn::scan_triton", mutates_args=())
+def scan_op(x: T, dbl: T, dt_weight: T, dt_bias: T, A: T, D: T, save: bool) -> tuple[T, T]:
+    """y, and for the backward (if save) the state before every chunk but the first."""
+    x, dbl, dt_weight, dt_bias, A, D = (t.contiguous() for t in (x, dbl, dt_weight, dt_bias, A, D))
+    B, H, W, Di = x.shape
+    K, _, N = A.shape
+    R = dt_weight.shape[-1]
+    dbl = dbl.float()  # once; in the kernel every block of channels would convert it again
+    blocks = forward_blocks(B, Di, N, R)
+    parts = x.new_empty(K, B, H * W, Di, dtype=torch.float32)
+    checkpoints = x.new_empty(checkpoint_shape(x, A) if save else 0, dtype=torch.float32)
+    # Autocast would make the product of the step sizes in bf16.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        raw = parts if blocks["PROJECT"] else raw_step_sizes(dbl, dt_weight, dt_bias)[0]  # parts: not read
+        forward_kernel[-(-Di // blocks["BLOCK_D"]), B * K](
+            x, dbl, raw, dt_weight, dt_bias, A, D, parts, checkpoints, B, Di,
+            H=H, W=W, N=N, R=R, CHUNK=CHUNK, SAVE=save, **blocks, **OPTIONS,
+        )  # fmt: skip
+        return add_up(parts, x.dtype).view(B, H, W, Di), checkpoints
+
+
+@scan_op.register_fake
+def _(x, dbl, dt_weight, dt_bias, A, D, save):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(checkpoint_shape(x, A) if save else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op("vmrnn::scan_triton_backward", mutates_args=())
+def scan_backward_op(
+    dy: T, x: T, dbl: T, dt_weight: T, dt_bias: T, A: T, D: T, checkpoints: T
+) -> tuple[T, T, T, T, T, T]:
+    dy, x, dbl, dt_weight, dt_bias, A, D = (t.contiguous() for t in (dy, x, dbl, dt_weight, dt_bias, A, D))
+    B, H, W, Di = x.shape
+    K, _, N = A.shape
+    R = dt_weight.shape[-1]
+    blocks = backward_blocks(B, Di, N)
+    grid = -(-Di // blocks["BLOCK_D"]), B * K
+    dbl_dtype = dbl.dtype
+
+    def empty(*shape):
+        return x.new_empty(shape, dtype=torch.float32)
+
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        dbl = dbl.float()
+        raw, low = raw_step_sizes(dbl, dt_weight, dt_bias)
+        dx, dbc = empty(K, B, H, W, Di), empty(grid[0], B, H, W, K, 2 * N)
+        dA, dD, dbias = empty(B, K, Di, N), empty(B, K, Di), empty(B, K, Di)
+        scratch = empty(K, B, CHUNK // blocks["STEPS"], Di, N)
+        backward_kernel[grid](
+            dy, x, dbl, raw, A, D, checkpoints, scratch, dx, dbc, dA, dD, dbias, B, Di,
+            H=H, W=W, N=N, R=R, CHUNK=CHUNK, **blocks, **OPTIONS,
+        )  # fmt: skip
+        draw = raw  # the kernel has put its gradient there
+        dlow = torch.bmm(draw, dt_weight.float()).view(K, B, H, W, R).movedim(0, 3)
+        dweight = torch.bmm(draw.mT, low)
+        return (
+            add_up(dx, x.dtype),
+            torch.cat((dlow, add_up(dbc, torch.float32)), -1).to(dbl_dtype),
+            dweight.to(dt_weight.dtype),
+            add_up(dbias, dt_bias.dtype),
+            add_up(dA, A.dtype),
+            add_up(dD, D.dtype),
+        )
+
+
+@scan_backward_op.register_fake
+def _(dy, x, dbl, dt_weight, dt_bias, A, D, checkpoints):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dbl, dt_weight, dt_bias, A, D))
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, save = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros the size of the checkpoints
+
+
+def backward(ctx, dy, _):
+    return *scan_backward_op(dy, *ctx.saved_tensors), None
+
+
+scan_op.register_autograd(backward, setup_context=setup_context)
+
+
+def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
+    """As reference.scan_2d; fp32 arithmetic whatever the inputs' types, y in x's type."""
+    tensors = (x, dbl, dt_weight, dt_bias, A, D)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return scan_op(*tensors, save)[0]
