@@ -11,6 +11,7 @@ import VMRNN_B
 import VMRNN_D
 from vmrnn.errors import UserError
 from vmrnn.metrics import Metrics
+from vmrnn.scan.cpu import find_compiler
 
 
 def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
@@ -28,11 +29,14 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
 FUSED_ADAM = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
 
 
-def compile_model(model):
+def compile_model(model, device):
     """Compile the recurrence step of `model` in place (torch.compile, one graph a frame, no breaks).
 
     The first steps of a run then take a minute or more; weights and checkpoints are unchanged.
+    UserError on a CPU without a C++ compiler.
     """
+    if device.type == "cpu" and find_compiler() is None:
+        raise UserError("--compile on a CPU needs a C++ compiler: install g++ or leave it out")
     model.advance = torch.compile(model.advance, fullgraph=True, dynamic=False)
 
 

@@ -13,14 +13,17 @@ import logging
 from pathlib import Path
 
 from dataset import DATASETS, build_dataset, make_loader
-from functions import build_model, evaluate
+from functions import build_model, compile_model, evaluate
 from vmrnn import checkpoint, config as configuration, scan
+from vmrnn.errors import UserError
 from vmrnn.metrics import CONVENTIONS
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
 from vmrnn.runtime import describe_device, make_folder, pick_device, run_program
 
 log = logging.getLogger("vmrnn")
 
+# Where the weights were trained says nothing of where they are tested.
+ELSEWHERE = ("device", "scan", "compile", "num_workers", "res_dir")
 LABELS = {"model": "forecast", "black": "black frame", "last": "last input frame"}
 
 
@@ -33,9 +36,10 @@ def parse_arguments(argv=None):
     configuration.add_options(parser)
     given = vars(parser.parse_args(argv))
     toml, path, strips = (given.pop(key) for key in ("config", "checkpoint", "strips"))
+    if strips < 1:
+        raise UserError(f"--strips {strips}: must be at least 1")
     content = checkpoint.read_checkpoint(path)
-    # Where the weights were trained says nothing of where they are tested.
-    trained = {k: v for k, v in (content["config"] or {}).items() if k not in ("device", "scan", "res_dir")}
+    trained = {k: v for k, v in (content["config"] or {}).items() if k not in ELSEWHERE}
     config = configuration.resolve(toml, given, base=trained)
     folder = given.get("res_dir") or Path(path).parent / "test"
     return path, content, config, folder, strips
@@ -61,6 +65,8 @@ def main(argv=None):
     model = build_model(**config.network_options)
     checkpoint.load_weights(model, content["model"])
     model.to(device)
+    if config.compile:
+        compile_model(model, device)
     folder = make_folder(folder)
 
     log.info("checkpoint %s (%s)", path, config.model)

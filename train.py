@@ -124,7 +124,7 @@ def main(argv=None):
     with torch.no_grad():
         model.encode(train_set[0][0].to(device))  # refuses frames that do not fit, before anything is written
     if config.compile:
-        compile_model(model)
+        compile_model(model, device)
 
     # Optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]

@@ -72,7 +72,7 @@ def measure(case, device):
         depths_up=[6, 2], scan=back_end,
     ).to(device)  # fmt: skip
     if "compile" in rest:
-        compile_model(model)
+        compile_model(model, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device.type in FUSED_ADAM)
     inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
 

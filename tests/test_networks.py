@@ -150,7 +150,7 @@ def test_compiled_steps_are_one_graph_and_the_same_numbers():
     outputs, gradients = [], []
     for compiled in (False, True):
         if compiled:
-            compile_model(model)  # fullgraph: a graph break raises
+            compile_model(model, torch.device("cpu"))  # fullgraph: a graph break raises
         model.zero_grad()
         outputs.append(rollout(model, inputs, 2))
         rollout_loss(outputs[-1], inputs, targets).backward()

@@ -255,6 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     (["--embed_dim", "32"], "does not fit this network"),
     (["--test_data_dir", "absent.npy"], "absent.npy"),
     (["--num_frames_input", "0"], "num_frames_input"),
+    (["--strips", "0"], "--strips 0"),
 ])  # fmt: skip
 def test_test_refuses_bad_input(trained, arguments, complaint, capsys):
     assert complaint in fails(test_program, ["--checkpoint", trained[0] / "best.safetensors", *arguments], capsys)
