@@ -371,7 +371,7 @@ def open_sequences(path):
         OSError,
         ValueError,
         EOFError,
-        NotImplementedError,
+        RuntimeError,
         tokenize.TokenError,
         zipfile.BadZipFile,
         zlib.error,

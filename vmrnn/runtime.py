@@ -42,7 +42,7 @@ def pick_device(name):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not one of cpu, cuda, mps")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # not compiled in, no driver, no such index
+    except (RuntimeError, AssertionError) as error:  # not compiled in, no driver, no such index
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not there ({reason}); use --device auto or cpu") from error
     return device

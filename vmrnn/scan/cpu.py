@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from vmrnn.errors import UserError
+from vmrnn.scan.op import call, connect
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # No -ffast-math: it folds away the rounding trick in exp2 and drops NaN.
@@ -235,27 +236,9 @@ def scan_backward_op(
     return dx, ddbl, *(t[0] if B == 1 else t.sum(0) for t in dparameters)
 
 
-@scan_backward_op.register_fake
-def _(dy, x, dbl, dt_weight, dt_bias, A, D, checkpoints):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dbl, dt_weight, dt_bias, A, D))
-
-
-def setup_context(ctx, inputs, output):
-    *tensors, save = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros the size of the checkpoints
-
-
-def backward(ctx, dy, _):
-    return *scan_backward_op(dy, *ctx.saved_tensors), None
-
-
-scan_op.register_autograd(backward, setup_context=setup_context)
+connect(scan_op, scan_backward_op)
 
 
 def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
     """As reference.scan_2d; fp32 arithmetic whatever the inputs, y in x's dtype."""
-    tensors = [t.float() for t in (x, dbl, dt_weight, dt_bias, A, D)]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return scan_op(*tensors, save)[0].to(x.dtype)
+    return call(scan_op, *(t.float() for t in (x, dbl, dt_weight, dt_bias, A, D))).to(x.dtype)
