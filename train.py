@@ -29,7 +29,7 @@ from vmrnn.runtime import describe_device, make_folder, pick_device, replacing, 
 log = logging.getLogger("vmrnn")
 
 
-# What a resumed run may change: nothing that its data, network or schedule were made from.
+# What a resumed run may change: nothing that its data or its network come from.
 FREE_ON_RESUME = {
     "epochs", "lr", "weight_decay", "clip_grad", "precision", "compile", "grad_checkpoint", "epoch_valid", "log_train",
     "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir", "valid_batch_size", "test_batch_size",
@@ -38,7 +38,7 @@ FREE_ON_RESUME = {
 
 
 def parse_arguments(argv=None):
-    """(Config, weights to start from or None, (path, content) of the checkpoint to resume or None)."""
+    """(Config, weights to start from or None, content of the checkpoint to resume or None)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start from")
@@ -62,7 +62,7 @@ def parse_arguments(argv=None):
     changed = {key for key, value in config.to_dict().items() if value != before.get(key)} - FREE_ON_RESUME
     if changed:
         raise UserError(f"--resume {resume}: the run has other {', '.join(sorted(changed))}; leave them or start anew")
-    return config, weights, (Path(resume), state)
+    return config, weights, state
 
 
 def parameter_groups(model, weight_decay):
@@ -98,7 +98,7 @@ def forget_from(log_file, epoch):
 
 
 def main(argv=None):
-    config, weights, resumed = parse_arguments(argv)
+    config, weights, state = parse_arguments(argv)
     device = pick_device(config.device)
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
@@ -142,8 +142,7 @@ def main(argv=None):
 
     # Resume
     first_epoch, best_mse, curves = 1, float("inf"), {"epoch": [], "loss": [], "valid_epoch": [], "valid_loss": []}
-    if resumed:
-        path, state = resumed
+    if state:
         checkpoint.load_weights(model, state["model"])
         # Moments are the checkpoint's, lr and weight decay the configuration's.
         moments = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}

@@ -61,7 +61,7 @@ def back_end_of(case, device):
     return scan.resolve(words.pop() if words else "auto", device.type)
 
 
-def measure(case, device):
+def measure(case, device, steps=STEPS - 1, frames=15):
     """{"step": s, "frame": s, "peak": MiB} of one case, in this process."""
     network, batch, *rest = case.split(":")
     back_end = back_end_of(case, device)
@@ -84,14 +84,29 @@ def measure(case, device):
         optimizer.step()
 
     step()
-    result = {"step": seconds(step, device, STEPS - 1), "peak": peak_mib(device)}
+    result = {"step": seconds(step, device, steps), "peak": peak_mib(device)}
+    if not frames:
+        return result
     model.eval()
     with torch.inference_mode(), mixed_precision(device, precision):
         _, states = model(inputs[:, 0])
         for _ in range(3):
             model(inputs[:, 0], states)
-        result["frame"] = seconds(lambda: model(inputs[:, 0], states), device, 15)
+        result["frame"] = seconds(lambda: model(inputs[:, 0], states), device, frames)
     return result
+
+
+def profile(case, device):
+    """Print where one training step of `case` spends its time on the CPU, by operation."""
+    with torch.profiler.profile() as recorded:
+        measure(case, device, steps=1, frames=0)
+    rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    print(f"{describe_device(device)}; {case}, two training steps, {total / 1e6:.2f} s of operations")
+    for row in rows[:20]:
+        print(
+            f"{row.key[:56]:58}{row.self_cpu_time_total / 1e3:9.1f} ms{row.self_cpu_time_total / total:8.1%}{row.count:8}"
+        )
 
 
 def main():
@@ -100,8 +115,12 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", metavar="CASE", help="measure one case in this process and print JSON")
+    parser.add_argument("--profile", metavar="CASE", help="print the operations of one case's training step")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.profile:
+        profile(args.profile, device)
+        return
     if args.one:
         print(json.dumps(measure(args.one, device)))
         return

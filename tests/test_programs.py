@@ -142,8 +142,8 @@ def test_the_published_command_line_is_understood():
         "--test_batch_size 8 --epoch_valid 5 --log_train 200 --log_valid 200 --patch_size 2 --embed_dim 128 --depths 6 "
         "--depths_down 2 6 --depths_up 6 2 --drop_path_rate 0.1 --num_workers 4 --seed 1 --device cpu"
     )
-    config, weights, resumed = train.parse_arguments([*line.split(), "--checkpoint_path", "w"])
-    assert (config.depths, config.depths_down, config.lr, weights, resumed) == ([6], [2, 6], 5e-5, "w", None)
+    config, weights, state = train.parse_arguments([*line.split(), "--checkpoint_path", "w"])
+    assert (config.depths, config.depths_down, config.lr, weights, state) == ([6], [2, 6], 5e-5, "w", None)
 
 
 def test_defaults_then_file_then_flags(tmp_path):

@@ -1,8 +1,8 @@
 """Two pieces of SS2D that keep less for the backward pass than autograd would.
 
-Autograd keeps every intermediate map; of the eight of a block these drop three (a quarter of a
-training step's memory) and compute them again, which costs under 2 % of a step on a CPU. Plain
-aten operations, so any device and torch.compile take them.
+Autograd keeps every intermediate map; of the eight of a block these drop three and compute them
+again (benchmarks/layers.py has what that costs). Plain aten operations, so any device and
+torch.compile take them.
 """
 
 import torch

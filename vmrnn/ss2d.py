@@ -46,8 +46,8 @@ class SS2D(nn.Module):
 
     def forward(self, u):
         K, N = DIRECTIONS, self.splits[1]
-        # Two products, not one and a split: the halves are then contiguous, and the convolution and
-        # the gate make no copies (on a CPU the forward pass of this line and the next is 2.4x faster).
+        # Two products, not one and a split: the halves are contiguous, so neither the convolution nor
+        # the gate's backward copies (benchmarks/layers.py, in_proj).
         to_x, to_z = self.in_proj.weight.chunk(2)
         x, z = F.linear(u, to_x), F.linear(u, to_z)
         x = conv_silu(x, self.conv2d.weight, self.conv2d.bias)

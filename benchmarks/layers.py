@@ -1,0 +1,139 @@
+"""Single layers on a CPU, each way that was tried: what the entries of LOG.md on layers were decided by.
+
+    python -m benchmarks.layers
+
+Every way must agree with the first of its group. Interleaved medians in ms, forward and with backward; a
+human table, then one JSON line.
+"""
+
+import json
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from vmrnn.recompute import conv_silu, norm_gate
+from vmrnn.runtime import describe_device
+
+ROUNDS = 15
+
+
+def leaf(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+def depthwise(batch, side, channels):
+    """Depthwise 3x3 convolution and SiLU of a (B, H, W, C) map."""
+    x, weight, bias = leaf(batch, side, side, channels), leaf(channels, 1, 3, 3), leaf(channels)
+
+    def convolve(nchw):
+        return F.silu(F.conv2d(nchw, weight, bias, padding=1, groups=channels)).permute(0, 2, 3, 1)
+
+    def shifted():
+        padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+        y = bias
+        for i in range(3):
+            for j in range(3):
+                y = y + padded[:, i : i + side, j : j + side] * weight[:, 0, i, j]
+        return F.silu(y)
+
+    return {
+        "permuted view": lambda: convolve(x.permute(0, 3, 1, 2)),
+        "recomputing": lambda: conv_silu(x, weight, bias),
+        "NCHW copy": lambda: convolve(x.permute(0, 3, 1, 2).contiguous()),
+        "shifted products": shifted,
+    }, (x, weight, bias)
+
+
+def gate(batch, side, channels):
+    """LN(y) * SiLU(z)."""
+    y, z, weight, bias = (
+        leaf(batch, side, side, channels),
+        leaf(batch, side, side, channels),
+        leaf(channels),
+        leaf(channels),
+    )
+    return {
+        "plain": lambda: F.layer_norm(y, (channels,), weight, bias) * F.silu(z),
+        "recomputing": lambda: norm_gate(y, z, weight, bias, 1e-5),
+    }, (y, z, weight, bias)
+
+
+def in_proj(batch, side, channels):
+    """The projection to (x, z), the convolution of x, and the product with z, so that both halves are used."""
+    u, weight = leaf(batch, side, side, channels // 2), leaf(2 * channels, channels // 2)
+    filters, bias = leaf(channels, 1, 3, 3), leaf(channels)
+    return {
+        "one product": lambda: torch.mul(*halves(F.linear(u, weight).chunk(2, -1), filters, bias)),
+        "two products": lambda: torch.mul(*halves([F.linear(u, w) for w in weight.chunk(2)], filters, bias)),
+    }, (u, weight, filters, bias)
+
+
+def halves(parts, filters, bias):
+    x, z = parts
+    return F.conv2d(x.permute(0, 3, 1, 2), filters, bias, padding=1, groups=len(bias)).permute(0, 2, 3, 1), z
+
+
+def head(batch, side, channels):
+    """One doubling of the head: 3x3 transposed convolution, stride 2."""
+    x, weight, bias = leaf(batch, side, side, channels), leaf(channels, channels, 3, 3), leaf(channels)
+
+    def transposed(nchw):
+        return F.conv_transpose2d(nchw, weight, bias, stride=2, padding=1, output_padding=1)
+
+    def phases():
+        nchw, w = x.permute(0, 3, 1, 2), weight.transpose(0, 1)
+        down, right, both = F.pad(nchw, (0, 0, 0, 1)), F.pad(nchw, (0, 1)), F.pad(nchw, (0, 1, 0, 1))
+        ee = F.conv2d(nchw, w[:, :, 1:2, 1:2], bias)
+        eo = F.conv2d(right, w[:, :, 1:2, [2, 0]], bias)
+        oe = F.conv2d(down, w[:, :, [2, 0], 1:2], bias)
+        oo = F.conv2d(both, w[:, :, [2, 0]][:, :, :, [2, 0]], bias)
+        y = torch.stack([ee, eo, oe, oo]).unflatten(0, (2, 2))  # (p, q, B, O, H, W)
+        return y.permute(2, 4, 0, 5, 1, 3).reshape(batch, 2 * side, 2 * side, channels).permute(0, 3, 1, 2)
+
+    return {
+        "permuted view": lambda: transposed(x.permute(0, 3, 1, 2)),
+        "NCHW copy": lambda: transposed(x.permute(0, 3, 1, 2).contiguous()),
+        "four phases": phases,
+    }, (x, weight, bias)
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(ways, leaves):
+    """{way: (forward, forward + backward)} in ms; AssertionError if two ways differ."""
+    expected = next(iter(ways.values()))().detach()
+    gradient = torch.randn_like(expected)
+    times = {name: ([], []) for name in ways}
+    for name, way in ways.items():
+        torch.testing.assert_close(way().detach(), expected, atol=1e-4, rtol=1e-4, msg=name)
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            with torch.no_grad():
+                times[name][0].append(timed(way))
+            times[name][1].append(timed(lambda way=way: torch.autograd.grad(way(), leaves, gradient)))
+    return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
+
+
+def main():
+    torch.manual_seed(0)
+    maps = [(1, 32, 256), (4, 32, 256), (1, 16, 512)]
+    groups = {depthwise: maps, gate: maps, in_proj: maps, head: [(8, 8, 128), (8, 16, 128), (72, 16, 128)]}
+    print(describe_device(torch.device("cpu")))
+    print(f"{'layer':11}{'batch':>6}{'side':>5}{'channels':>9}  {'way':18}{'forward':>9}{'both':>9}   ms")
+    results = []
+    for layer, shapes in groups.items():
+        for shape in shapes:
+            for way, (forward, both) in measure(*layer(*shape)).items():
+                print(f"{layer.__name__:11}{shape[0]:6}{shape[1]:5}{shape[2]:9}  {way:18}{forward:9.2f}{both:9.2f}")
+                results.append({"layer": layer.__name__, "shape": shape, "way": way, "forward": forward, "both": both})
+    print(json.dumps({"benchmark": "layers", "results": results}))
+
+
+if __name__ == "__main__":
+    main()
