@@ -13,6 +13,7 @@ at any worker count, after any resume and on any rank.
 import gzip
 import math
 import os
+import signal
 import tempfile
 import tokenize
 import zipfile
@@ -485,6 +486,12 @@ class EpochSampler(Sampler):
             yield self.epoch, int(index)
 
 
+def ignore_stop_signals(worker):
+    # A stop reaches the whole process group; the main process finishes its update, and needs its workers for it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(
     dataset,
     batch_size,
@@ -511,6 +518,7 @@ def make_loader(
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
         # Its own generator: without one every pass would move the global one, and with it the
         # training of a run that was resumed in the middle of an epoch.
         generator=torch.Generator().manual_seed(seed % 2**63),

@@ -1,16 +1,21 @@
 """The rollout, the loss, one epoch of training and one evaluation: the same for both networks."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import VMRNN_B
 import VMRNN_D
+from vmrnn import distributed
 from vmrnn.errors import UserError
 from vmrnn.metrics import Metrics
+from vmrnn.runtime import seed_update
 from vmrnn.scan.cpu import find_compiler
 
 
@@ -26,6 +31,7 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
     return table[model]()
 
 
+SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
 FUSED_ADAM = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
 
 
@@ -40,14 +46,25 @@ def compile_model(model, device):
     model.advance = torch.compile(model.advance, fullgraph=True, dynamic=False)
 
 
+def pad_frames(frames, multiple):
+    """(..., H, W) repeated at the bottom and the right to sides that are multiples of `multiple`."""
+    H, W = frames.shape[-2:]
+    bottom, right = -H % multiple, -W % multiple
+    if not (bottom or right):
+        return frames
+    padded = F.pad(frames.flatten(0, -4), (0, right, 0, bottom), mode="replicate")
+    return padded.unflatten(0, frames.shape[:-3])
+
+
 def rollout(model, inputs, horizon, grad_checkpoint=False):
     """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
 
-    inputs (B, T_in, C, H, W). Output i is the network's view of frame i + 1, so the last `horizon`
-    are the forecast. The known frames are embedded in one call and the outputs before the forecast,
-    which nothing feeds on, are decoded in one. grad_checkpoint: keep only the states between frames
-    and compute a frame's activations again in the backward pass (a third to a half more time, a
-    fraction of the memory).
+    inputs (B, T_in, C, H, W), NaN where a pixel is missing: the network sees 0. Output i is the
+    network's view of frame i + 1, so the last `horizon` are the forecast. Sides that the network
+    cannot take are padded, and its outputs cropped. The known frames are embedded in one call and the
+    outputs before the forecast, which nothing feeds on, are decoded in one. grad_checkpoint: keep only
+    the states between frames and compute a frame's activations again in the backward pass (a third to
+    a half more time, a fraction of the memory).
     """
 
     def advance(tokens, states):
@@ -55,7 +72,8 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
             return checkpoint(model.advance, tokens, states, use_reentrant=False)
         return model.advance(tokens, states)
 
-    B, T = inputs.shape[:2]
+    B, T, _, H, W = inputs.shape
+    inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.patch_size * 2**model.levels)
     tokens = model.encode(inputs.flatten(0, 1)).unflatten(0, (B, T)).unbind(1)
     warm_up, frames, states = [], [], None
     for t in range(T - 1):
@@ -70,78 +88,135 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
         frames.append(model.decode(features))
         if t + 1 < horizon:
             token = model.encode(frames[-1])
-    return torch.stack(frames, 1)
+    return torch.stack(frames, 1)[..., :H, :W]
+
+
+class Rollout(nn.Module):
+    """`rollout` as the forward of a module, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, model, grad_checkpoint=False):
+        super().__init__()
+        self.model, self.grad_checkpoint = model, grad_checkpoint
+
+    def forward(self, inputs, horizon):
+        return rollout(self.model, inputs, horizon, self.grad_checkpoint)
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def mixed_precision(device, precision):
-    """The context that `precision` means: "fp32" or "bf16" (products and convolutions in bf16; norms,
-    gates, the scan's state and the loss stay in fp32)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The context that `precision` means: "fp32", "bf16" or "fp16" (products and convolutions in that type;
+    norms, gates, the scan's state and the loss stay in fp32)."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def rollout_loss(outputs, inputs, targets):
-    """MSE + L1 over all outputs against the frames that follow (paper section 3.4); a scalar."""
+    """MSE + L1 over all outputs against the frames that follow (paper section 3.4); a scalar.
+
+    A NaN in those frames is a missing pixel and does not count.
+    """
     truth = torch.cat([inputs[:, 1:], targets], dim=1)
-    return F.mse_loss(outputs, truth) + F.l1_loss(outputs, truth)
+    missing = truth.isnan()
+    truth = torch.where(missing, outputs.detach().to(truth.dtype), truth)  # no error there, and no gradient
+    share = truth.numel() / (truth.numel() - missing.sum()).clamp(min=1)  # exactly 1 where all is there
+    return (F.mse_loss(outputs, truth) + F.l1_loss(outputs, truth)) * share
 
 
-def progress(loader, title):
-    """A bar over `loader` that counts frames, so it shows frames a second: yields (bar, step, inputs, targets)."""
+def progress(loader, title, total, first=0):
+    """A bar over `loader` that counts frames, so it shows frames a second: yields (bar, inputs, targets).
+
+    total: batches in all, of which `first` are done.
+    """
     # disable=None: no bar where nobody watches (a log file)
-    with tqdm(desc=title, unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=None) as bar:
-        for step, (inputs, targets) in enumerate(loader, 1):
+    hidden = True if distributed.rank() else None
+    with tqdm(desc=title, unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=hidden) as bar:
+        for i, (inputs, targets) in enumerate(loader):
             frames = inputs.shape[0] * (inputs.shape[1] + targets.shape[1])
-            if step == 1:
-                bar.reset(total=frames * len(loader))
-            yield bar, step, inputs, targets
+            if i == 0:
+                bar.reset(total=frames * total)
+                bar.update(frames * first)
+            yield bar, inputs, targets
             bar.update(frames)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What train_one_epoch says of one update of the weights."""
+
+    step: int  # in its epoch, from 1
+    loss: float  # mean over the samples of the update, on all devices
+    grad_norm: float  # before clipping
+
+
+class NonFinite(Exception):
+    """A loss or a gradient is not finite; the weights are those before the update that failed."""
+
+    def __init__(self, update, inputs, targets):
+        super().__init__(f"the loss is {update.loss} and its gradient's norm {update.grad_norm}")
+        self.update, self.inputs, self.targets = update, inputs, targets
+
+
 def train_one_epoch(
-    model,
+    network,
     loader,
     optimizer,
     learning_rate,
     device,
+    *,
+    updates,
+    done=0,
+    parts=1,
+    before=0,
+    seed=0,
+    scaler=None,
     clip_grad=0.0,
-    grad_checkpoint=False,
     precision="fp32",
-    log_every=200,
-    log=None,
     title="",
 ):
-    """One pass over `loader`, one update a batch; returns the mean loss of a sample.
+    """The updates `done` + 1 to `updates` of one epoch; yields an Update after each.
 
-    learning_rate(step) is the lr of update `step`, from 1. log(step, mean loss since the last call) is
-    called every `log_every` updates. A loss or a gradient that is not finite raises UserError before
-    it reaches the weights.
+    network     Rollout, or DistributedDataParallel around one
+    loader      yields the micro-batches that are left, `parts` for each update (gradient accumulation)
+    learning_rate(n)   the lr of update n of the run, from 0; `before` updates came before this epoch
+    scaler      torch.amp.GradScaler for fp16
+
+    Dropout draws from (seed, n, rank), so no generator's state needs to be kept to go on exactly.
+    A loss or a gradient that is not finite raises NonFinite before it reaches the weights; under fp16
+    the scaler skips updates whose gradients overflow, until its scale is beyond repair.
     """
-    model.train()
-    total, count, window = 0.0, 0, []
-    for bar, step, inputs, targets in progress(loader, title):
-        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    network.train()
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    parameters = list(network.parameters())
+    batches = progress(loader, title, updates * parts, done * parts)
+    for step in range(done + 1, updates + 1):
+        seed_update(seed, before + step - 1, distributed.rank())
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        with mixed_precision(device, precision):
-            outputs = rollout(model, inputs, targets.shape[1], grad_checkpoint)
-        loss = rollout_loss(outputs, inputs, targets)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf).item()
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise UserError(
-                f"the loss is {value} and its gradient's norm {norm} at update {step} of {title}: "
-                "lower --lr or set --clip_grad 1"
-            )
-        optimizer.step()
-        total, count = total + value * len(inputs), count + len(inputs)
-        window.append(value)
-        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-        if log and step % log_every == 0:
-            log(step, sum(window) / len(window))
-            window.clear()
-    return total / count
+            group["lr"] = learning_rate(before + step - 1)
+        total = torch.zeros((), device=device)
+        for part in range(parts):
+            bar, inputs, targets = next(batches)
+            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            alone = distributed.world() == 1 or part == parts - 1  # or gradients wait for the last part
+            with nullcontext() if alone else network.no_sync():
+                with mixed_precision(device, precision):
+                    outputs = network(inputs, targets.shape[1])
+                loss = rollout_loss(outputs, inputs, targets) / parts
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        loss, norm = torch.stack([total, norm.to(total)]).tolist()  # the one wait for the device
+        (loss,) = distributed.sums(loss / distributed.world())
+        update = Update(step, loss, norm)
+        overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > SMALLEST_SCALE
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            raise NonFinite(update, inputs, targets)
+        scaler.step(optimizer)
+        scaler.update()
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        yield update
 
 
 @torch.no_grad()
@@ -149,23 +224,28 @@ def evaluate(model, loader, device, metrics, precision="fp32", baselines=False, 
     """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
-    on_batch(step, inputs, targets, forecast) sees every batch.
+    on_batch(step, inputs, targets, forecast) sees every batch of this process. With several processes
+    each has its own samples in `loader`, and all get the results over all samples.
     """
     model.eval()
-    total, meters = 0.0, {}
-    for _, step, inputs, targets in progress(loader, title):
+    total, meters = 0.0, {name: Metrics(metrics) for name in (("model", "black", "last") if baselines else ("model",))}
+    for step, (_, inputs, targets) in enumerate(progress(loader, title, len(loader)), 1):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with mixed_precision(device, precision):
             outputs = rollout(model, inputs, targets.shape[1])
         total += rollout_loss(outputs, inputs, targets).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
-        forecasts = {"model": forecast}
+        meters["model"].update(forecast, targets)
         if baselines:
-            forecasts["black"] = torch.zeros_like(targets)
-            forecasts["last"] = inputs[:, -1:].expand_as(targets)
-        for name, frames in forecasts.items():
-            meters.setdefault(name, Metrics(metrics)).update(frames, targets)
+            meters["black"].update(torch.zeros_like(targets), targets)
+            meters["last"].update(inputs[:, -1:].expand_as(targets), targets)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
-    results = {name: meter.compute() for name, meter in meters.items()}
-    return {"loss": total / results["model"]["count"], **results}
+    (total, samples) = distributed.sums(total, meters["model"].count)
+    results = {}
+    for name, meter in meters.items():
+        merged = Metrics(metrics)
+        for state in distributed.gather(meter.state()):
+            merged.merge(state)
+        results[name] = merged.compute()
+    return {"loss": total / samples, **results}

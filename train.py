@@ -4,65 +4,96 @@
     python train.py --config configs/moving_mnist_d.toml                the paper's network D, one GPU
     python train.py --model VMRNN-B --depths 6 --res_dir exps/b         the same by flags alone
     python train.py --config ... --resume auto                          go on after an interruption
+    torchrun --nproc_per_node=4 train.py --config ... --resume auto     four GPUs, or four CPU processes
 
-Every key of the TOML file is a flag (vmrnn/config.py); flags win.
-The run folder (--res_dir) gets config.toml, log.jsonl, loss.png, pictures, last.pt and best.safetensors.
+Every key of the TOML file is a flag (vmrnn/config.py); flags win. The run folder (--res_dir) gets
+config.toml, log.jsonl, loss.png, pictures, forecast.gif, best.safetensors, last.pt and the one before it.
+SIGTERM and SIGINT finish the update, save, and end with exit code 75: start again with --resume auto.
 """
 
 import json
 import logging
 import math
+import os
 import time
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
 
 from dataset import DATASETS, build_dataset, make_loader
-from functions import FUSED_ADAM, build_model, compile_model, evaluate, train_one_epoch
-from vmrnn import checkpoint, config as configuration, scan
+from functions import FUSED_ADAM, NonFinite, Rollout, build_model, compile_model, evaluate, train_one_epoch
+from vmrnn import checkpoint, config as configuration, distributed, scan
+from vmrnn.board import Board
 from vmrnn.errors import UserError
-from vmrnn.pictures import save_curve, save_strip
-from vmrnn.runtime import describe_device, make_folder, pick_device, replacing, run_program, seed_everything
+from vmrnn.pictures import save_animation, save_curve, save_strip
+from vmrnn.runtime import (
+    Stopped,
+    StopSignals,
+    describe_device,
+    make_folder,
+    pick_device,
+    run_program,
+    seed_everything,
+)
 
 log = logging.getLogger("vmrnn")
 
 
 # What a resumed run may change: nothing that its data or its network come from.
 FREE_ON_RESUME = {
-    "epochs", "lr", "weight_decay", "clip_grad", "precision", "compile", "grad_checkpoint", "epoch_valid", "log_train",
-    "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir", "valid_batch_size", "test_batch_size",
-    "test_data_dir", "test_sequences",
+    "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "grad_checkpoint", "epoch_valid",
+    "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
+    "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences",
 }  # fmt: skip
 
 
+@dataclass
+class Position:
+    """Where in a run: `step` updates of `epoch` are done. All that a run needs to go on beside weights and optimiser."""
+
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0  # summed over the epoch's updates
+    window: list[float] = field(default_factory=list)  # losses since the last line of log.jsonl
+    seconds: float = 0.0  # of training and validation, over all starts of the run
+    best_mse: float = math.inf
+    log_size: int = 0  # bytes of log.jsonl
+
+
 def parse_arguments(argv=None):
-    """(Config, weights to start from or None, content of the checkpoint to resume or None)."""
+    """(Config, weights to start from or None, (content, path) of the checkpoint to resume or None)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
-    parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start from")
+    parser.add_argument(
+        "--init_from", "--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start a new run from"
+    )
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from the run folder's last.pt, or from FILE")
     configuration.add_options(parser)
     given = vars(parser.parse_args(argv))
-    toml, weights, resume = (given.pop(key) for key in ("config", "checkpoint", "resume"))
+    toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
     config = configuration.resolve(toml, given)
     last = Path(config.res_dir) / "last.pt"
+    exists = last.exists() or checkpoint.previous_of(last).exists()
     if resume == "auto":
-        resume = last if last.exists() else None  # a first start with --resume auto in the job script
-    if last.exists() and (resume is None or last.resolve() != Path(resume).resolve()):
+        resume = last if exists else None  # a first start with --resume auto in the job script
+    if exists and (resume is None or last.resolve() != Path(resume).resolve()):
         raise UserError(f"{last.parent} already holds a run: --resume auto goes on, or give another --res_dir")
     if resume is None:
         return config, weights, None
-    state = checkpoint.read_checkpoint(resume)
+    state, source = checkpoint.read_last_checkpoint(resume)
     if "optimizer" not in state:
-        raise UserError(f"--resume {resume}: holds weights alone; use --checkpoint to start from them")
+        raise UserError(f"--resume {resume}: holds weights alone; use --init_from to start from them")
+    if "position" not in state:
+        raise UserError(f"--resume {resume}: of an older version; use --init_from to start from its weights")
     before = state["config"]
     config = configuration.resolve(toml, given, base=before | {"res_dir": config.res_dir})
     changed = {key for key, value in config.to_dict().items() if value != before.get(key)} - FREE_ON_RESUME
     if changed:
         raise UserError(f"--resume {resume}: the run has other {', '.join(sorted(changed))}; leave them or start anew")
-    return config, weights, state
+    return config, weights, (state, source)
 
 
 def parameter_groups(model, weight_decay):
@@ -75,46 +106,63 @@ def parameter_groups(model, weight_decay):
 
 
 def rate_factor(step, schedule, warmup_steps, total_steps):
-    """lr as a factor of its peak at update `step` (from 0): linear warm-up, then constant or half a cosine to 0."""
+    """lr as a factor of its peak at update `step` (from 0). A function of the step alone, so that a resumed
+    run needs no scheduler's state and follows --lr and --epochs where they change.
+
+    constant and cosine (half of one, to 0) after a linear warm-up; onecycle is torch's OneCycleLR.
+    """
+
+    def half_cosine(start, end, part):
+        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+    if schedule == "onecycle":
+        rise = (warmup_steps or 0.3 * total_steps) - 1
+        if step <= rise:
+            return half_cosine(1 / 25, 1, step / rise)
+        return half_cosine(1, 1 / 25e4, (step - rise) / (total_steps - 1 - rise))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return half_cosine(1, 0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
-def forget_from(log_file, epoch):
-    """Drop what log.jsonl has of `epoch` and later, and a line that was cut off: they will be written again."""
-    kept = []
-    for line in log_file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["epoch"] < epoch:
-                kept.append(line + "\n")
-        except ValueError:  # the process died while writing it
-            continue
-    with replacing(log_file) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+def share_of_batch(config):
+    """(sequences of a micro-batch, micro-batches of an update) of each process; the batch is all processes'."""
+    world = distributed.world()
+    parts = math.ceil(config.accumulate / world)
+    size, rest = divmod(config.train_batch_size, world * parts)
+    if rest:
+        raise UserError(
+            f"train_batch_size {config.train_batch_size} does not divide among {world} processes with {parts} parts "
+            f"each (accumulate {config.accumulate}): give a multiple of {world * parts}"
+        )
+    return size, parts
 
 
 def main(argv=None):
-    config, weights, state = parse_arguments(argv)
-    device = pick_device(config.device)
-    log.info("device     %s", describe_device(device))
+    config, weights, resumed = parse_arguments(argv)
+    with distributed.processes(pick_device(config.device)) as device, StopSignals() as signals:
+        train(config, weights, resumed, device, signals)
+
+
+def train(config, weights, resumed, device, signals):
+    rank, world = distributed.rank(), distributed.world()
+    if rank:
+        log.setLevel(logging.WARNING)  # one process speaks, and writes
+    log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
     seed_everything(config.seed)
 
     # Data
     train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
     valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
-    pin = device.type == "cuda"
-    train_loader = make_loader(
-        train_set, config.train_batch_size, config.num_workers, shuffle=True, seed=config.seed, drop_last=True,
-        pin_memory=pin,
-    )  # fmt: skip
-    valid_loader = make_loader(valid_set, config.valid_batch_size, config.num_workers, pin_memory=pin)
-
-    if len(train_loader) == 0:
+    micro_batch, parts = share_of_batch(config)
+    place = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
+    train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **place)
+    valid_loader = make_loader(valid_set, config.valid_batch_size, **place)
+    updates = len(train_set) // config.train_batch_size  # of an epoch
+    if updates == 0:
         raise UserError(f"train_sequences: {len(train_set)} do not fill one batch of {config.train_batch_size}")
 
     # Network
@@ -122,37 +170,89 @@ def main(argv=None):
     if weights:
         checkpoint.load_weights(model, weights)
     with torch.no_grad():
-        model.encode(train_set[0][0].to(device))  # refuses frames that do not fit, before anything is written
+        Rollout(model)(train_set[0][0][None, :1].to(device), 1)  # refuses what does not fit, before anything is written
+    ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
+    judged = ema.module if ema else model  # what is evaluated, and saved as best
     if config.compile:
-        compile_model(model, device)
+        for network in {model, judged}:
+            compile_model(network, device)
 
     # Optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     groups = parameter_groups(model, config.weight_decay)
     optimizer = optimizer_class(groups, lr=config.lr, fused=device.type in FUSED_ADAM)
-    updates = len(train_loader)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-    def learning_rate(epoch, step):
-        done = (epoch - 1) * updates + step - 1
-        return config.lr * rate_factor(done, config.schedule, config.warmup_steps, config.epochs * updates)
-
-    # Run folder
-    folder = make_folder(config.res_dir)
-    last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
+    def learning_rate(n):
+        return config.lr * rate_factor(n, config.schedule, config.warmup_steps, config.epochs * updates)
 
     # Resume
-    first_epoch, best_mse, curves = 1, float("inf"), {"epoch": [], "loss": [], "valid_epoch": [], "valid_loss": []}
-    if state:
+    position = Position()
+    if resumed:
+        state, source = resumed
+        position = Position(**state["position"])
         checkpoint.load_weights(model, state["model"])
+        if ema:
+            checkpoint.load_weights(ema.module, state["ema"])
         # Moments are the checkpoint's, lr and weight decay the configuration's.
         moments = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
         optimizer.load_state_dict(moments)
-        torch.set_rng_state(state["rng"])
-        first_epoch, curves = state["epoch"] + 1, state["curves"]
-        if best.exists():  # not where a run goes on in another folder
-            best_mse = state["best_mse"]
-        if log_file.exists():
-            forget_from(log_file, first_epoch)
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    if len({(p.epoch, p.step) for p in distributed.gather(position)}) > 1:
+        raise UserError(f"{config.res_dir}: the processes see different checkpoints; put it where all can read it")
+    network = Rollout(model, config.grad_checkpoint)
+    if world > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    # Run folder
+    folder = Path(config.res_dir)
+    last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
+    if rank == 0:
+        make_folder(folder / "pictures")
+        for cut_off in folder.rglob(".*.tmp"):  # by a kill in the middle of a save
+            cut_off.unlink()
+        if resumed and source == checkpoint.previous_of(last):
+            os.replace(source, last)  # or the next save would keep the damaged one and drop this
+        elif resumed and source.resolve() != last.resolve():  # the run goes on in a new folder
+            position.best_mse, position.log_size = math.inf, 0
+        log_file.touch()
+        os.truncate(log_file, min(position.log_size, log_file.stat().st_size))  # what follows is written again
+        configuration.save_toml(config, folder / "config.toml")
+    begun = (position.epoch - 1) * updates + position.step
+    board = Board(folder / "tensorboard", begun) if config.tensorboard and rank == 0 else None
+    clock = time.perf_counter() - position.seconds
+
+    def record(step, **values):
+        position.seconds = time.perf_counter() - clock
+        if rank:
+            return
+        update = (position.epoch - 1) * updates + step
+        place = {"epoch": position.epoch, "step": step, "samples": update * config.train_batch_size,
+                 "seconds": round(position.seconds, 2)}  # fmt: skip
+        with open(log_file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(place | values) + "\n")
+        if board:
+            board.scalars(values, update)
+
+    def save():
+        nonlocal saved
+        position.seconds = time.perf_counter() - clock
+        saved = (position.epoch, position.step, time.perf_counter())
+        if rank:
+            return
+        position.log_size = log_file.stat().st_size
+        checkpoint.save_checkpoint(
+            last, model=model.state_dict(), ema=ema and ema.module.state_dict(), optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(), position=asdict(position), config=config.to_dict(),
+        )  # fmt: skip
+
+    def stop():
+        save()
+        raise Stopped(
+            f"stopped by {signals.received or 'another process'} in epoch {position.epoch} after update "
+            f"{position.step}; {last} is saved, --resume auto goes on"
+        )
 
     # What will run
     parameters = sum(p.numel() for p in model.parameters())
@@ -163,78 +263,97 @@ def main(argv=None):
         config.num_frames_output,
     )  # fmt: skip
     log.info(
-        "training   epochs %d to %d, %d updates each of batch %d, %s lr %g %s, %s, effective batch %d",
-        first_epoch, config.epochs, updates, config.train_batch_size, config.optimizer, config.lr,
-        config.schedule, config.precision, config.train_batch_size,
+        "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",
+        position.epoch, config.epochs, updates, config.optimizer, config.lr, config.schedule, config.precision,
+        config.train_batch_size, micro_batch, parts, world,
     )  # fmt: skip
     log.info("run folder %s", folder)
-    configuration.save_toml(config, folder / "config.toml")
-
-    purge = (first_epoch - 1) * updates + 1  # steps that will be written again
-    board = SummaryWriter(folder / "tensorboard", purge_step=purge) if config.tensorboard else None
-
-    def record(epoch, step=updates, **values):
-        with open(log_file, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"epoch": epoch, "step": step, **values}) + "\n")
-        if board:
-            for name, value in values.items():
-                board.add_scalar(name, value, (epoch - 1) * updates + step)
-            board.flush()
+    if position.step:
+        log.info("going on   after update %d of epoch %d", position.step, position.epoch)
 
     # Loop
-    started = time.perf_counter()
-    for epoch in range(first_epoch, config.epochs + 1):
-        train_loader.sampler.epoch = epoch
-        loss = train_one_epoch(
-            model, train_loader, optimizer, partial(learning_rate, epoch), device, clip_grad=config.clip_grad,
-            grad_checkpoint=config.grad_checkpoint, precision=config.precision, log_every=config.log_train,
-            log=lambda step, mean: record(epoch=epoch, step=step, train_loss=mean, lr=learning_rate(epoch, step)),
-            title=f"epoch {epoch}/{config.epochs}",
-        )  # fmt: skip
-        curves["epoch"].append(epoch)
-        curves["loss"].append(loss)
+    saved = (position.epoch, position.step, time.perf_counter())
+    while position.epoch <= config.epochs:
+        epoch, before = position.epoch, (position.epoch - 1) * updates
+        train_loader.sampler.epoch, train_loader.sampler.start = epoch, position.step * config.train_batch_size
+        try:
+            for update in train_one_epoch(
+                network, train_loader, optimizer, learning_rate, device, updates=updates, done=position.step,
+                parts=parts, before=before, seed=config.seed, scaler=scaler, clip_grad=config.clip_grad,
+                precision=config.precision, title=f"epoch {epoch}/{config.epochs}",
+            ):  # fmt: skip
+                if ema:
+                    ema.update(model, step=before + update.step)
+                position.step = update.step
+                position.loss += update.loss
+                position.window.append(update.loss)
+                if update.step % config.log_train == 0:
+                    record(
+                        update.step, train_loss=sum(position.window) / len(position.window),
+                        grad_norm=update.grad_norm, lr=learning_rate(before + update.step - 1),
+                    )  # fmt: skip
+                    if board:
+                        board.throughput(len(position.window) * config.train_batch_size, before + update.step)
+                    position.window = []
+                if any(distributed.sums(signals.received is not None)):
+                    stop()
+                if config.is_save_due(update.step - saved[1], time.perf_counter() - saved[2]):
+                    save()
+        except NonFinite as failure:
+            path = folder / f"failed_update_rank{rank}.pt"
+            checkpoint.save_checkpoint(
+                path, model=model.state_dict(), inputs=failure.inputs, targets=failure.targets, config=config.to_dict(),
+                position=asdict(position),
+            )  # fmt: skip
+            raise UserError(
+                f"{failure} at update {failure.update.step} of epoch {epoch}/{config.epochs}: lower --lr or set "
+                f"--clip_grad 1; its batch and the weights before it are in {path}"
+            ) from failure
+        loss = position.loss / updates
 
         if epoch % config.epoch_valid == 0 or epoch == config.epochs:
 
-            def pictures(step, inputs, targets, forecast):
-                if (step - 1) % config.log_valid == 0:
-                    name = folder / "pictures" / f"epoch{epoch:04d}_batch{step:04d}.png"
-                    save_strip(name, inputs[0].cpu(), targets[0].cpu(), forecast[0].cpu(), f"epoch {epoch}")
+            def watch(step, inputs, targets, forecast):
+                if signals.received:
+                    stop()  # the evaluation is run again
+                if rank == 0 and (step - 1) % config.log_valid == 0:
+                    sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
+                    picture = folder / "pictures" / f"epoch{epoch:04d}_batch{step:04d}.png"
+                    save_strip(picture, *sequence, f"epoch {epoch}")
+                    if board:
+                        board.picture(f"forecast/batch {step}", picture, before + updates)
+                    if step == 1:
+                        save_animation(folder / "forecast.gif", *sequence)
+                        if board:
+                            board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
-            make_folder(folder / "pictures")
             results = evaluate(
-                model,
-                valid_loader,
-                device,
-                DATASETS[config.dataset].metrics,
-                config.precision,
-                on_batch=pictures,
+                judged, valid_loader, device, DATASETS[config.dataset].metrics, config.precision, on_batch=watch,
                 title=f"validate {epoch}",
-            )
+            )  # fmt: skip
             metrics = results["model"]["mean"]
             if not math.isfinite(results["loss"]):  # and last.pt stays what it was
                 raise UserError(
                     f"the validation loss of epoch {epoch} is {results['loss']}: lower --lr or set --clip_grad 1"
                 )
-            seconds = round(time.perf_counter() - started, 1)
-            record(epoch=epoch, train_loss=loss, valid_loss=results["loss"], seconds=seconds, **metrics)
-            curves["valid_epoch"].append(epoch)
-            curves["valid_loss"].append(results["loss"])
-            save_curve(folder / "loss.png", *curves.values())
-            if metrics["mse"] < best_mse:
-                best_mse = metrics["mse"]
-                checkpoint.save_weights(best, model, config.to_dict())
+            record(updates, train_loss=loss, valid_loss=results["loss"], **metrics)
+            is_best = metrics["mse"] < position.best_mse
+            position.best_mse = min(metrics["mse"], position.best_mse)
+            if rank == 0:
+                save_curve(folder / "loss.png", log_file)
+                if is_best:
+                    checkpoint.save_weights(best, judged, config.to_dict())
+            if board:
+                board.lead_times(results["model"]["per_frame"], before + updates)
             log.info(
                 "epoch %d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %.0f s",
-                epoch, loss, results["loss"], metrics["mse"], metrics["ssim"], best_mse, seconds,
+                epoch, loss, results["loss"], metrics["mse"], metrics["ssim"], position.best_mse, position.seconds,
             )  # fmt: skip
-        checkpoint.save_checkpoint(
-            last, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            rng=torch.get_rng_state(), epoch=epoch, best_mse=best_mse, curves=curves, config=config.to_dict(),
-        )  # fmt: skip
+        position = Position(epoch + 1, best_mse=position.best_mse)
+        save()
     log.info("done: %s", folder)
     if best.exists():
-        log.info("best MSE on the validation set %.2f; next: python test.py --checkpoint %s", best_mse, best)
+        log.info("best MSE on the validation set %.2f; next: python test.py --checkpoint %s", position.best_mse, best)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Reading and writing weights and checkpoints: ours, safetensors, and the published files."""
 
 import json
+import logging
 import pickle
 import re
 import zipfile
@@ -14,11 +15,13 @@ from safetensors.torch import save_file
 from vmrnn.errors import UserError
 from vmrnn.runtime import replacing
 
+log = logging.getLogger("vmrnn")
+
 # What torch.load, zipfile and safetensors raise for files that are not what they seem.
 DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, TypeError, KeyError,
           AttributeError, IndexError, AssertionError)  # fmt: skip
 
-FORMAT, VERSION = "vmrnn-checkpoint", 1
+FORMAT, VERSION = "vmrnn-checkpoint", 2
 
 # Weights of published files that no output depends on: every block but a cell's first carries a
 # `linear`, and the way up a patch embedding.
@@ -120,9 +123,26 @@ def read_checkpoint(path):
 
 
 def save_checkpoint(path, **content):
-    """Everything a run needs to go on (see train.py); the old file stays whole until the new one is."""
-    with replacing(path) as temporary:
+    """Everything a run needs to go on (see train.py); the file before this one stays as `previous_of(path)`."""
+    with replacing(path, keep=previous_of(path)) as temporary:
         torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+
+
+def previous_of(path):
+    return Path(path).with_name(f"previous_{Path(path).name}")
+
+
+def read_last_checkpoint(path):
+    """(content, path) of `path`, or, where that is damaged or gone, of the one before it, with a warning."""
+    path, previous = Path(path), previous_of(path)
+    try:
+        return read_checkpoint(path), path
+    except UserError as error:
+        if not previous.exists():
+            raise
+        content = read_checkpoint(previous)
+        log.warning("%s: going on from %s", error, previous)
+        return content, previous
 
 
 def save_weights(path, model, config):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,24 +56,31 @@ class Config:
 
     # Training
     epochs: int = option(2000, "epochs")
-    train_batch_size: int = option(16, "sequences of an update")
+    train_batch_size: int = option(16, "sequences of an update, on all devices together")
     valid_batch_size: int = option(16, "sequences of a validation batch")
     test_batch_size: int = option(16, "sequences of a test batch")
     optimizer: str = option("adam", "optimiser", ["adam", "adamw"])
-    lr: float = option(1e-4, "learning rate (the peak of it under cosine)")
+    lr: float = option(1e-4, "learning rate (the peak of it under cosine and onecycle)")
     weight_decay: float = option(0.0, "of matrices and filters alone: never of norms, biases, A_logs, Ds")
-    schedule: str = option("constant", "learning rate over the run, stepped per update", ["constant", "cosine"])
-    warmup_steps: int = option(0, "updates of linear warm-up")
+    schedule: str = option(
+        "constant", "learning rate over the run, stepped per update", ["constant", "cosine", "onecycle"]
+    )
+    warmup_steps: int = option(0, "updates of linear warm-up (onecycle: 30 % of the run unless given)")
     clip_grad: float = option(0.0, "largest gradient norm; 0: no clipping")
-    precision: str = option("fp32", "arithmetic of products and convolutions; the rest is fp32", ["fp32", "bf16"])
+    accumulate: int = option(1, "parts of a batch computed one after another, to save memory; shared among devices")
+    ema: float = option(0.0, "decay of the averaged weights, which are then evaluated and saved as best; 0: none")
+    precision: str = option(
+        "fp32", "arithmetic of products and convolutions; the rest is fp32", ["fp32", "bf16", "fp16"]
+    )
     compile: bool = option(False, "torch.compile the recurrence: a slow start, then faster steps on a GPU")
     grad_checkpoint: bool = option(
         False, "compute activations again in the backward pass: far less memory, a third to a half slower"
     )
     epoch_valid: int = option(5, "epochs between validations")
+    save_every: str = option("10m", "updates (500) or minutes (10m) between saves of last.pt; every epoch's end too")
     log_train: int = option(200, "updates between lines of training loss in log.jsonl")
     log_valid: int = option(200, "validation batches between saved pictures (the first batch always)")
-    tensorboard: bool = option(False, "write the curves for TensorBoard too")
+    tensorboard: bool = option(False, "write curves and forecasts for TensorBoard too")
     seed: int = option(1234, "seed of weights, data and dropout")
 
     # Machine
@@ -86,16 +94,19 @@ class Config:
             "patch_size", "embed_dim", "d_state", "num_frames_input", "num_frames_output", "input_channels",
             "num_objects", "digit_size", "train_sequences", "valid_sequences", "test_sequences", "epochs",
             "train_batch_size", "valid_batch_size", "test_batch_size", "epoch_valid", "log_train", "log_valid",
+            "accumulate",
         ]  # fmt: skip
         for key in at_least_one:
             if getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be at least 1")
-        for key in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+        for key in ("drop_rate", "attn_drop_rate", "drop_path_rate", "ema"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be in [0, 1)")
         for key in ("lr", "weight_decay", "clip_grad", "step_length", "warmup_steps", "num_workers", "seed"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
+        if not re.fullmatch(r"[1-9]\d*m?", self.save_every):
+            raise UserError(f"save_every = {self.save_every!r}: give updates (500) or minutes (10m)")
         if self.seed >= 2**63:
             raise UserError(f"seed = {self.seed}: must be below 2**63")
         if min(self.input_size) < 7:
@@ -112,6 +123,12 @@ class Config:
     def frame_size(self):
         """(H, W) of a frame."""
         return self.input_size[0], self.input_size[-1]
+
+    def is_save_due(self, updates, seconds):
+        """Whether to save: `updates` and `seconds` have passed since the last time."""
+        if self.save_every.endswith("m"):
+            return seconds >= 60 * int(self.save_every[:-1])
+        return updates >= int(self.save_every)
 
     @property
     def network_options(self):

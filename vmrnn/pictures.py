@@ -1,11 +1,16 @@
 """Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1]."""
 
+import json
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 from PIL import Image
 
 matplotlib.use("Agg")  # no window is ever opened
 import matplotlib.pyplot as plt
+
+from vmrnn.runtime import replacing
 
 
 def save_strip(path, inputs, targets, forecast, title=""):
@@ -42,7 +47,10 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
         pictures.append(Image.fromarray((255 * picture).round().astype(np.uint8)))
     hold = [milliseconds] * len(pictures)
     hold[-1] = 5 * milliseconds
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=hold, loop=0)
+    with replacing(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0
+        )
 
 
 def save_lead_times(path, results, names):
@@ -59,19 +67,27 @@ def save_lead_times(path, results, names):
     save(figure, path)
 
 
-def save_curve(path, epochs, train_loss, valid_epochs, valid_loss):
-    """PNG of the loss a sample over the epochs."""
+def save_curve(path, log_file):
+    """PNG of the loss against the samples seen, from a run's log.jsonl."""
+    entries = read_log(log_file)
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-    axis.plot(epochs, train_loss, label="training")
-    axis.plot(valid_epochs, valid_loss, marker=".", label="validation")
-    axis.set(xlabel="epoch", ylabel="MSE + L1", yscale="log")
+    for name, label, marker in (("train_loss", "training", ""), ("valid_loss", "validation", ".")):
+        points = [(e["samples"], e[name]) for e in entries if name in e]
+        axis.plot(*zip(*points), marker=marker, label=label)
+    axis.set(xlabel="samples seen", ylabel="MSE + L1", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     save(figure, path)
 
 
+def read_log(path):
+    """The entries of a log.jsonl, a list of dicts."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
 def save(figure, path):
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
 
 

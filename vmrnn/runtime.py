@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import random
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,16 @@ from safetensors import SafetensorError
 from vmrnn.errors import UserError
 
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+
+
+class Stopped(Exception):
+    """The program was asked to stop and has saved what it needs to go on; says how."""
+
+
 def run_program(main):
-    """Run `main()`; a UserError ends the program with exit code 2 and its one line, no traceback."""
+    """Run `main()`; a UserError ends the program with exit code 2 and its one line, no traceback, and
+    Stopped with EXIT_STOPPED."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:
         main()
@@ -26,9 +35,32 @@ def run_program(main):
     except OSError as error:  # a full disk, a folder in the way: says what and where itself
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class StopSignals:
+    """While this context is open SIGTERM and SIGINT only set `received` to their name; a second one ends
+    the program as it always would."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def receive(self, number, frame):
+        self.received = signal.Signals(number).name
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *raised):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def pick_device(name):
@@ -52,6 +84,11 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_update(*key):
+    """Seed torch's generators, of the CPU and of GPUs, from non-negative numbers such as (seed, update, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def describe_device(device):
@@ -88,15 +125,21 @@ def make_folder(path):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, keep=None):
     """A temporary path to write to; flushed to disk and renamed to `path` at the end, or removed on an
-    error, so a reader sees the old file or the whole new one. A full disk raises UserError."""
+    error, so a reader sees the old file or the whole new one. A full disk raises UserError.
+
+    keep: the name that the old file then takes. A program killed between the two renames leaves only
+    that one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as theirs
         reason = str(error).splitlines()[0]

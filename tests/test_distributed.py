@@ -1,0 +1,85 @@
+"""torchrun on a CPU: several gloo processes train as one does, and survive the death of one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_resume import OPTIONS, without_time
+
+import train
+from vmrnn.checkpoint import read_checkpoint
+from vmrnn.pictures import read_log
+
+# Dropout differs between ranks, as it should; without it the sums are those of one process.
+PLAIN = [*OPTIONS, "--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]
+
+
+def torchrun(folder, *options):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=1", "--monitor-interval=0.1", "train.py", *options, "--res_dir", str(folder),
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run folder of two processes that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    process = torchrun(folder, *PLAIN)
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, printed
+    assert "effective batch 4 = 2 x 1 parts x 2 processes" in printed
+    assert printed.count("run folder") == 1  # one of them speaks
+    return folder
+
+
+def test_two_processes_have_the_loss_curve_of_one(pair, tmp_path):
+    train.main([*PLAIN, "--res_dir", str(tmp_path / "one")])
+    one, two = (without_time(read_log(folder / "log.jsonl")) for folder in (tmp_path / "one", pair))
+    assert len(one) == len(two) == 3 * 6 + 2
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and (a["epoch"], a["step"], a["samples"]) == (b["epoch"], b["step"], b["samples"])
+        assert {key: pytest.approx(value, rel=1e-5) for key, value in a.items()} == b
+
+
+def test_a_run_of_two_processes_goes_on_with_one(pair, tmp_path):
+    """Stopped after its first epoch; at another world size the data and the batch stay the same."""
+    process = torchrun(tmp_path / "run", *PLAIN, "--epochs", "1", "--schedule", "constant")
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, printed
+    train.main([*PLAIN, "--schedule", "constant", "--res_dir", str(tmp_path / "run")])
+    train.main([*PLAIN, "--schedule", "constant", "--res_dir", str(tmp_path / "one")])
+    a, b = (read_log(tmp_path / name / "log.jsonl")[-1] for name in ("run", "one"))
+    assert a["mse"] == pytest.approx(b["mse"], rel=1e-5) and a["epoch"] == 3
+
+
+def test_a_killed_process_is_started_again_to_the_same_result(pair, tmp_path):
+    process = torchrun(tmp_path / "run", *PLAIN)
+    log_file = tmp_path / "run" / "log.jsonl"
+    while not (log_file.exists() and len(log_file.read_text().splitlines()) > 8):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and "going on" in printed, printed
+    a, b = (read_checkpoint(folder / "last.pt") for folder in (pair, tmp_path / "run"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    assert without_time(read_log(pair / "log.jsonl")) == without_time(read_log(log_file))
+
+
+def test_a_batch_that_does_not_divide(tmp_path):
+    process = torchrun(tmp_path / "run", *PLAIN, "--train_batch_size", "5")
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode != 0 and "error: train_batch_size 5 does not divide among 2 processes" in printed
+    assert not (tmp_path / "run").exists()

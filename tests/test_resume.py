@@ -1,0 +1,261 @@
+"""A run that is killed, stopped or damaged anywhere goes on to the same weights, log and pictures, bit for bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from vmrnn.checkpoint import previous_of, read_checkpoint
+from vmrnn.errors import UserError
+from vmrnn.pictures import read_log
+from vmrnn.runtime import EXIT_STOPPED, Stopped
+
+# Everything that has a state: stochastic depth, dropout, a schedule, moments, averaged weights, accumulation.
+OPTIONS = [
+    "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "2", "--d_state", "4",
+    "--train_data_dir", "builtin", "--input_size", "16", "--digit_size", "8", "--num_objects", "1",
+    "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "27", "--valid_sequences", "5",
+    "--train_batch_size", "4", "--valid_batch_size", "2", "--epochs", "3", "--epoch_valid", "2", "--log_train", "4",
+    "--attn_drop_rate", "0.1", "--drop_path_rate", "0.2", "--optimizer", "adamw", "--schedule", "onecycle",
+    "--ema", "0.9", "--accumulate", "2", "--save_every", "2", "--log_valid", "1", "--device", "cpu", "--resume", "auto",
+]  # fmt: skip
+
+# A process that has imported everything and forks the runs: a start then takes a moment, not seconds.
+# Reads a line of arguments and of Python to run first, answers with the pid, then with the exit status.
+FORKS = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import train
+from vmrnn.runtime import run_program
+for line in sys.stdin:
+    arguments, first = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        exec(first)
+        try:
+            run_program(lambda: train.main(arguments))
+        except SystemExit as ended:
+            os._exit(ended.code)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(folder, first) -> (pid, wait): a run in `folder` in a process of its own; wait() is its exit status."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def start_one(folder, first=""):
+            print(json.dumps([[*OPTIONS, "--res_dir", str(folder)], first]), file=server.stdin, flush=True)
+            return int(server.stdout.readline()), lambda: int(server.stdout.readline())
+
+        yield start_one
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """(folder of a run that nothing interrupted, the seconds it took)."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    begun = time.monotonic()
+    assert start(folder)[1]() == 0
+    return folder, time.monotonic() - begun
+
+
+def without_time(entries):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def assert_same(whole, other):
+    """Weights, averaged weights, optimiser, scheduler's position, log, pictures and published weights."""
+    a, b = (read_checkpoint(folder / "last.pt") for folder in (whole, other))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part]), part
+    for key, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(moments[name], b["optimizer"]["state"][key][name]) for name in moments)
+    (at_a,), (at_b,) = without_time([a["position"]]), without_time([b["position"]])
+    assert at_a | {"log_size": 0} == at_b | {"log_size": 0}
+    assert without_time(read_log(whole / "log.jsonl")) == without_time(read_log(other / "log.jsonl"))
+    best_a, best_b = (read_checkpoint(folder / "best.safetensors")["model"] for folder in (whole, other))
+    assert all(torch.equal(best_a[key], best_b[key]) for key in best_a)
+    pictures = ["loss.png", "forecast.gif", *(f"pictures/{p.name}" for p in (whole / "pictures").iterdir())]
+    assert len(pictures) == 2 + 2 * 3
+    for name in pictures:
+        assert (whole / name).read_bytes() == (other / name).read_bytes(), name
+    assert {p.name for p in whole.iterdir()} == {p.name for p in other.iterdir()}
+
+
+def test_twenty_kills_at_random_moments(whole, start, tmp_path):
+    folder, seconds = whole
+    seed = random.randrange(2**32)
+    print("seed of the moments:", seed)  # shown if the test fails
+    moments, kills, runs = random.Random(seed), 0, 0
+    while kills < 20:
+        runs, status = runs + 1, None
+        while status != 0:
+            pid, wait = start(tmp_path / str(runs))
+            time.sleep(moments.uniform(0, seconds) if kills < 20 else 4 * seconds)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has ended
+            status = wait()
+            assert status in (0, -signal.SIGKILL)
+            kills += status != 0
+        assert_same(folder, tmp_path / str(runs))
+
+
+# Python that ends the process in the third save, at a moment that chance would hardly find.
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+IN_A_SAVE = """
+import itertools, torch
+count = itertools.count()
+whole_save, whole_replace, whole_fsync = torch.save, os.replace, os.fsync
+def save(content, path, **rest):
+    whole_save(content, path, **rest)
+    if next(count) == 2:
+        {after_save}
+def replace(source, target):
+    dying = next(count) >= 3 and "last.pt" in str(source)
+    if dying and {replace_name!r} in str(target):
+        {before_replace}
+    whole_replace(source, target)
+torch.save = save
+os.replace = replace
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        {"after_save": f"os.truncate(path, os.path.getsize(path) // 2); {DIE}"},
+        {"after_save": DIE},
+        {"before_replace": DIE, "replace_name": "previous"},
+        {"before_replace": DIE, "replace_name": "/last.pt"},
+    ],
+    ids=["half written", "written", "before the first rename", "between the renames"],
+)
+def test_a_kill_in_the_middle_of_a_save(whole, start, tmp_path, moment):
+    first = IN_A_SAVE.format(**{"after_save": "pass", "before_replace": "pass", "replace_name": "-"} | moment)
+    assert start(tmp_path / "run", first)[1]() == -signal.SIGKILL
+    assert any(".tmp" in p.name for p in (tmp_path / "run").iterdir())
+    assert start(tmp_path / "run")[1]() == 0
+    assert_same(whole[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_update_and_saves(whole, start, tmp_path, number):
+    """To the process and its workers together, as schedulers and terminals send it."""
+    command = [sys.executable, "train.py", *OPTIONS, "--num_workers", "1", "--res_dir", tmp_path / "run"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log_file = tmp_path / "run" / "log.jsonl"
+    while not (log_file.exists() and log_file.stat().st_size):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    error = process.communicate()[1]
+    assert process.returncode == EXIT_STOPPED, error
+    assert re.fullmatch(rf"stopped by {number.name} in epoch \d after update \d; .*--resume auto goes on\n", error)
+    assert start(tmp_path / "run")[1]() == 0
+    assert_same(whole[0], tmp_path / "run")
+
+
+def test_a_signal_cuts_an_evaluation_off_and_it_is_run_again(whole, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def signalled(*arguments, on_batch, **rest):
+        def on_batch_signalled(step, *frames):
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            on_batch(step, *frames)
+
+        return evaluate(*arguments, on_batch=on_batch_signalled, **rest)
+
+    arguments = [*OPTIONS, "--res_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(train, "evaluate", signalled)
+    with pytest.raises(Stopped, match="in epoch 2 after update 6"):
+        train.main(arguments)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
+    train.main(arguments)
+    assert_same(whole[0], tmp_path / "run")
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """Arguments of a run that was stopped in its second epoch."""
+    arguments = [*OPTIONS, "--res_dir", str(tmp_path / "run")]
+    save, saves = train.checkpoint.save_checkpoint, iter(range(6))
+
+    def save_and_die(path, **content):
+        save(path, **content)
+        if next(saves) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.checkpoint, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments)
+    monkeypatch.undo()
+    return arguments
+
+
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(whole, stopped, tmp_path, caplog):
+    last = tmp_path / "run" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    caplog.set_level("INFO", "vmrnn")
+    train.main(stopped)
+    assert re.search(r"last.pt: damaged .*: going on from .*previous_last.pt", caplog.text)
+    assert_same(whole[0], tmp_path / "run")
+
+
+def test_two_damaged_checkpoints_end_the_program(stopped, tmp_path):
+    for path in (tmp_path / "run" / "last.pt", previous_of(tmp_path / "run" / "last.pt")):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="previous_last.pt: damaged"):
+        train.main(stopped)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, stopped, tmp_path, start):
+    """The kernel refuses to write files beyond a limit, as it does on a full disk."""
+    last = tmp_path / "run" / "last.pt"
+    before = last.read_bytes()
+    limit = "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE"
+    assert start(tmp_path / "run", f"{limit}, ({len(before) // 2},) * 2)")[1]() == 2
+    assert last.read_bytes() == before and not [p for p in last.parent.iterdir() if p.name.endswith(".tmp")]
+    assert start(tmp_path / "run")[1]() == 0
+    assert_same(whole[0], tmp_path / "run")
+
+
+def test_a_run_goes_on_in_another_folder(whole, stopped, tmp_path):
+    """With its own log and its own best; the first folder stays as it is."""
+    last = tmp_path / "run" / "last.pt"
+    before = last.read_bytes()
+    options = stopped[: stopped.index("--resume")]
+    train.main([*options, "--resume", str(last), "--res_dir", str(tmp_path / "other")])
+    assert last.read_bytes() == before
+    a, b = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole[0], tmp_path / "other"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    entries = without_time(read_log(whole[0] / "log.jsonl"))
+    assert without_time(read_log(tmp_path / "other" / "log.jsonl")) == entries[-len(entries) + 1 :][1:]

@@ -1,0 +1,60 @@
+"""The processes of one run that torchrun started, and what they tell each other.
+
+Without torchrun there is one process, and everything here says so. Control values go over gloo
+between the CPUs, whatever carries the gradients: they neither wait for a GPU nor make it wait.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from vmrnn.errors import UserError
+
+
+@contextmanager
+def processes(device):
+    """Inside, this process is one of torchrun's: gives its device, `device` or cuda:LOCAL_RANK where that is a GPU."""
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc_per_node: process {local} of this machine has no GPU; start fewer")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"torchrun with --device {device.type}: several processes run on cpu or cuda; name one")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sums(*values):
+    """The sums of these numbers over all processes, the same floats on each."""
+    if world() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return tuple(total.tolist())
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...] of something that can be pickled, on each."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
