@@ -48,9 +48,7 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
     hold = [milliseconds] * len(pictures)
     hold[-1] = 5 * milliseconds
     with replacing(path) as temporary:
-        pictures[0].save(
-            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0
-        )
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0)
 
 
 def save_lead_times(path, results, names):

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from vmrnn.errors import UserError
 
-
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
 
 
