@@ -26,14 +26,14 @@ OPTIONS = [
     "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "27", "--valid_sequences", "5",
     "--train_batch_size", "4", "--valid_batch_size", "2", "--epochs", "3", "--epoch_valid", "2", "--log_train", "4",
     "--attn_drop_rate", "0.1", "--drop_path_rate", "0.2", "--optimizer", "adamw", "--schedule", "onecycle",
-    "--ema", "0.9", "--accumulate", "2", "--save_every", "2", "--log_valid", "1", "--device", "cpu", "--resume", "auto",
+    "--ema", "0.9", "--accumulate", "2", "--save_every", "2", "--device", "cpu", "--resume", "auto",
 ]  # fmt: skip
 
 # A process that has imported everything and forks the runs: a start then takes a moment, not seconds.
 # Reads a line of arguments and of Python to run first, answers with the pid, then with the exit status.
 FORKS = """
 import json, os, signal, sys
-import torch
+import sklearn.datasets, torch
 torch.set_num_threads(1)
 import train
 from vmrnn.runtime import run_program
@@ -73,9 +73,9 @@ def start():
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     """(folder of a run that nothing interrupted, the seconds it took)."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    begun = time.monotonic()
-    assert start(folder)[1]() == 0
+    for folder in (tmp_path_factory.mktemp("whole") / name for name in ("slow start", "run")):
+        begun = time.monotonic()
+        assert start(folder)[1]() == 0
     return folder, time.monotonic() - begun
 
 
@@ -96,7 +96,7 @@ def assert_same(whole, other):
     best_a, best_b = (read_checkpoint(folder / "best.safetensors")["model"] for folder in (whole, other))
     assert all(torch.equal(best_a[key], best_b[key]) for key in best_a)
     pictures = ["loss.png", "forecast.gif", *(f"pictures/{p.name}" for p in (whole / "pictures").iterdir())]
-    assert len(pictures) == 2 + 2 * 3
+    assert len(pictures) == 2 + 2
     for name in pictures:
         assert (whole / name).read_bytes() == (other / name).read_bytes(), name
     assert {p.name for p in whole.iterdir()} == {p.name for p in other.iterdir()}
@@ -111,11 +111,12 @@ def test_twenty_kills_at_random_moments(whole, start, tmp_path):
         runs, status = runs + 1, None
         while status != 0:
             pid, wait = start(tmp_path / str(runs))
-            time.sleep(moments.uniform(0, seconds) if kills < 20 else 4 * seconds)
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it has ended
+            if kills < 20:
+                time.sleep(moments.uniform(0, 0.5 * seconds))
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # it has ended
             status = wait()
             assert status in (0, -signal.SIGKILL)
             kills += status != 0
