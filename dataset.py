@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vmrnn import sequences
-from vmrnn.clips import ClipDataset, scan_range, thin
+from vmrnn.clips import ClipDataset, check_not_all_missing, scan_range, thin
 from vmrnn.errors import UserError
 from vmrnn.moving_mnist import SPLITS, MovingMNIST, MovingMNISTFile, load_digits, select_digits
 
@@ -178,16 +178,13 @@ def build_dataset(
         stored = size if frame_fit == "resize" and not missing_value else None
         options = (frames, input_channels, stored, cache_dir, split_by, valid_fraction, test_fraction, array_key)
         clips, windows = sequences.own(dataset, split, folders, *options)
-        if dataset == "array":
-            scan_range(clips, missing_value, cache_dir)  # refuses a part in which all is missing
+        check_not_all_missing(clips, missing_value)
         data_range = data_range or spec.data_range
-        if not data_range and clips[0].frames().dtype == np.uint8 and dataset == "frames":
+        if not data_range and dataset == "frames" and clips[0].frames().dtype == np.uint8:
             data_range = (0.0, 255.0)
         if not data_range:
             training = clips if split == "train" else sequences.own(dataset, "train", folders, *options)[0]
-            low, high = data_range = scan_range(training, missing_value, cache_dir)
-            if low == high:
-                raise UserError(f"{train_data_dir}: every value of the training part is {low:g}; give data_range")
+            data_range = scan_range(training, missing_value, cache_dir)
     if split == "valid" or (split == "test" and not spec.find):
         windows = thin(windows, length)
     return ClipDataset(

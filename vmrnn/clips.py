@@ -212,8 +212,8 @@ class ClipDataset(Dataset):
     clips: list of Clip, frames (H, W, C) alike. windows: int64 (n, 2), clip and first frame. size: (H, W) of the items.
     frame_fit: "resize", or "crop": a window of the frame, at random (random=True) or the centre. data_range: (low,
     high), the values that become 0 and 1; values outside lie outside. missing: values that mean missing, as NaN does.
-    random: an epoch is `length` of the windows (or all) drawn without replacement, new in each epoch; otherwise item i
-    is window i. A key is an index or (epoch, index); an item depends on seed and key only.
+    random: an epoch is `length` of the windows drawn without replacement, new in each epoch (at most all of them, or,
+    where they are cropped, all again and again); otherwise item i is window i. A key is an index or (epoch, index); an item depends on seed and key only.
     UserError: frames that are unlike, too small to crop, of a type that is no number; no windows.
     """
 
@@ -228,7 +228,9 @@ class ClipDataset(Dataset):
         self.frame_fit = frame_fit
         self.missing = tuple(missing)
         self.random = random
-        self.length = min(length or len(windows), len(windows)) if random else len(windows)
+        self.length = len(windows)
+        if random and length:
+            self.length = length if frame_fit == "crop" else min(length, len(windows))
         self.seed = seed
         self.order = None  # (epoch, its windows in order)
         if frame_fit == "crop":
@@ -245,8 +247,9 @@ class ClipDataset(Dataset):
     def __str__(self):
         low, high = self.data_range
         return (
-            f"{self.length} of {len(self.windows)} sequences of {self.num_frames_input}+{self.num_frames_output} frames "
-            f"in {len(self.clips)} clips, {self.size[0]}x{self.size[1]}, values {low:g} to {high:g} as 0 to 1"
+            f"{self.length} sequences of {self.num_frames_input}+{self.num_frames_output} frames, of {len(self.windows)} "
+            f"in {len(self.clips)} clips ({self.clips[0].name}, ...), {self.size[0]}x{self.size[1]}, "
+            f"values {low:g} to {high:g} as 0 to 1"
         )
 
     def __getitem__(self, key):
@@ -274,7 +277,9 @@ class ClipDataset(Dataset):
     def epoch_order(self, epoch):
         if self.order is None or self.order[0] != epoch:
             generator = np.random.default_rng((self.seed % 2**64, epoch, 1))
-            self.order = epoch, generator.permutation(len(self.windows))[: self.length]
+            rounds = math.ceil(self.length / len(self.windows))
+            orders = [generator.permutation(len(self.windows)) for _ in range(rounds)]
+            self.order = epoch, np.concatenate(orders)[: self.length]
         return self.order[1]
 
 
@@ -288,35 +293,48 @@ def to_unit_range(frames, low, high, missing=()):
     return values
 
 
+def valid_values(clips, missing):
+    """Yields (frames looked at, their values that are not missing) over all clips, a few frames at a time."""
+    for clip in clips:
+        frames = clip.frames()
+        step = max(1, 2**24 // frames[:1].size)
+        for i in range(0, len(frames), step):
+            values = np.array(frames[i : i + step])
+            valid = ~np.isnan(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
+            for value in missing:
+                valid &= values != value
+            yield len(values), values[valid]
+
+
+def check_not_all_missing(clips, missing):
+    """UserError where `clips` hold no value; stops at the first that they do."""
+    if not any(len(values) for _, values in valid_values(clips, missing)):
+        raise UserError(f"{clips[0].name}: every value is missing; name another file or another missing_value")
+
+
 def scan_range(clips, missing, cache_dir):
     """(lowest, highest) of the values of `clips` that are not missing, looked for once and kept in the cache.
 
-    UserError: all values are missing, or one is infinite.
+    UserError: all values are missing, or all the same, or one is infinite.
     """
-    files = {clip.path: stamp(clip.path) for clip in clips}
-    facts = [list(files.values()), [[c.path, c.sequence, c.start, c.stop] for c in clips], list(missing)]
+    stamps = {clip.path: stamp(clip.path) for clip in clips}
+    facts = [list(stamps.values()), [[c.path, c.sequence, c.start, c.stop] for c in clips], list(missing)]
 
     def write(folder):
         low, high = math.inf, -math.inf
-        total = sum(map(len, clips))
-        with tqdm(total=total, desc="range of values", unit="frame", leave=False, disable=None) as bar:
-            for clip in clips:
-                frames = clip.frames()
-                step = max(1, 2**24 // frames[:1].size)
-                for i in range(0, len(frames), step):
-                    values = np.array(frames[i : i + step])
-                    valid = ~np.isnan(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
-                    for value in missing:
-                        valid &= values != value
-                    if valid.any():
-                        low, high = min(low, values[valid].min().item()), max(high, values[valid].max().item())
-                    bar.update(len(values))
+        with tqdm(total=sum(map(len, clips)), desc="range of values", unit="frame", leave=False, disable=None) as bar:
+            for count, values in valid_values(clips, missing):
+                if len(values):
+                    low, high = min(low, values.min().item()), max(high, values.max().item())
+                bar.update(count)
         (folder / "range.json").write_text(json.dumps([low, high]), encoding="utf-8")
 
     folder = cached_folder(cache_dir, "range", facts, write)
-    low, high = json.loads((folder / "range.json").read_text(encoding="utf-8"))
-    if low > high:
+    low, high = (float(value) for value in json.loads((folder / "range.json").read_text(encoding="utf-8")))
+    if low == math.inf:
         raise UserError(f"{clips[0].name}: every value is missing; name another file or another missing_value")
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise UserError(f"{clips[0].name}: holds infinite values; write them as NaN or name them in missing_value")
+        raise UserError(f"{clips[0].name}: holds infinite values; write them as NaN")
+    if low == high:
+        raise UserError(f"{clips[0].name}: every value of the training part is {low:g}; give data_range")
     return low, high

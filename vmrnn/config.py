@@ -118,6 +118,8 @@ class Config:
             )
         if self.data_range and not (len(self.data_range) == 2 and -INF < self.data_range[0] < self.data_range[1] < INF):
             raise UserError(f"data_range = {self.data_range}: give a low and a higher number, or nothing")
+        if not all(-INF < value < INF for value in self.missing_value):
+            raise UserError(f"missing_value = {self.missing_value}: give finite numbers; NaN is missing anyway")
         if min(self.input_size) < 7:
             raise UserError(f"input_size = {self.input_size}: frames must be 7 pixels or more, the window of SSIM")
         if len(self.input_size) not in (1, 2):
