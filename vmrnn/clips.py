@@ -187,14 +187,14 @@ def unpacked(path, key, cache_dir):
 # Windows
 
 
-def cut_windows(clips, total, stride=1, strides=None):
+def cut_windows(clips, total, strides=None):
     """Windows of `total` frames as (clip, first frame), int64 (n, 2); none crosses a clip.
 
-    strides: frames from one to the next for each clip, default `stride` for all. A clip's last frame is in a window.
+    strides: frames from one window to the next, for each clip; None: 1. The last frame of a clip is in a window.
     """
     found = [np.empty((0, 2), np.int64)]
     for i, clip in enumerate(clips):
-        starts = np.arange(len(clip) - total, -1, -(strides[i] if strides else stride))[::-1]
+        starts = np.arange(len(clip) - total, -1, -(strides[i] if strides else 1))[::-1]
         found.append(np.stack((np.full_like(starts, i), starts), axis=1))
     return np.concatenate(found)
 
@@ -321,17 +321,18 @@ def scan_range(clips, missing, cache_dir):
     facts = [list(stamps.values()), [[c.path, c.sequence, c.start, c.stop] for c in clips], list(missing)]
 
     def write(folder):
-        low, high = math.inf, -math.inf
+        low, high = None, None
         with tqdm(total=sum(map(len, clips)), desc="range of values", unit="frame", leave=False, disable=None) as bar:
             for count, values in valid_values(clips, missing):
                 if len(values):
-                    low, high = min(low, values.min().item()), max(high, values.max().item())
+                    low = float(values.min() if low is None else min(low, values.min()))
+                    high = float(values.max() if high is None else max(high, values.max()))
                 bar.update(count)
         (folder / "range.json").write_text(json.dumps([low, high]), encoding="utf-8")
 
     folder = cached_folder(cache_dir, "range", facts, write)
-    low, high = (float(value) for value in json.loads((folder / "range.json").read_text(encoding="utf-8")))
-    if low == math.inf:
+    low, high = json.loads((folder / "range.json").read_text(encoding="utf-8"))
+    if low is None:
         raise UserError(f"{clips[0].name}: every value is missing; name another file or another missing_value")
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{clips[0].name}: holds infinite values; write them as NaN")
