@@ -23,7 +23,7 @@ from vmrnn.runtime import describe_device, make_folder, pick_device, run_program
 log = logging.getLogger("vmrnn")
 
 # Where the weights were trained says nothing of where they are tested.
-ELSEWHERE = ("device", "scan", "compile", "num_workers", "res_dir")
+ELSEWHERE = ("device", "scan", "compile", "num_workers", "res_dir", "cache_dir")
 LABELS = {"model": "forecast", "black": "black frame", "last": "last input frame"}
 
 

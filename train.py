@@ -46,7 +46,7 @@ log = logging.getLogger("vmrnn")
 FREE_ON_RESUME = {
     "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "grad_checkpoint", "epoch_valid",
     "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
-    "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences",
+    "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences", "cache_dir",
 }  # fmt: skip
 
 
@@ -88,9 +88,10 @@ def parse_arguments(argv=None):
         raise UserError(f"--resume {resume}: holds weights alone; use --init_from to start from them")
     if "position" not in state:
         raise UserError(f"--resume {resume}: of an older version; use --init_from to start from its weights")
-    before = state["config"]
-    config = configuration.resolve(toml, given, base=before | {"res_dir": config.res_dir})
-    changed = {key for key, value in config.to_dict().items() if value != before.get(key)} - FREE_ON_RESUME
+    before = configuration.resolve(None, {}, base=state["config"])
+    config = configuration.resolve(toml, given, base=state["config"] | {"res_dir": config.res_dir})
+    config.data_range = config.data_range or before.data_range  # a TOML may leave it to the data
+    changed = {key for key, value in config.to_dict().items() if value != getattr(before, key)} - FREE_ON_RESUME
     if changed:
         raise UserError(f"--resume {resume}: the run has other {', '.join(sorted(changed))}; leave them or start anew")
     return config, weights, (state, source)
@@ -155,15 +156,20 @@ def train(config, weights, resumed, device, signals):
     seed_everything(config.seed)
 
     # Data
-    train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
-    valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
+    with distributed.first_alone():  # one process decodes and fetches for all
+        train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
+        config.data_range = list(train_set.data_range)  # the checkpoint says how its numbers become data again
+        valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
     micro_batch, parts = share_of_batch(config)
     place = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
     train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **place)
     valid_loader = make_loader(valid_set, config.valid_batch_size, **place)
     updates = len(train_set) // config.train_batch_size  # of an epoch
     if updates == 0:
-        raise UserError(f"train_sequences: {len(train_set)} do not fill one batch of {config.train_batch_size}")
+        raise UserError(
+            f"train_sequences, train_data_dir: {len(train_set)} sequences do not fill one batch of "
+            f"{config.train_batch_size}"
+        )
 
     # Network
     model = build_model(**config.network_options).to(device)

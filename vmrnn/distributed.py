@@ -34,6 +34,16 @@ def processes(device):
         dist.destroy_process_group()
 
 
+@contextmanager
+def first_alone():
+    """What is inside, rank 0 does before the others: they find what it left on the disk."""
+    if rank() and world() > 1:
+        dist.barrier()
+    yield
+    if not rank() and world() > 1:
+        dist.barrier()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
