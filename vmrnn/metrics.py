@@ -50,13 +50,16 @@ def event(name):
     return (match[1], float(match[2])) if match else None
 
 
-def convention(name):
-    """What the metric `name` is, one line. UserError for an unknown name."""
+def convention(name, data_range=None):
+    """What the metric `name` is, one line. UserError for an unknown name.
+
+    data_range: the data's (low, high) that became [0, 1]; thresholds are then given in the data's units.
+    """
     if found := event(name):
         kind, threshold = found
-        return (
-            f"{EVENTS[kind]}; counted over the pixels of all frames together, event: value >= {threshold:g} of [0, 1]"
-        )
+        low, high = data_range or (0, 1)
+        level = f"{low + threshold * (high - low):g} {'in the units of the data' if data_range else 'of [0, 1]'}"
+        return f"{EVENTS[kind]}; counted over the pixels of all frames together, event: a value of {level} or more"
     if name not in CONVENTIONS:
         known = [*CONVENTIONS, *(f"{kind}_THRESHOLD" for kind in EVENTS)]
         raise UserError(f"metric {name!r} is unknown; choose of {', '.join(known)}")

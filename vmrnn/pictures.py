@@ -1,4 +1,4 @@
-"""Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1]."""
+"""Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1], NaN for missing pixels."""
 
 import matplotlib
 import numpy as np
@@ -7,11 +7,14 @@ from PIL import Image
 matplotlib.use("Agg")  # no window is ever opened
 import matplotlib.pyplot as plt
 
+MISSING = (0.78, 0.82, 0.88)  # the colour of a missing pixel, found in no grey frame
+LEAST_LIMIT = 0.01  # of an error's colours, so that rounding is not painted red
+
 
 def save_strip(path, inputs, targets, forecast, title=""):
     """PNG of one sequence: rows input, truth, forecast and difference (blue too dark, red too bright)."""
+    difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
-    difference = signed_colours(forecast - targets)
     rows = {"input": inputs, "truth": targets, "forecast": forecast, "difference": difference}
     columns = max(len(frames) for frames in rows.values())
     height = 1.1 * len(rows) + 0.4
@@ -28,8 +31,8 @@ def save_strip(path, inputs, targets, forecast, title=""):
 
 def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200):
     """GIF of one sequence: truth, forecast and difference side by side, after the input frames."""
+    difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
-    difference = signed_colours(forecast - targets)
     blank = np.ones_like(inputs)
     left = np.concatenate([inputs, targets])
     middle = np.concatenate([inputs, forecast])
@@ -75,16 +78,30 @@ def save(figure, path):
     plt.close(figure)
 
 
-def as_images(frames):
-    """(T, C, H, W) -> (T, H, W, 3): three channels are colours, of any other number the first is shown grey."""
+def shown_channels(frames):
+    """(T, C, H, W) -> float32 (T, H, W, 3 or 1): three channels are colours, of any other number the first is shown."""
     frames = np.asarray(frames, dtype=np.float32)
-    if frames.shape[1] != 3:
-        frames = np.repeat(frames[:, :1], 3, axis=1)
-    return frames.transpose(0, 2, 3, 1)
+    return (frames if frames.shape[1] == 3 else frames[:, :1]).transpose(0, 2, 3, 1)
 
 
-def signed_colours(difference):
-    return matplotlib.colormaps["RdBu_r"](difference.mean(-1) / 2 + 0.5)[..., :3].astype(np.float32)
+def as_images(frames):
+    """(T, C, H, W) -> (T, H, W, 3), colours or grey; a missing pixel has the colour MISSING."""
+    images = shown_channels(frames)
+    return np.where(np.isnan(images).any(-1, keepdims=True), np.float32(MISSING), images)
+
+
+def signed_colours(forecast, targets, limit=1.0):
+    """(T, H, W, 3): blue where the forecast is too dark, red where too bright, full colour from an error of `limit`."""
+    difference = (shown_channels(forecast) - shown_channels(targets)).mean(-1)
+    colours = matplotlib.colormaps["RdBu_r"](difference / (2 * limit) + 0.5)[..., :3].astype(np.float32)
+    return np.where(np.isnan(difference)[..., None], np.float32(MISSING), colours)
+
+
+def error_limit(pairs):
+    """The error of full colour for some (forecast, targets): the largest but for one pixel in a thousand."""
+    errors = [np.abs(shown_channels(f) - shown_channels(t)).mean(-1).ravel() for f, t in pairs]
+    errors = np.concatenate([np.zeros(1, np.float32), *errors])
+    return max(LEAST_LIMIT, float(np.nanquantile(errors, 0.999)))
 
 
 def side_by_side(frames, columns, gap=2):
