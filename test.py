@@ -65,7 +65,7 @@ def main(argv=None):
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
     names = DATASETS[config.dataset].metrics
-    conventions = {name: convention(name, config.to_dict().get("data_range")) for name in names}
+    conventions = {name: convention(name, config.data_range) for name in names}
     test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     model = build_model(**config.network_options)

@@ -1,5 +1,6 @@
 """Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1], NaN for missing pixels."""
 
+import av
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -46,6 +47,26 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
     hold = [milliseconds] * len(pictures)
     hold[-1] = 5 * milliseconds
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=hold, loop=0)
+
+
+def save_video(path, frames, kind, pixels=256, fps=5):
+    """The frames as a GIF (kind ".gif") or an H.264 MP4 (".mp4"), enlarged to about `pixels` where they are smaller."""
+    images = (255 * as_images(frames).clip(0, 1)).round().astype(np.uint8)
+    scale = max(1, pixels // max(images.shape[1:3]))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    if kind == ".gif":
+        pictures = [Image.fromarray(image) for image in images]
+        pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+        return
+    height, width = images.shape[1:3]
+    images = np.pad(images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colours
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = "yuv420p"  # what every player takes
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def save_lead_times(path, results, names):
