@@ -1,455 +1,206 @@
 """Data sets and loaders. Knows nothing of models.
 
-An item is `(inputs, targets)`: float32 tensors (T, C, H, W), values in the range that its data set
-states. A random sample is a function of (seed, epoch, index) only, so it is the same
-at any worker count, after any resume and on any rank.
+An item is `(inputs, targets)`: float32 tensors (T, C, H, W); the values of DATASETS[name].data_range are scaled to
+[0, 1], and a missing value is NaN. A random sample is a function of (seed, epoch, index) only, so it is the same at
+any worker count, after any resume and on any rank.
 
-    digits = load_digits("builtin")                         # or "mnist", or an idx3 file
-    train = MovingMNIST(select_digits(digits, "train", "all"), length=10_000)
+    train = build_dataset("train", train_data_dir="builtin", length=10_000)
     loader = make_loader(train, batch_size=16, num_workers=2, shuffle=True, drop_last=True)
     loader.sampler.epoch = 3
 """
 
-import gzip
-import math
-import os
-import tempfile
-import tokenize
-import zipfile
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from vmrnn import sequences
+from vmrnn.clips import ClipDataset, check_not_all_missing, scan_range, thin
 from vmrnn.errors import UserError
+from vmrnn.moving_mnist import SPLITS, MovingMNIST, MovingMNISTFile, load_digits, select_digits
+
+__all__ = [
+    "DATASETS", "EpochSampler", "MovingMNIST", "MovingMNISTFile", "Spec", "build_dataset", "load_digits",
+    "make_loader", "select_digits",
+]  # fmt: skip
+
+IMAGE_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8")
+FIELD_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "psnr")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The facts of one data set that the programs need to know."""
+    """The facts of one data set that the programs need to know; None: the configuration says."""
 
     description: str
     metrics: tuple  # names of vmrnn.metrics.CONVENTIONS, in the order of the tables
+    selects: str  # the sequences that select the checkpoint, never the test set
+    shape: tuple | None = None  # (C, H, W) of the literature; other sizes work where the frames are resized
+    frames: tuple | None = None  # (input, output) of training in the literature
+    data_range: tuple | None = None  # (low, high), the stored values that become 0 and 1
+    find: Callable | None = None  # vmrnn.sequences: (clips, windows) of a split
 
 
 DATASETS = {
     "moving_mnist": Spec(
         description="two handwritten digits that move and bounce (Srivastava et al. 2015); values in [0, 1]",
-        metrics=("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8"),
+        metrics=IMAGE_METRICS,
+        selects="sequences generated from digits that training does not use",
+        shape=(1, 64, 64),
+        frames=(10, 10),
+    ),
+    "kth": Spec(
+        description="25 people in 6 actions, grey video (Schuldt et al. 2004); test 10 -> 20 or 40",
+        metrics=IMAGE_METRICS,
+        selects="person 16, whom training does not use",
+        shape=(1, 128, 128),
+        frames=(10, 10),
+        data_range=(0.0, 255.0),
+        find=sequences.kth,
+    ),
+    "taxibj": Spec(
+        description="inflow and outflow of taxis in Beijing, every 30 minutes (Zhang et al. 2017)",
+        metrics=FIELD_METRICS,
+        selects="the last tenth of X_train",
+        shape=(2, 32, 32),
+        frames=(4, 4),
+        data_range=(-1.0, 1.0),
+        find=sequences.taxibj,
+    ),
+    "human36m": Spec(
+        description="people in 15 scenarios, colour video (Ionescu et al. 2014), every fifth frame",
+        metrics=IMAGE_METRICS,
+        selects="the last tenth of each training clip",
+        shape=(3, 128, 128),
+        frames=(4, 4),
+        data_range=(0.0, 255.0),
+        find=sequences.human36m,
+    ),
+    "video": Spec(
+        description="your own: a video or a folder of videos",
+        metrics=FIELD_METRICS,
+        selects="valid_data_dir, or a part of train_data_dir (split_by, valid_fraction)",
+        data_range=(0.0, 255.0),
+    ),
+    "frames": Spec(
+        description="your own: a folder of folders of images",
+        metrics=FIELD_METRICS,
+        selects="valid_data_dir, or a part of train_data_dir (split_by, valid_fraction)",
+    ),
+    "array": Spec(
+        description="your own: .npy or .npz, (T, H, W[, C]) or (N, T, H, W[, C])",
+        metrics=FIELD_METRICS,
+        selects="valid_data_dir, or a part of train_data_dir (split_by, valid_fraction)",
     ),
 }
-
-SPLITS = ("train", "valid", "test")
-
-
-# Digits
-
-
-def load_digits(source, download_dir="data"):
-    """Handwritten digits as uint8 (n, h, w), 0 the background and 255 full ink.
-
-    source: the path of an idx3 file, plain or gzipped; "mnist", fetched into download_dir once
-    (60,000 digits of 28x28); or "builtin", which needs no network (1,797 of 8x8, scikit-learn's).
-    UserError: a missing, damaged or foreign file, or a download that failed.
-    """
-    if source == "builtin":
-        from sklearn.datasets import load_digits as sklearn_digits
-
-        return np.rint(sklearn_digits().images * (255 / 16)).astype(np.uint8)
-    if source == "mnist":
-        source = fetch_mnist(download_dir)
-    return read_idx3(source)
-
-
-def read_idx3(path):
-    """The images of an idx3 file, plain or gzipped, as uint8 (n, h, w)."""
-    try:
-        raw = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name an idx3 file of digits, or use `mnist` or `builtin`") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name an idx3 file") from error
-    if raw[:2] == b"\x1f\x8b":  # by content, not by name: browsers unpack and keep the .gz
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from error
-    if len(raw) < 16:
-        raise UserError(f"{path}: {len(raw)} bytes are too few for an idx3 file; fetch it again")
-    magic, count, rows, cols = (int(n) for n in np.frombuffer(raw, ">u4", 4))
-    if magic == 2049:
-        raise UserError(f"{path}: holds labels; name the file of images (...-images-idx3-ubyte)")
-    if magic != 2051:
-        raise UserError(f"{path}: not an idx3 file of images (magic {magic}, not 2051)")
-    if count * rows * cols == 0:
-        raise UserError(f"{path}: holds no pixels ({count} images of {rows}x{cols}); fetch it again")
-    if len(raw) - 16 != count * rows * cols:
-        raise UserError(
-            f"{path}: {len(raw) - 16} bytes of pixels, but its header says {count} images of "
-            f"{rows}x{cols} = {count * rows * cols}; fetch it again"
-        )
-    return np.frombuffer(raw, np.uint8, offset=16).reshape(count, rows, cols)
-
-
-def fetch_mnist(download_dir="data"):
-    """The path of MNIST's training images under download_dir; fetched by torchvision if absent."""
-    folder, name = Path(download_dir), "train-images-idx3-ubyte"
-    kept = folder / f"{name}.gz"
-    for path in (kept, folder / name, folder / "MNIST" / "raw" / name):
-        if path.is_file():
-            return path
-    from http.client import HTTPException
-
-    from torchvision.datasets import MNIST
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, then a rename: a killed download leaves nothing that looks whole,
-        # and processes that fetch at the same time do not disturb each other.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".mnist-") as scratch:
-            MNIST(scratch, train=True, download=True)  # checks the md5 sums, shows a bar
-            os.replace(Path(scratch) / "MNIST" / "raw" / kept.name, kept)
-    except (RuntimeError, OSError, HTTPException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"MNIST could not be fetched ({reason}); put {kept.name} into {folder}{os.sep}, or "
-            "use the digits `builtin`, which need no network"
-        ) from error
-    return kept
-
-
-def select_digits(digits, split, scheme="all"):
-    """The digits of one split: train, or the held-out ones that valid and test share.
-
-    scheme "all": the first 50,000 of 60,000 train, the other 10,000 are held out; a smaller set
-    is cut at the same 5/6. "published": 0-9,999 train, 10,000-12,999 are held out.
-    """
-    if split not in SPLITS:
-        raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
-    if scheme == "all":
-        end = min(len(digits), 60_000)
-        cut = end * 5 // 6
-    elif scheme == "published":
-        cut, end = 10_000, 13_000
-    else:
-        raise UserError(f"digits_split {scheme!r} is unknown; choose all or published")
-    if end > len(digits) or cut == 0:
-        raise UserError(
-            f"digits_split {scheme} needs at least {13_000 if scheme == 'published' else 2} "
-            f"digits and there are {len(digits)}; choose more digits or another digits_split"
-        )
-    return digits[:cut] if split == "train" else digits[cut:end]
-
-
-def resize_digits(digits, size):
-    """Digits (n, h, w) as uint8 (n, size, size): bilinear, antialiased when they shrink."""
-    if digits.shape[1:] == (size, size):
-        return np.ascontiguousarray(digits)
-    resized = np.empty((len(digits), size, size), np.uint8)
-    for i in range(0, len(digits), 4096):  # in parts: 60,000 digits as floats would take 190 MB
-        part = torch.from_numpy(digits[i : i + 4096].astype(np.float32))[:, None]
-        part = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        resized[i : i + 4096] = part[:, 0].round_().clamp_(0, 255).numpy()
-    return resized
-
-
-# Random draws
-
-
-def splitmix64(x):
-    """The output function of SplitMix64: a bijection of uint64 that mixes every bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)  # uint64 arrays wrap around, as they should here
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def uniform_draws(seed, epochs, indices, count):
-    """count numbers in [0, 1) for each (seed, epoch, index), float64 (len(indices), count).
-
-    Hashes of counters instead of a generator: a whole batch is drawn at once and no draw
-    depends on which samples were drawn before it.
-    """
-    key = np.array([seed % 2**64], np.uint64)
-    for part in (np.asarray(epochs, np.uint64), np.asarray(indices, np.uint64)):
-        key = splitmix64(key) ^ part
-    draws = splitmix64(splitmix64(splitmix64(key))[:, None] + np.arange(count, dtype=np.uint64))
-    return (draws >> np.uint64(11)) * 2.0**-53
-
-
-def split_key(key):
-    """(epoch, index) of a sample's key; a plain index is of epoch 0."""
-    return key if isinstance(key, tuple) else (0, key)
-
-
-# Data sets
-
-
-class MovingMNIST(Dataset):
-    """Sequences of bouncing digits, drawn without end: item (inputs, targets), values in [0, 1].
-
-    digits: uint8 (n, h, w), resized once to digit_size squared. length: sequences an epoch.
-    canvas: (H, W). step_length: the way of one frame, as a part of the free canvas.
-    A key is an index or (epoch, index). same_every_epoch: the epoch of the key is ignored, as
-    validation needs it. Sets of different seeds are independent draws.
-    UserError: a size, count or step that cannot work.
-    """
-
-    def __init__(
-        self,
-        digits,
-        length,
-        num_frames_input=10,
-        num_frames_output=10,
-        canvas=(64, 64),
-        num_digits=2,
-        digit_size=28,
-        step_length=0.1,
-        seed=0,
-        same_every_epoch=False,
-    ):
-        counts = {
-            "length": length,
-            "num_frames_input": num_frames_input,
-            "num_frames_output": num_frames_output,
-            "num_digits": num_digits,
-            "digit_size": digit_size,
-            "digits": len(digits),
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"Moving MNIST: {name} is {value}; it must be at least 1")
-        if digit_size > min(canvas):
-            raise UserError(
-                f"Moving MNIST: digits of {digit_size} pixels do not fit a canvas of "
-                f"{canvas[0]}x{canvas[1]}; choose a smaller digit_size or larger frames"
-            )
-        if not (math.isfinite(step_length) and step_length >= 0):
-            raise UserError(f"Moving MNIST: step_length is {step_length}; it must be 0 or more")
-        self.digits = resize_digits(digits, digit_size)
-        self.length = length
-        self.num_frames_input = num_frames_input
-        self.num_frames_output = num_frames_output
-        self.canvas = tuple(canvas)
-        self.num_digits = num_digits
-        self.step_length = step_length
-        self.seed = seed
-        self.same_every_epoch = same_every_epoch
-
-    def __len__(self):
-        return self.length
-
-    def __str__(self):
-        frames = f"{self.num_frames_input}+{self.num_frames_output} frames"
-        return (
-            f"{self.length} generated sequences of {frames}, {self.canvas[0]}x{self.canvas[1]}, "
-            f"{self.num_digits} of {len(self.digits)} digits, seed {self.seed}"
-        )
-
-    def __getitem__(self, key):
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys):
-        """The items of a batch of keys, a list; the loader asks for whole batches by this name."""
-        epochs, indices = np.array([split_key(key) for key in keys], np.int64).T
-        if indices.min() < 0 or indices.max() >= self.length:
-            raise IndexError(f"sample {indices} of a data set of {self.length}")
-        if self.same_every_epoch:
-            epochs = np.zeros_like(epochs)
-        frames = to_unit_range(self.render(*self.trajectories(epochs, indices)))
-        return split_frames(frames, self.num_frames_input, self.num_frames_output)
-
-    def trajectories(self, epochs, indices):
-        """Which digits, (B, K), and where: pixel offsets (B, T, K, 2) as (x, y) of the corner."""
-        height, width = self.canvas
-        size = self.digits.shape[1]
-        draws = uniform_draws(self.seed, epochs, indices, 4 * self.num_digits)
-        draws = draws.reshape(len(indices), self.num_digits, 4)  # digit, x, y, direction
-        which = (draws[..., 0] * len(self.digits)).astype(np.int64)
-        position = draws[..., 1:3].copy()
-        angle = draws[..., 3] * (2 * np.pi)
-        step = self.step_length * np.stack((np.cos(angle), np.sin(angle)), axis=-1)
-        total = self.num_frames_input + self.num_frames_output
-        corners = np.empty((len(indices), total, self.num_digits, 2), np.int64)
-        for t in range(total):
-            position += step  # in the first frame, too: the published generator moves, then draws
-            step = np.where((position <= 0) | (position >= 1), -step, step)
-            np.clip(position, 0, 1, out=position)
-            corners[:, t] = position * (width - size, height - size)  # rounds down
-        return which, corners
-
-    def render(self, which, corners):
-        """Frames uint8 (B, T, H, W): the digits at their corners, overlaid by maximum."""
-        size = self.digits.shape[1]
-        batch, total = corners.shape[:2]
-        frames = np.zeros((batch, total, *self.canvas), np.uint8)
-        # A view of every place that a digit can take: one indexed assignment draws all frames.
-        places = sliding_window_view(frames, (size, size), axis=(2, 3), writeable=True)
-        for k in range(self.num_digits):
-            x, y = corners[:, :, k, 0], corners[:, :, k, 1]
-            at = (np.arange(batch)[:, None], np.arange(total), y, x)
-            digit = self.digits[which[:, k], None]  # (B, 1, size, size)
-            places[at] = digit if k == 0 else np.maximum(places[at], digit)
-        return frames
-
-
-class MovingMNISTFile(Dataset):
-    """The sequences of a test file: item (inputs, targets), values in [0, 1].
-
-    path: .npy (opened memory-mapped) or .npz (its arr_0, or its only array), uint8
-    (frames, sequences, H, W), the layout of mnist_test_seq.npy. The inputs are the first frames
-    of a sequence, the targets those that follow. A key is an index or (epoch, index).
-    UserError: a missing, damaged or foreign file, or too few frames.
-    """
-
-    def __init__(self, path, num_frames_input=10, num_frames_output=10):
-        for name, value in (("input", num_frames_input), ("output", num_frames_output)):
-            if value < 1:
-                raise UserError(f"{path}: num_frames_{name} is {value}; it must be at least 1")
-        self.path = path
-        self.num_frames_input = num_frames_input
-        self.num_frames_output = num_frames_output
-        self.frames = open_sequences(path)
-        total = num_frames_input + num_frames_output
-        if len(self.frames) < total:
-            raise UserError(
-                f"{path}: sequences of {len(self.frames)} frames, but {num_frames_input} input + "
-                f"{num_frames_output} output frames need {total}; ask for fewer"
-            )
-
-    def __len__(self):
-        return self.frames.shape[1]
-
-    def __str__(self):
-        total, count, height, width = self.frames.shape
-        return (
-            f"{count} sequences of {self.path}, {self.num_frames_input}+{self.num_frames_output} "
-            f"of {total} frames, {height}x{width}"
-        )
-
-    def __getstate__(self):
-        # Workers started by spawn open the file themselves: a pickled memory map is a full copy.
-        return self.__dict__ | {"frames": None}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, frames=open_sequences(state["path"]))
-
-    def __getitem__(self, key):
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys):
-        """The items of a batch of keys, a list; the loader asks for whole batches by this name."""
-        indices = np.array([split_key(key)[1] for key in keys])
-        if indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"sample {indices} of a data set of {len(self)}")
-        total = self.num_frames_input + self.num_frames_output
-        frames = np.ascontiguousarray(self.frames[:total, indices].swapaxes(0, 1))
-        return split_frames(to_unit_range(frames), self.num_frames_input, self.num_frames_output)
-
-
-def open_sequences(path):
-    """The uint8 array (frames, sequences, H, W) of a .npy or .npz file, never unpickling."""
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                if "arr_0" not in loaded and len(loaded.files) != 1:
-                    raise UserError(
-                        f"{path}: holds the arrays {', '.join(loaded.files) or '(none)'}; "
-                        "it must hold arr_0 or one array only"
-                    )
-                loaded = loaded["arr_0" if "arr_0" in loaded else loaded.files[0]]
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a .npy or .npz file of sequences") from None
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        tokenize.TokenError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a whole .npy or .npz array ({reason}); fetch it again") from error
-    if not isinstance(loaded, np.ndarray):  # a zip member that is no array comes back as bytes
-        raise UserError(f"{path}: holds no array; name a .npy or .npz file of sequences")
-    if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.size == 0:
-        raise UserError(
-            f"{path}: holds {loaded.dtype} {loaded.shape}; it must hold uint8 (frames, sequences, height, width)"
-        )
-    return loaded
-
-
-def to_unit_range(frames):
-    """uint8 (B, T, H, W) as float32 in [0, 1]."""
-    # numpy: it converts and divides in one pass, and starts no threads in the way of the model's
-    return torch.from_numpy(np.divide(frames, np.float32(255), dtype=np.float32))
-
-
-def split_frames(frames, num_frames_input, num_frames_output):
-    """Frames (B, T, H, W) as a list of B items (inputs, targets), each (T, 1, H, W)."""
-    parts = frames.unsqueeze(2).split((num_frames_input, num_frames_output), dim=1)
-    return list(zip(*parts, strict=True))
 
 
 def build_dataset(
     split,
     *,
     dataset="moving_mnist",
-    digits="builtin",
-    digits_split="all",
-    test_file=None,
+    train_data_dir="builtin",
+    valid_data_dir="",
+    test_data_dir="",
+    cache_dir="data/cache",
     download_dir="data",
     length=10000,
     num_frames_input=10,
     num_frames_output=10,
+    input_channels=1,
     img_size=(64, 64),
+    frame_fit="resize",
+    data_range=(),
+    missing_value=(),
+    array_key="",
+    split_by="time",
+    valid_fraction=0.1,
+    test_fraction=0.1,
+    digits_split="all",
     num_digits=2,
     digit_size=28,
     step_length=0.1,
     seed=0,
 ):
-    """The data set of one split: train, valid or test.
+    """The data set of one split: train, valid or test. Its `data_range` is [low, high], or [] where the values are in
+    [0, 1] from the start.
 
-    train is drawn anew each epoch; valid and test are the same in every epoch and use the
-    held-out digits, or, for test, the sequences of test_file where one is named. The splits are
-    independent draws; seed moves those of train alone. img_size: (H, W) or an int.
-    UserError: an unknown name, a bad file, sizes that do not fit.
+    train is drawn anew each epoch, `length` sequences of it; valid and test are the same in every epoch, and seed
+    moves train alone. valid is at most `length` sequences, evenly spaced; so is test of your own data, while the test
+    set of a published data set is used whole. img_size: (H, W) or an int. The other options are those of vmrnn.config.
+    UserError: an unknown name, a bad file, sizes that do not fit, too few frames.
     """
     if dataset not in DATASETS:
         raise UserError(f"data set {dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
-    canvas = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if split == "test" and test_file:
-        sequences = MovingMNISTFile(test_file, num_frames_input, num_frames_output)
-        height, width = sequences.frames.shape[2:]
-        if (height, width) != canvas:
+    spec = DATASETS[dataset]
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    frames = (num_frames_input, num_frames_output)
+    if spec.shape and input_channels != spec.shape[0]:
+        raise UserError(f"input_channels is {input_channels}, but {dataset} has {spec.shape[0]}; change it")
+    if dataset in ("video", "frames") and input_channels not in (1, 3):
+        raise UserError(f"input_channels is {input_channels}; {dataset} is read as 1 (grey) or 3 (RGB)")
+    # No two splits share their draws, and every seed validates and tests on the same sequences.
+    draw_seed = SPLITS.index(split) + (len(SPLITS) * seed if split == "train" else 0)
+
+    if dataset == "moving_mnist":
+        if split == "test" and test_data_dir:
+            return standard_test_file(test_data_dir, *frames, size)
+        digits = select_digits(load_digits(train_data_dir, download_dir), split, digits_split)
+        return MovingMNIST(
+            digits, length, *frames, size, num_digits, digit_size, step_length, draw_seed,
+            same_every_epoch=split != "train",
+        )  # fmt: skip
+
+    if min(*frames, length) < 1:
+        raise UserError(
+            f"num_frames_input {frames[0]}, num_frames_output {frames[1]}, length {length}: at least 1 each"
+        )
+    folders = {"train": train_data_dir, "valid": valid_data_dir, "test": test_data_dir}
+    path = folders[split] or train_data_dir
+    if spec.find:
+        clips, windows = spec.find(split, path, size, cache_dir, frames)
+        if not len(windows):
+            longest = max(map(len, clips))
             raise UserError(
-                f"{test_file}: frames of {height}x{width}, but img_size is "
-                f"{canvas[0]}x{canvas[1]}; name another file or img_size"
+                f"{path}: no {split} sequence of {frames[0]}+{frames[1]} frames, the longest run has {longest}; ask for fewer"
             )
-        return sequences
-    return MovingMNIST(
-        select_digits(load_digits(digits, download_dir), split, digits_split),
-        length,
-        num_frames_input,
-        num_frames_output,
-        canvas,
-        num_digits,
-        digit_size,
-        step_length,
-        # No two splits share their draws, and every seed validates and tests on the same sequences.
-        seed=SPLITS.index(split) + (len(SPLITS) * seed if split == "train" else 0),
-        same_every_epoch=split != "train",
-    )
+        if list(data_range) not in ([], list(spec.data_range)):
+            raise UserError(
+                f"data_range is {list(data_range)}, but {dataset} has {list(spec.data_range)}; leave it out"
+            )
+        data_range, frame_fit, missing_value = spec.data_range, "resize", ()
+    else:
+        # Frames that are cropped, or have holes that would smear, are kept as they are and fitted item by item
+        stored = size if frame_fit == "resize" and not missing_value else None
+        options = (frames, input_channels, stored, cache_dir, split_by, valid_fraction, test_fraction, array_key)
+        clips, windows = sequences.own(dataset, split, folders, *options)
+        check_not_all_missing(clips, missing_value)
+        data_range = data_range or spec.data_range
+        if not data_range and dataset == "frames" and clips[0].frames().dtype == np.uint8:
+            data_range = (0.0, 255.0)
+        if not data_range:
+            training = clips if split == "train" else sequences.own(dataset, "train", folders, *options)[0]
+            data_range = scan_range(training, missing_value, cache_dir)
+    if split == "valid" or (split == "test" and not spec.find):
+        windows = thin(windows, length)
+    return ClipDataset(
+        clips, windows, *frames, size, data_range, frame_fit, missing_value, random=split == "train", length=length,
+        seed=draw_seed,
+    )  # fmt: skip
+
+
+def standard_test_file(path, num_frames_input, num_frames_output, size):
+    data = MovingMNISTFile(path, num_frames_input, num_frames_output)
+    height, width = data.frames.shape[2:]
+    if (height, width) != size:
+        raise UserError(
+            f"{path}: frames of {height}x{width}, but img_size is {size[0]}x{size[1]}; name another file or img_size"
+        )
+    return data
 
 
 # Loaders

@@ -16,8 +16,10 @@ from hypothesis import given, settings, strategies as st
 
 import dataset
 from dataset import MovingMNIST, MovingMNISTFile, build_dataset, load_digits, make_loader
+from vmrnn.draws import splitmix64, uniform_draws
 from vmrnn.errors import UserError
 from vmrnn.metrics import CONVENTIONS, Metrics
+from vmrnn.moving_mnist import resize_digits
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -78,14 +80,14 @@ def test_samples_differ_by_seed_epoch_and_index():
 
 def test_draws_are_uniform_and_frozen():
     """The draws of a key never change: published figures depend on them."""
-    draws = dataset.uniform_draws(3, np.zeros(5000, int), np.arange(5000), 4)
+    draws = uniform_draws(3, np.zeros(5000, int), np.arange(5000), 4)
     assert 0 <= draws.min() and draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.01 and abs(draws.var() - 1 / 12) < 0.003
     assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.05
     assert len(np.unique(draws)) == draws.size
     # SplitMix64 of state 1234567, as its reference implementation gives it
-    assert dataset.splitmix64(np.array([1234567], np.uint64))[0] == 6457827717110365317
-    frozen = dataset.uniform_draws(1, [2], [3], 2)
+    assert splitmix64(np.array([1234567], np.uint64))[0] == 6457827717110365317
+    frozen = uniform_draws(1, [2], [3], 2)
     assert frozen.tolist() == [[0.6900230619880093, 0.1956039396269611]]
 
 
@@ -190,7 +192,7 @@ def test_frames_equal_the_slow_oracle(data):
     sequences = MovingMNIST(digits, 9, frames_in, frames_out, canvas, count, size, step, seed)
     inputs, targets = sequences.__getitems__([(epoch, 2), (epoch, 8)])[1]
     assert inputs.shape[0] == frames_in and targets.shape[0] == frames_out
-    draws = dataset.uniform_draws(seed, [epoch], [8], 4 * count).reshape(count, 4)
+    draws = uniform_draws(seed, [epoch], [8], 4 * count).reshape(count, 4)
     expected = slow_sequence(draws, digits, canvas, frames_in + frames_out, step)
     got = torch.cat((inputs, targets))[:, 0]
     assert torch.equal(got, torch.from_numpy(expected).float() / 255)
@@ -225,10 +227,10 @@ def test_builtin_digits():
 def test_resized_digits_keep_range_and_ink():
     digits = builtin()[:50]
     for size in (4, 8, 14, 28):
-        resized = dataset.resize_digits(digits, size)
+        resized = resize_digits(digits, size)
         assert resized.shape == (50, size, size) and resized.dtype == np.uint8
         assert abs(resized.mean() - digits.mean()) < 0.1 * digits.mean()
-    assert np.array_equal(dataset.resize_digits(digits, 8), digits)
+    assert np.array_equal(resize_digits(digits, 8), digits)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +439,7 @@ def test_bad_sequence_files(tmp_path, write, says):
 
 def test_standard_test_file_baselines():
     """The two baselines of design.md section 6, to the integer: black 159, last input frame 265."""
-    data = build_dataset("test", test_file=shared("moving_mnist_test_1000.npz"))
+    data = build_dataset("test", test_data_dir=shared("moving_mnist_test_1000.npz"))
     black, last = Metrics(("mse",)), Metrics(("mse",))
     for inputs, targets in make_loader(data, 100):
         black.update(torch.zeros_like(targets), targets)
@@ -490,7 +492,7 @@ def test_a_malicious_file_is_not_executed(tmp_path):
 def test_test_file_of_another_size(tmp_path, sequences):
     np.save(tmp_path / "a.npy", sequences)
     with pytest.raises(UserError, match=r"5x8.*64x64"):
-        build_dataset("test", test_file=tmp_path / "a.npy", num_frames_input=1, num_frames_output=1)
+        build_dataset("test", test_data_dir=tmp_path / "a.npy", num_frames_input=1, num_frames_output=1)
 
 
 def test_bad_loader_options_and_keys():

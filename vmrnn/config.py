@@ -9,6 +9,8 @@ from pathlib import Path
 
 from vmrnn.errors import UserError
 
+INF = float("inf")
+
 
 def option(default, help, choices=None):
     if isinstance(default, list):
@@ -36,22 +38,34 @@ class Config:
     drop_path_rate: float = option(0.1, "stochastic depth")
 
     # Data
-    dataset: str = option("moving_mnist", "data set, a row of the table in dataset.py")
+    dataset: str = option("moving_mnist", "moving_mnist, kth, taxibj, human36m; your own: video, frames, array")
     train_data_dir: str = option(
-        "mnist", "digits: an idx3 file (.gz or not), mnist (fetched once), builtin (scikit-learn's)"
+        "mnist",
+        "file or folder (data/README.md); Moving MNIST's digits: an idx3 file, mnist (fetched once), builtin (scikit-learn's)",
     )
-    test_data_dir: str = option("", "test file (.npy or .npz); empty: sequences generated from the held-out digits")
+    valid_data_dir: str = option("", "file or folder of validation; empty: a part of train_data_dir")
+    test_data_dir: str = option(
+        "", "file or folder of the test; empty: a part of train_data_dir, or sequences generated from held-out digits"
+    )
+    cache_dir: str = option("data/cache", "folder for what is decoded or unpacked once; it may be deleted at any time")
     digits_split: str = option("all", "all: 50,000 / 10,000 digits; published: 10,000 / 3,000", ["all", "published"])
+    split_by: str = option("time", "your own data: each clip is parted in time, or the clips are", ["time", "file"])
+    valid_fraction: float = option(0.1, "your own data: part held out for validation, before the test part")
+    test_fraction: float = option(0.1, "your own data: part held out for the test, the last")
+    array_key: str = option("", "name of the array in a .npz; empty: arr_0, or the only one with 3 dimensions or more")
+    data_range: list[float] = option([], "low and high, the values that become 0 and 1; empty: of the training part")
+    missing_value: list[float] = option([], "values that mean missing, as NaN always does")
     num_frames_input: int = option(10, "frames given")
     num_frames_output: int = option(10, "frames to forecast")
     input_channels: int = option(1, "channels of a frame")
     input_size: list[int] = option([64, 64], "height and width of a frame")
+    frame_fit: str = option("resize", "other frames are resized or, in training at random, cropped", ["resize", "crop"])
     num_objects: int = option(2, "digits a sequence")
     digit_size: int = option(28, "side of a digit in pixels")
     step_length: float = option(0.1, "speed of a digit: fraction of the free canvas a frame")
-    train_sequences: int = option(10000, "sequences of an epoch")
-    valid_sequences: int = option(1000, "sequences of a validation, the same every time")
-    test_sequences: int = option(1000, "sequences of a generated test set")
+    train_sequences: int = option(10000, "sequences of an epoch, at most as many as there are")
+    valid_sequences: int = option(1000, "sequences of a validation at most, the same every time")
+    test_sequences: int = option(1000, "sequences of a test of generated or your own data at most")
 
     # Training
     epochs: int = option(2000, "epochs")
@@ -98,6 +112,14 @@ class Config:
                 raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
         if self.seed >= 2**63:
             raise UserError(f"seed = {self.seed}: must be below 2**63")
+        if not (self.valid_fraction >= 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
+            raise UserError(
+                f"valid_fraction = {self.valid_fraction}, test_fraction = {self.test_fraction}: zero or more, together below 1"
+            )
+        if self.data_range and not (len(self.data_range) == 2 and -INF < self.data_range[0] < self.data_range[1] < INF):
+            raise UserError(f"data_range = {self.data_range}: give a low and a higher number, or nothing")
+        if not all(-INF < value < INF for value in self.missing_value):
+            raise UserError(f"missing_value = {self.missing_value}: give finite numbers; NaN is missing anyway")
         if min(self.input_size) < 7:
             raise UserError(f"input_size = {self.input_size}: frames must be 7 pixels or more, the window of SSIM")
         if len(self.input_size) not in (1, 2):
@@ -124,16 +146,18 @@ class Config:
     @property
     def data_options(self):
         """The arguments of dataset.build_dataset that the splits share."""
-        keys = ["dataset", "digits_split", "num_frames_input", "num_frames_output", "digit_size", "step_length", "seed"]
+        keys = ["dataset", "train_data_dir", "valid_data_dir", "test_data_dir", "cache_dir", "digits_split", "split_by",
+                "valid_fraction", "test_fraction", "array_key", "data_range", "missing_value", "num_frames_input",
+                "num_frames_output", "input_channels", "frame_fit", "digit_size", "step_length", "seed"]  # fmt: skip
         options = {key: getattr(self, key) for key in keys}
-        options |= {"img_size": self.frame_size, "num_digits": self.num_objects}
-        return options | {"digits": self.train_data_dir, "test_file": self.test_data_dir or None}
+        return options | {"img_size": self.frame_size, "num_digits": self.num_objects}
 
     def to_dict(self):
         return dataclasses.asdict(self)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+LISTS = {list[int]: int, list[float]: float}  # type of a key -> type of its elements
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,7 +176,7 @@ def add_options(parser):
     """A flag for every key of Config; one that is not given leaves no trace in the parsed arguments."""
     for f in FIELDS.values():
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        is_list = f.type == list[int]
+        is_list = f.type in LISTS
         shown = " ".join(map(str, default)) if is_list else default
         text = f"{f.metadata['help']} (default: {shown if shown != '' else 'none'})".replace("%", "%%")
         if f.type is bool:
@@ -162,10 +186,10 @@ def add_options(parser):
             continue
         parser.add_argument(
             f"--{f.name}",
-            type=int if is_list else f.type,
-            nargs="+" if is_list else None,
+            type=LISTS.get(f.type, f.type),
+            nargs=("+" if default else "*") if is_list else None,
             default=argparse.SUPPRESS,
-            metavar=None if f.metadata["choices"] else {str: "TEXT", float: "X"}.get(f.type, "N"),
+            metavar=None if f.metadata["choices"] else {str: "TEXT", float: "X", list[float]: "X"}.get(f.type, "N"),
             choices=f.metadata["choices"],
             help=text,
         )
@@ -199,9 +223,12 @@ def check_keys(values, where):
         kind = FIELDS[key].type
         if kind is float and type(value) is int:
             value = float(value)
-        if kind == list[int]:
-            fits = isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
-            wanted = "a list of integers"
+        if kind == list[float] and isinstance(value, list):
+            value = [float(v) if type(v) is int else v for v in value]
+        if kind in LISTS:
+            fits = isinstance(value, list) and all(type(v) is LISTS[kind] for v in value)
+            fits = fits and (bool(value) or kind == list[float])
+            wanted = "a list of integers" if kind == list[int] else "a list of numbers"
         else:
             fits, wanted = type(value) is kind, kind.__name__
         if not fits:

@@ -1,0 +1,346 @@
+"""Moving MNIST: digits, sequences generated from them, and the sequences of a test file."""
+
+import gzip
+import math
+import os
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.utils.data import Dataset
+
+from vmrnn.draws import split_key, uniform_draws
+from vmrnn.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+# Digits
+
+
+def load_digits(source, download_dir="data"):
+    """Handwritten digits as uint8 (n, h, w), 0 the background and 255 full ink.
+
+    source: the path of an idx3 file, plain or gzipped; "mnist", fetched into download_dir once
+    (60,000 digits of 28x28); or "builtin", which needs no network (1,797 of 8x8, scikit-learn's).
+    UserError: a missing, damaged or foreign file, or a download that failed.
+    """
+    if source == "builtin":
+        from sklearn.datasets import load_digits as sklearn_digits
+
+        return np.rint(sklearn_digits().images * (255 / 16)).astype(np.uint8)
+    if source == "mnist":
+        source = fetch_mnist(download_dir)
+    return read_idx3(source)
+
+
+def read_idx3(path):
+    """The images of an idx3 file, plain or gzipped, as uint8 (n, h, w)."""
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name an idx3 file of digits, or use `mnist` or `builtin`") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name an idx3 file") from error
+    if raw[:2] == b"\x1f\x8b":  # by content, not by name: browsers unpack and keep the .gz
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(raw) < 16:
+        raise UserError(f"{path}: {len(raw)} bytes are too few for an idx3 file; fetch it again")
+    magic, count, rows, cols = (int(n) for n in np.frombuffer(raw, ">u4", 4))
+    if magic == 2049:
+        raise UserError(f"{path}: holds labels; name the file of images (...-images-idx3-ubyte)")
+    if magic != 2051:
+        raise UserError(f"{path}: not an idx3 file of images (magic {magic}, not 2051)")
+    if count * rows * cols == 0:
+        raise UserError(f"{path}: holds no pixels ({count} images of {rows}x{cols}); fetch it again")
+    if len(raw) - 16 != count * rows * cols:
+        raise UserError(
+            f"{path}: {len(raw) - 16} bytes of pixels, but its header says {count} images of "
+            f"{rows}x{cols} = {count * rows * cols}; fetch it again"
+        )
+    return np.frombuffer(raw, np.uint8, offset=16).reshape(count, rows, cols)
+
+
+def fetch_mnist(download_dir="data"):
+    """The path of MNIST's training images under download_dir; fetched by torchvision if absent."""
+    folder, name = Path(download_dir), "train-images-idx3-ubyte"
+    kept = folder / f"{name}.gz"
+    for path in (kept, folder / name, folder / "MNIST" / "raw" / name):
+        if path.is_file():
+            return path
+    from http.client import HTTPException
+
+    from torchvision.datasets import MNIST
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A folder of its own, then a rename: a killed download leaves nothing that looks whole,
+        # and processes that fetch at the same time do not disturb each other.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".mnist-") as scratch:
+            MNIST(scratch, train=True, download=True)  # checks the md5 sums, shows a bar
+            os.replace(Path(scratch) / "MNIST" / "raw" / kept.name, kept)
+    except (RuntimeError, OSError, HTTPException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"MNIST could not be fetched ({reason}); put {kept.name} into {folder}{os.sep}, or "
+            "use the digits `builtin`, which need no network"
+        ) from error
+    return kept
+
+
+def select_digits(digits, split, scheme="all"):
+    """The digits of one split: train, or the held-out ones that valid and test share.
+
+    scheme "all": the first 50,000 of 60,000 train, the other 10,000 are held out; a smaller set
+    is cut at the same 5/6. "published": 0-9,999 train, 10,000-12,999 are held out.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    if scheme == "all":
+        end = min(len(digits), 60_000)
+        cut = end * 5 // 6
+    elif scheme == "published":
+        cut, end = 10_000, 13_000
+    else:
+        raise UserError(f"digits_split {scheme!r} is unknown; choose all or published")
+    if end > len(digits) or cut == 0:
+        raise UserError(
+            f"digits_split {scheme} needs at least {13_000 if scheme == 'published' else 2} "
+            f"digits and there are {len(digits)}; choose more digits or another digits_split"
+        )
+    return digits[:cut] if split == "train" else digits[cut:end]
+
+
+def resize_digits(digits, size):
+    """Digits (n, h, w) as uint8 (n, size, size): bilinear, antialiased when they shrink."""
+    if digits.shape[1:] == (size, size):
+        return np.ascontiguousarray(digits)
+    resized = np.empty((len(digits), size, size), np.uint8)
+    for i in range(0, len(digits), 4096):  # in parts: 60,000 digits as floats would take 190 MB
+        part = torch.from_numpy(digits[i : i + 4096].astype(np.float32))[:, None]
+        part = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        resized[i : i + 4096] = part[:, 0].round_().clamp_(0, 255).numpy()
+    return resized
+
+
+# Data sets
+
+
+class MovingMNIST(Dataset):
+    """Sequences of bouncing digits, drawn without end: item (inputs, targets), values in [0, 1].
+
+    digits: uint8 (n, h, w), resized once to digit_size squared. length: sequences an epoch.
+    canvas: (H, W). step_length: the way of one frame, as a part of the free canvas.
+    A key is an index or (epoch, index). same_every_epoch: the epoch of the key is ignored, as
+    validation needs it. Sets of different seeds are independent draws.
+    UserError: a size, count or step that cannot work.
+    """
+
+    def __init__(
+        self,
+        digits,
+        length,
+        num_frames_input=10,
+        num_frames_output=10,
+        canvas=(64, 64),
+        num_digits=2,
+        digit_size=28,
+        step_length=0.1,
+        seed=0,
+        same_every_epoch=False,
+    ):
+        counts = {
+            "length": length,
+            "num_frames_input": num_frames_input,
+            "num_frames_output": num_frames_output,
+            "num_digits": num_digits,
+            "digit_size": digit_size,
+            "digits": len(digits),
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"Moving MNIST: {name} is {value}; it must be at least 1")
+        if digit_size > min(canvas):
+            raise UserError(
+                f"Moving MNIST: digits of {digit_size} pixels do not fit a canvas of "
+                f"{canvas[0]}x{canvas[1]}; choose a smaller digit_size or larger frames"
+            )
+        if not (math.isfinite(step_length) and step_length >= 0):
+            raise UserError(f"Moving MNIST: step_length is {step_length}; it must be 0 or more")
+        self.data_range = []  # nothing to scale back: the values are in [0, 1] from the start
+        self.digits = resize_digits(digits, digit_size)
+        self.length = length
+        self.num_frames_input = num_frames_input
+        self.num_frames_output = num_frames_output
+        self.canvas = tuple(canvas)
+        self.num_digits = num_digits
+        self.step_length = step_length
+        self.seed = seed
+        self.same_every_epoch = same_every_epoch
+
+    def __len__(self):
+        return self.length
+
+    def __str__(self):
+        frames = f"{self.num_frames_input}+{self.num_frames_output} frames"
+        return (
+            f"{self.length} generated sequences of {frames}, {self.canvas[0]}x{self.canvas[1]}, "
+            f"{self.num_digits} of {len(self.digits)} digits, seed {self.seed}"
+        )
+
+    def __getitem__(self, key):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """The items of a batch of keys, a list; the loader asks for whole batches by this name."""
+        epochs, indices = np.array([split_key(key) for key in keys], np.int64).T
+        if indices.min() < 0 or indices.max() >= self.length:
+            raise IndexError(f"sample {indices} of a data set of {self.length}")
+        if self.same_every_epoch:
+            epochs = np.zeros_like(epochs)
+        frames = to_unit_range(self.render(*self.trajectories(epochs, indices)))
+        return split_frames(frames, self.num_frames_input, self.num_frames_output)
+
+    def trajectories(self, epochs, indices):
+        """Which digits, (B, K), and where: pixel offsets (B, T, K, 2) as (x, y) of the corner."""
+        height, width = self.canvas
+        size = self.digits.shape[1]
+        draws = uniform_draws(self.seed, epochs, indices, 4 * self.num_digits)
+        draws = draws.reshape(len(indices), self.num_digits, 4)  # digit, x, y, direction
+        which = (draws[..., 0] * len(self.digits)).astype(np.int64)
+        position = draws[..., 1:3].copy()
+        angle = draws[..., 3] * (2 * np.pi)
+        step = self.step_length * np.stack((np.cos(angle), np.sin(angle)), axis=-1)
+        total = self.num_frames_input + self.num_frames_output
+        corners = np.empty((len(indices), total, self.num_digits, 2), np.int64)
+        for t in range(total):
+            position += step  # in the first frame, too: the published generator moves, then draws
+            step = np.where((position <= 0) | (position >= 1), -step, step)
+            np.clip(position, 0, 1, out=position)
+            corners[:, t] = position * (width - size, height - size)  # rounds down
+        return which, corners
+
+    def render(self, which, corners):
+        """Frames uint8 (B, T, H, W): the digits at their corners, overlaid by maximum."""
+        size = self.digits.shape[1]
+        batch, total = corners.shape[:2]
+        frames = np.zeros((batch, total, *self.canvas), np.uint8)
+        # A view of every place that a digit can take: one indexed assignment draws all frames.
+        places = sliding_window_view(frames, (size, size), axis=(2, 3), writeable=True)
+        for k in range(self.num_digits):
+            x, y = corners[:, :, k, 0], corners[:, :, k, 1]
+            at = (np.arange(batch)[:, None], np.arange(total), y, x)
+            digit = self.digits[which[:, k], None]  # (B, 1, size, size)
+            places[at] = digit if k == 0 else np.maximum(places[at], digit)
+        return frames
+
+
+class MovingMNISTFile(Dataset):
+    """The sequences of a test file: item (inputs, targets), values in [0, 1].
+
+    path: .npy (opened memory-mapped) or .npz (its arr_0, or its only array), uint8
+    (frames, sequences, H, W), the layout of mnist_test_seq.npy. The inputs are the first frames
+    of a sequence, the targets those that follow. A key is an index or (epoch, index).
+    UserError: a missing, damaged or foreign file, or too few frames.
+    """
+
+    def __init__(self, path, num_frames_input=10, num_frames_output=10):
+        for name, value in (("input", num_frames_input), ("output", num_frames_output)):
+            if value < 1:
+                raise UserError(f"{path}: num_frames_{name} is {value}; it must be at least 1")
+        self.path = path
+        self.data_range = []
+        self.num_frames_input = num_frames_input
+        self.num_frames_output = num_frames_output
+        self.frames = open_sequences(path)
+        total = num_frames_input + num_frames_output
+        if len(self.frames) < total:
+            raise UserError(
+                f"{path}: sequences of {len(self.frames)} frames, but {num_frames_input} input + "
+                f"{num_frames_output} output frames need {total}; ask for fewer"
+            )
+
+    def __len__(self):
+        return self.frames.shape[1]
+
+    def __str__(self):
+        total, count, height, width = self.frames.shape
+        return (
+            f"{count} sequences of {self.path}, {self.num_frames_input}+{self.num_frames_output} "
+            f"of {total} frames, {height}x{width}"
+        )
+
+    def __getstate__(self):
+        # Workers started by spawn open the file themselves: a pickled memory map is a full copy.
+        return self.__dict__ | {"frames": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, frames=open_sequences(state["path"]))
+
+    def __getitem__(self, key):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """The items of a batch of keys, a list; the loader asks for whole batches by this name."""
+        indices = np.array([split_key(key)[1] for key in keys])
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"sample {indices} of a data set of {len(self)}")
+        total = self.num_frames_input + self.num_frames_output
+        frames = np.ascontiguousarray(self.frames[:total, indices].swapaxes(0, 1))
+        return split_frames(to_unit_range(frames), self.num_frames_input, self.num_frames_output)
+
+
+def open_sequences(path):
+    """The uint8 array (frames, sequences, H, W) of a .npy or .npz file, never unpickling."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                if "arr_0" not in loaded and len(loaded.files) != 1:
+                    raise UserError(
+                        f"{path}: holds the arrays {', '.join(loaded.files) or '(none)'}; "
+                        "it must hold arr_0 or one array only"
+                    )
+                loaded = loaded["arr_0" if "arr_0" in loaded else loaded.files[0]]
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name a .npy or .npz file of sequences") from None
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        tokenize.TokenError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: not a whole .npy or .npz array ({reason}); fetch it again") from error
+    if not isinstance(loaded, np.ndarray):  # a zip member that is no array comes back as bytes
+        raise UserError(f"{path}: holds no array; name a .npy or .npz file of sequences")
+    if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.size == 0:
+        raise UserError(
+            f"{path}: holds {loaded.dtype} {loaded.shape}; it must hold uint8 (frames, sequences, height, width)"
+        )
+    return loaded
+
+
+def to_unit_range(frames):
+    """uint8 (B, T, H, W) as float32 in [0, 1]."""
+    # numpy: it converts and divides in one pass, and starts no threads in the way of the model's
+    return torch.from_numpy(np.divide(frames, np.float32(255), dtype=np.float32))
+
+
+def split_frames(frames, num_frames_input, num_frames_output):
+    """Frames (B, T, H, W) as a list of B items (inputs, targets), each (T, 1, H, W)."""
+    parts = frames.unsqueeze(2).split((num_frames_input, num_frames_output), dim=1)
+    return list(zip(*parts, strict=True))
