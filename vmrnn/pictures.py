@@ -9,7 +9,7 @@ matplotlib.use("Agg")  # no window is ever opened
 import matplotlib.pyplot as plt
 
 MISSING = (0.78, 0.82, 0.88)  # the colour of a missing pixel, found in no grey frame
-LEAST_LIMIT = 0.01  # of an error's colours, so that rounding is not painted red
+LEAST_LIMIT = 0.01  # of the values that colours span, so that rounding is not painted red
 
 
 def save_strip(path, inputs, targets, forecast, title=""):
@@ -120,9 +120,20 @@ def signed_colours(forecast, targets, limit=1.0):
 
 def error_limit(pairs):
     """The error of full colour for some (forecast, targets): the largest but for one pixel in a thousand."""
-    errors = [np.abs(shown_channels(f) - shown_channels(t)).mean(-1).ravel() for f, t in pairs]
-    errors = np.concatenate([np.zeros(1, np.float32), *errors])
-    return max(LEAST_LIMIT, float(np.nanquantile(errors, 0.999)))
+    return max(LEAST_LIMIT, nearly_largest(np.abs(shown_channels(f) - shown_channels(t)).mean(-1) for f, t in pairs))
+
+
+def white_level(frames):
+    """The value to show as white for some fields (T, C, H, W): 1, but less for those of small values, such as rain."""
+    frames = list(map(shown_channels, frames))
+    largest = nearly_largest(frames)
+    return 1.0 if largest > 0.5 or any(f.shape[-1] == 3 for f in frames) else max(LEAST_LIMIT, largest)
+
+
+def nearly_largest(arrays):
+    """The largest value but for one in a thousand and NaN; 0 where there is none."""
+    values = np.concatenate([np.zeros(1, np.float32), *(array.ravel() for array in arrays)])
+    return float(np.nanquantile(values, 0.999))
 
 
 def side_by_side(frames, columns, gap=2):

@@ -14,10 +14,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vmrnn.metrics import mse
-from vmrnn.pictures import as_images, error_limit, signed_colours
+from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
 from vmrnn.runtime import replacing
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -111,16 +112,19 @@ def git_revision():
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def sequence(role, index, inputs, targets, forecast, limit):
-    """What the player needs of one sequence, frames (T, C, H, W) in [0, 1]; errors are coloured up to +-limit."""
+def sequence(role, index, inputs, targets, forecast, white, limit):
+    """What the player needs of one sequence, frames (T, C, H, W) in [0, 1].
+
+    white: the value that is shown as white. limit: errors are coloured up to +-limit.
+    """
     return {
         "role": role,
         "index": index,
         "given": len(inputs),
         "size": list(inputs.shape[-2:]),
         "mse": mse(forecast, targets).tolist(),
-        "truth": sprite(np.concatenate([as_images(inputs), as_images(targets)])),
-        "forecast": sprite(as_images(forecast)),
+        "truth": sprite(as_images(torch.cat([inputs, targets]) / white)),
+        "forecast": sprite(as_images(forecast / white)),
         "error": sprite(signed_colours(forecast, targets, limit)),
     }
 
@@ -150,13 +154,15 @@ def write_report(path, *, title, facts, conventions, results, sequences, config,
     """
     first = next(iter(results.values()))
     limit = error_limit([(forecast, targets) for *_, targets, forecast in sequences])
+    white = white_level([targets for *_, targets, _ in sequences])
     page = {
         "title": title,
         "facts": facts,
         "conventions": conventions,
         "results": results,
         "published": published(config, first["mean"]),
-        "sequences": [sequence(*parts, limit) for parts in sequences],
+        "sequences": [sequence(*parts, white, limit) for parts in sequences],
+        "white": white,
         "limit": limit,
         "channels": config["input_channels"],
         "config": config,
