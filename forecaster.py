@@ -77,7 +77,8 @@ class Forecaster:
             self.observed_range = self.data_range or (BYTE_RANGE if frame.dtype == np.uint8 else UNIT_RANGE)
         values = to_unit_range(frame, *self.observed_range, self.config.missing_value)
         values = torch.from_numpy(values).view(*frame.shape[:2], channels).permute(2, 0, 1)[None]
-        tokens = self.model.encode(self._padded(values.nan_to_num(nan=0.0).to(self.device)))
+        values = torch.where(values.isnan(), 0, values).to(self.device)
+        tokens = self.model.encode(self._padded(values))
         self._features, self._states = self.model.advance(tokens, self._states)
 
     @torch.inference_mode()

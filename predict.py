@@ -19,7 +19,7 @@ from vmrnn import config as configuration
 from vmrnn.errors import UserError
 from vmrnn.media import read_frames
 from vmrnn.pictures import save_video
-from vmrnn.runtime import describe_device, make_folder, replacing, run_program
+from vmrnn.runtime import describe_device, replacing, run_program
 
 log = logging.getLogger("vmrnn")
 
@@ -57,11 +57,11 @@ def parse_arguments(argv=None):
     return args
 
 
-def in_channels(frames, channels):
-    """Frames (T, H, W, C) with as many channels as the network takes: colours become grey where it takes one."""
-    if frames.shape[-1] == 3 and channels == 1:
-        return as_type(frames @ GREY, frames.dtype)[..., None]
-    return frames
+def in_channels(frame, channels):
+    """A frame (H, W, C) with as many channels as the network takes: colours become grey where it takes one."""
+    if frame.shape[-1] == 3 and channels == 1:
+        return as_type(frame @ GREY, frame.dtype)[..., None]
+    return frame
 
 
 def as_type(values, dtype):
@@ -73,35 +73,33 @@ def as_type(values, dtype):
 
 
 def save(path, forecast, forecaster, dtype):
-    """Write a forecast (N, H, W[, C]), in the units of the data, in the form that the name of `path` asks for."""
-    make_folder(path.parent)
+    """Write a forecast (N, H, W, C), in the units of the data, in the form that the name of `path` asks for."""
     with replacing(path) as temporary:
         if path.suffix.lower() == ".npz":
+            frames = forecast[..., 0] if forecast.shape[-1] == 1 else forecast
             with open(temporary, "wb") as f:  # a name without .npz would get one
-                np.savez_compressed(f, forecast=as_type(forecast, dtype))
+                np.savez_compressed(f, forecast=as_type(frames, dtype))
             return
         low, high = forecaster.observed_range
-        frames = forecast.reshape(*forecast.shape[:3], -1).transpose(0, 3, 1, 2)
-        save_video(temporary, (frames - low) / (high - low), path.suffix.lower())
+        save_video(temporary, (forecast.transpose(0, 3, 1, 2) - low) / (high - low), path.suffix.lower())
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     forecaster = Forecaster(args.checkpoint, args.config, args.device, args.scan)
     log.info("device     %s", describe_device(forecaster.device))
-    frames = in_channels(read_frames(args.input, args.array_key), forecaster.model.in_chans)
-    dtype = frames.dtype
-    if frames.shape[-1] == 1:
-        frames = frames[..., 0]
+    frames = read_frames(args.input, args.array_key)
     trained = forecaster.config.frame_size
-    log.info("input      %d frames of %dx%d, %s", *frames.shape[:3], dtype)
+    log.info("input      %d frames of %dx%d, %s", *frames.shape[:3], frames.dtype)
     if frames.shape[1:3] != trained:
         log.info("note       the network was trained on frames of %dx%d", *trained)
+    for path in args.output:
+        path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be made should fail before the work
     for frame in frames:
-        forecaster.observe(frame)
+        forecaster.observe(in_channels(frame, forecaster.model.in_chans))
     forecast = forecaster.forecast(args.horizon)
     for path in args.output:
-        save(path, forecast, forecaster, dtype)
+        save(path, forecast, forecaster, frames.dtype)
         log.info("forecast   %d frames in %s", args.horizon, path)
 
 
