@@ -96,6 +96,8 @@ DATASETS = {
     ),
 }
 
+OWN = ("video", "frames", "array")
+
 
 def build_dataset(
     split,
@@ -143,6 +145,11 @@ def build_dataset(
         raise UserError(f"input_channels is {input_channels}, but {dataset} has {spec.shape[0]}; change it")
     if dataset in ("video", "frames") and input_channels not in (1, 3):
         raise UserError(f"input_channels is {input_channels}; {dataset} is read as 1 (grey) or 3 (RGB)")
+    if dataset not in OWN:
+        if list(data_range) not in ([], list(spec.data_range or [])):
+            raise UserError(f"data_range is {list(data_range)}, but {dataset} has one of its own; leave it out")
+        if frame_fit != "resize" or missing_value:
+            raise UserError(f"frame_fit and missing_value are for {', '.join(OWN)}, not for {dataset}; leave them out")
     # No two splits share their draws, and every seed validates and tests on the same sequences.
     draw_seed = SPLITS.index(split) + (len(SPLITS) * seed if split == "train" else 0)
 
@@ -168,11 +175,7 @@ def build_dataset(
             raise UserError(
                 f"{path}: no {split} sequence of {frames[0]}+{frames[1]} frames, the longest run has {longest}; ask for fewer"
             )
-        if list(data_range) not in ([], list(spec.data_range)):
-            raise UserError(
-                f"data_range is {list(data_range)}, but {dataset} has {list(spec.data_range)}; leave it out"
-            )
-        data_range, frame_fit, missing_value = spec.data_range, "resize", ()
+        data_range = spec.data_range
     else:
         # Frames that are cropped, or have holes that would smear, are kept as they are and fitted item by item
         stored = size if frame_fit == "resize" and not missing_value else None

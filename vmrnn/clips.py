@@ -287,7 +287,10 @@ def to_unit_range(frames, low, high, missing=()):
     """Values of any real type as float32: low becomes 0, high becomes 1, NaN and what is in `missing` NaN."""
     # float32 holds 16 bits exactly; wider types are scaled before they are rounded
     exact = np.float64 if frames.dtype.itemsize > 2 and frames.dtype != np.float32 else np.float32
-    values = ((frames.astype(exact) - low) / (high - low)).astype(np.float32)
+    values = frames.astype(exact)
+    values -= low
+    values /= high - low
+    values = values.astype(np.float32, copy=False)
     for value in missing:
         values[frames == value] = np.nan
     return values

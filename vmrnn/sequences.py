@@ -228,7 +228,7 @@ def video_sources(path):
         if path.suffix.lower() not in VIDEOS:
             raise UserError(f"{path}: its name does not end as one of {' '.join(VIDEOS)}; name another file")
         return [Source(path.name, (path,))]
-    return [Source(str(file.relative_to(path)), (file,)) for file in files_in(path, VIDEOS)]
+    return [Source(file.relative_to(path).as_posix(), (file,)) for file in files_in(path, VIDEOS)]
 
 
 def frame_sources(path, by_prefix=False):
