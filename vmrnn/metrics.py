@@ -177,7 +177,8 @@ def window_moments(pred, true):
 
 def known_windows(valid):
     """Where the 7x7 window of a map (..., C, H, W) of known pixels holds no missing one: (..., C, H - 6, W - 6)."""
-    missing = F.max_pool2d((~valid).float().flatten(0, -3), WINDOW, stride=1)
+    missing = (~valid).float().flatten(0, -3)
+    missing = F.max_pool2d(F.max_pool2d(missing, (1, WINDOW), stride=1), (WINDOW, 1), stride=1)
     return (missing == 0).unflatten(0, valid.shape[:-2])
 
 
