@@ -251,18 +251,18 @@ def terms(pred, true, names):
             found[name] = rmse_terms(pred, true)
         elif event(name):
             found[name] = event_terms(pred, true, *event(name))
+        elif name in SSIM_RANGES:
+            figures = ssim_of_moments(moments, windows, SSIM_RANGES[name])
+            found[name] = counted_figures(figures, windows.any(dim=FRAME))
         else:
-            counted = valid.any(dim=FRAME)
-            if name in SSIM_RANGES:
-                counted = windows.any(dim=FRAME)
-                figures = ssim_of_moments(moments, windows, SSIM_RANGES[name])
-            else:
-                figures = FIGURES[name](pred, true)
-                if name == "lpips":
-                    counted = valid.all(dim=FRAME)
-            # By what is known, not by what is NaN: a forecast that is NaN must show
-            found[name] = torch.where(counted, figures, 0), counted
+            compared = valid.all(dim=FRAME) if name == "lpips" else valid.any(dim=FRAME)
+            found[name] = counted_figures(FIGURES[name](pred, true), compared)
     return found
+
+
+def counted_figures(figures, compared):
+    # By what is known, not by what is NaN: a forecast that is NaN must show
+    return torch.where(compared, figures, 0), compared
 
 
 class Metrics:
