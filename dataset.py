@@ -141,7 +141,7 @@ def build_dataset(
     spec = DATASETS[dataset]
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     frames = (num_frames_input, num_frames_output)
-    if spec.shape and input_channels != spec.shape[0]:
+    if spec.find and input_channels != spec.shape[0]:
         raise UserError(f"input_channels is {input_channels}, but {dataset} has {spec.shape[0]}; change it")
     if dataset in ("video", "frames") and input_channels not in (1, 3):
         raise UserError(f"input_channels is {input_channels}; {dataset} is read as 1 (grey) or 3 (RGB)")
