@@ -100,6 +100,16 @@ DATASETS = {
 OWN = ("video", "frames", "array")
 
 
+def metric_names(dataset, thresholds=(), data_range=()):
+    """The metrics of a data set, and RMSE, CSI, POD and FAR of events at `thresholds`, in the units of data_range."""
+    if dataset not in DATASETS:
+        raise UserError(f"data set {dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
+    low, high = data_range or (0.0, 1.0)
+    levels = [f"{(threshold - low) / (high - low):g}" for threshold in thresholds]
+    events = [f"{score}_{level}" for level in levels for score in ("csi", "pod", "far")]
+    return (*DATASETS[dataset].metrics, *(["rmse"] if events else []), *events)
+
+
 def build_dataset(
     split,
     *,

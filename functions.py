@@ -224,8 +224,9 @@ def evaluate(model, loader, device, metrics, precision="fp32", baselines=False, 
     """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
-    on_batch(step, inputs, targets, forecast) sees every batch of this process. With several processes
-    each has its own samples in `loader`, and all get the results over all samples.
+    loader: any sequence of batches. on_batch(step, inputs, targets, forecast) sees every batch of this
+    process. With several processes each has its own samples in `loader`, and all get the results over
+    all samples.
     """
     model.eval()
     total, meters = 0.0, {name: Metrics(metrics) for name in (("model", "black", "last") if baselines else ("model",))}
@@ -238,7 +239,7 @@ def evaluate(model, loader, device, metrics, precision="fp32", baselines=False, 
         meters["model"].update(forecast, targets)
         if baselines:
             meters["black"].update(torch.zeros_like(targets), targets)
-            meters["last"].update(inputs[:, -1:].expand_as(targets), targets)
+            meters["last"].update(torch.where(inputs[:, -1:].isnan(), 0.0, inputs[:, -1:]).expand_as(targets), targets)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
     (total, samples) = distributed.sums(total, meters["model"].count)

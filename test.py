@@ -4,20 +4,25 @@
     python test.py --checkpoint exps/x/best.safetensors --test_data_dir data/mnist_test_seq.npy
     python test.py --checkpoint trained_model_state_dict --model VMRNN-D --test_data_dir data/mnist_test_seq.npy
                                                                         a published file plus flags
-Writes metrics.json, lead_times.png, forecast_*.png and forecast.gif into --res_dir (default: a folder
-`test` beside the checkpoint). Baselines: a black frame, and the last input frame repeated.
+Writes report.html (one file to open or to send: figures, curves, a player, how it was made), metrics.json,
+lead_times.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the
+checkpoint). Baselines: a black frame, and the last input frame repeated.
 """
 
-import json
 import logging
+import shlex
+import sys
 from pathlib import Path
 
-from dataset import DATASETS, build_dataset, make_loader
+import torch
+
+from dataset import build_dataset, make_loader, metric_names
 from functions import build_model, compile_model, evaluate
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
-from vmrnn.metrics import CONVENTIONS
+from vmrnn.metrics import convention, mse
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
+from vmrnn.report import pick, strict_json, write_report
 from vmrnn.runtime import describe_device, make_folder, pick_device, run_program
 
 log = logging.getLogger("vmrnn")
@@ -45,13 +50,12 @@ def parse_arguments(argv=None):
     return path, content, config, folder, strips
 
 
-def table(results):
+def table(results, conventions):
     """Lines of text: a row a metric with its convention, a column a forecast."""
-    names = list(results["model"]["mean"])
     lines = ["  ".join(["metric".ljust(12)] + [LABELS[k].rjust(16) for k in results] + ["convention"])]
-    for name in names:
+    for name in results["model"]["mean"]:
         values = [f"{result['mean'][name]:16.4f}" for result in results.values()]
-        lines.append("  ".join([name.ljust(12)] + values + [CONVENTIONS[name]]))
+        lines.append("  ".join([name.ljust(12)] + values + [conventions[name]]))
     return lines
 
 
@@ -60,6 +64,8 @@ def main(argv=None):
     device = pick_device(config.device)
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
+    names = metric_names(config.dataset, config.thresholds, config.data_range)
+    conventions = {name: convention(name, config.data_range) for name in names}
     test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     model = build_model(**config.network_options)
@@ -71,37 +77,60 @@ def main(argv=None):
 
     log.info("checkpoint %s (%s)", path, config.model)
     log.info("data       %s", test_set)
+    errors = []  # of each sequence, in the data set's order: mse, mean over the lead times that have one
 
     def pictures(step, inputs, targets, forecast):
-        for i in range(len(inputs)):
-            index = (step - 1) * config.test_batch_size + i
-            if index < strips:
-                sequence = [frames[i].cpu() for frames in (inputs, targets, forecast)]
-                save_strip(folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}")
-                if index == 0:
-                    save_animation(folder / "forecast.gif", *sequence)
+        for i in range(min(len(inputs), strips - len(errors))):
+            index = len(errors) + i
+            sequence = [frames[i].cpu() for frames in (inputs, targets, forecast)]
+            save_strip(folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}")
+            if index == 0:
+                save_animation(folder / "forecast.gif", *sequence)
+        errors.extend(mse(forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
 
-    results = evaluate(
-        model,
-        loader,
-        device,
-        DATASETS[config.dataset].metrics,
-        config.precision,
-        baselines=True,
-        on_batch=pictures,
-        title="test",
-    )
+    results = evaluate(model, loader, device, names, config.precision, baselines=True, on_batch=pictures, title="test")
     loss = results.pop("loss")
     log.info("%d sequences, loss (MSE + L1 over all outputs) %.4f", results["model"]["count"], loss)
-    for line in table(results):
+    for line in table(results, conventions):
         log.info(line)
-    save_lead_times(folder / "lead_times.png", {LABELS[k]: r for k, r in results.items()}, ["mse", "ssim", "psnr"])
+
+    # The sequences for the report are known only now: they are forecast once more.
+    roles = pick(errors)
+    sequences = []
+
+    def keep(step, inputs, targets, forecast):
+        for (role, index), *frames in zip(roles.items(), inputs.cpu(), targets.cpu(), forecast.cpu()):
+            sequences.append((role, index, *frames))
+
+    if roles:
+        batch = [torch.stack(frames) for frames in zip(*(test_set[index] for index in roles.values()))]
+        evaluate(model, [batch], device, ("mse",), config.precision, on_batch=keep, title="sequences of the report")
+
+    labelled = {LABELS[k]: result for k, result in results.items()}
+    curves = [name for name in ("mse", "ssim", "psnr") if name in names]
+    save_lead_times(folder / "lead_times.png", labelled, curves or names[:3])
     report = {
-        "checkpoint": str(path), "data": str(test_set), "loss": loss, "conventions": CONVENTIONS,
-        "results": {LABELS[k]: r for k, r in results.items()}, "config": config.to_dict(),
+        "checkpoint": str(path), "data": str(test_set), "loss": loss, "conventions": conventions,
+        "results": labelled, "config": config.to_dict(),
     }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    log.info("pictures and metrics.json are in %s", folder)
+    (folder / "metrics.json").write_text(strict_json(report, indent=1), encoding="utf-8")
+    write_report(
+        folder / "report.html",
+        title=f"{config.model} on {config.dataset}",
+        facts={
+            "checkpoint": str(path),
+            "test set": str(test_set),
+            "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
+            "loss": f"{loss:.4f} (MSE + L1 over all outputs)",
+            "device": describe_device(device),
+        },
+        conventions=conventions,
+        results=labelled,
+        sequences=sequences,
+        config=config.to_dict(),
+        command=shlex.join(["python", "test.py", *map(str, sys.argv[1:] if argv is None else argv)]),
+    )
+    log.info("report.html, pictures and metrics.json are in %s", folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ config.toml, log.jsonl, loss.png, pictures, forecast.gif, best.safetensors, last
 SIGTERM and SIGINT finish the update, save, and end with exit code 75: start again with --resume auto.
 """
 
-import json
 import logging
 import math
 import os
@@ -23,12 +22,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset import DATASETS, build_dataset, make_loader
+from dataset import build_dataset, make_loader, metric_names
 from functions import FUSED_ADAM, NonFinite, Rollout, build_model, compile_model, evaluate, train_one_epoch
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
 from vmrnn.pictures import save_animation, save_curve, save_strip
+from vmrnn.report import strict_json
 from vmrnn.runtime import (
     Stopped,
     StopSignals,
@@ -47,6 +47,7 @@ FREE_ON_RESUME = {
     "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "grad_checkpoint", "epoch_valid",
     "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
     "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences", "cache_dir",
+    "thresholds",
 }  # fmt: skip
 
 
@@ -160,6 +161,7 @@ def train(config, weights, resumed, device, signals):
         train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
         config.data_range = list(train_set.data_range)  # the checkpoint says how its numbers become data again
         valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
+    names = metric_names(config.dataset, config.thresholds, config.data_range)
     micro_batch, parts = share_of_batch(config)
     place = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
     train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **place)
@@ -237,7 +239,7 @@ def train(config, weights, resumed, device, signals):
         place = {"epoch": position.epoch, "step": step, "samples": update * config.train_batch_size,
                  "seconds": round(position.seconds, 2)}  # fmt: skip
         with open(log_file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(place | values) + "\n")
+            f.write(strict_json(place | values) + "\n")
         if board:
             board.scalars(values, update)
 
@@ -334,8 +336,7 @@ def train(config, weights, resumed, device, signals):
                             board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
             results = evaluate(
-                judged, valid_loader, device, DATASETS[config.dataset].metrics, config.precision, on_batch=watch,
-                title=f"validate {epoch}",
+                judged, valid_loader, device, names, config.precision, on_batch=watch, title=f"validate {epoch}"
             )  # fmt: skip
             metrics = results["model"]["mean"]
             if not math.isfinite(results["loss"]):  # and last.pt stays what it was

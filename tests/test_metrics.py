@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision.models import AlexNet_Weights, alexnet
 
 from vmrnn import metrics
 from vmrnn.errors import UserError
-from vmrnn.metrics import CONVENTIONS, Metrics
+from vmrnn.metrics import DEFAULT, Metrics
 
 
 def frames(*shape, seed=0):
@@ -123,29 +124,39 @@ def test_psnr_uint8_wraps_twice():
     assert abs(metrics.psnr_uint8(grey, black).item() - expected) < 1e-9
 
 
-@given(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(1, 9), max_size=4))
+EVERY = (*DEFAULT, "rmse", "csi_0.5", "pod_0.5", "far_0.5")
+
+
+def with_holes(frames, share, seed=2):
+    """Frames of which about `share` of the pixels are missing."""
+    holes = torch.rand(frames.shape, generator=torch.Generator().manual_seed(seed)) < share
+    return frames.masked_fill(holes, torch.nan)
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(1, 9), max_size=4), st.sampled_from([0, 0.01, 0.98]))
 @settings(max_examples=30, deadline=None)
-def test_batches_and_ranks_do_not_change_the_result(samples, horizon, cuts):
+def test_batches_and_ranks_do_not_change_the_result(samples, horizon, cuts, missing):
     """One batch, any batches, any ranks (empty ones too): the same sums, hence the same means."""
     pred = frames(samples, horizon, 2, 8, 9)
-    true = frames(samples, horizon, 2, 8, 9, seed=1)
-    whole = Metrics()
+    true = with_holes(frames(samples, horizon, 2, 8, 9, seed=1), missing)
+    whole = Metrics(EVERY)
     whole.update(pred, true)
     edges = sorted({0, samples, *(cut for cut in cuts if cut < samples)})
-    ranks = [Metrics(), Metrics(), Metrics()]
+    ranks = [Metrics(EVERY), Metrics(EVERY), Metrics(EVERY)]
     for i, (a, b) in enumerate(itertools.pairwise(edges)):
         ranks[i % 2].update(pred[a:b], true[a:b])
-    total = Metrics()
+    total = Metrics(EVERY)
     total.merge(ranks[0])
     total.merge(ranks[1].state())
     total.merge(ranks[2])
     expected, got = whole.compute(), total.compute()
     assert got["count"] == expected["count"] == samples
-    for name in CONVENTIONS:
+    for name in EVERY:
         assert len(got["per_frame"][name]) == horizon
-        np.testing.assert_allclose(got["per_frame"][name], expected["per_frame"][name], rtol=1e-12)
-        np.testing.assert_allclose(got["mean"][name], expected["mean"][name], rtol=1e-12)
-        np.testing.assert_allclose(got["mean"][name], np.mean(expected["per_frame"][name]), rtol=1e-12)
+        for part in ("per_frame", "per_channel", "mean"):
+            np.testing.assert_allclose(got[part][name], expected[part][name], rtol=1e-12)
+        if missing == 0 and name in DEFAULT:
+            np.testing.assert_allclose(got["mean"][name], np.mean(expected["per_frame"][name]), rtol=1e-12)
 
 
 def test_per_frame_figures_are_the_functions():
@@ -153,11 +164,139 @@ def test_per_frame_figures_are_the_functions():
     total = Metrics()
     total.update(pred, true)
     got = total.compute()["per_frame"]
-    for name in set(CONVENTIONS) - {"ssim", "ssim_dr2"}:
+    for name in set(DEFAULT) - {"ssim", "ssim_dr2"}:
         expected = getattr(metrics, name)(pred, true).mean(dim=0)
         np.testing.assert_allclose(got[name], expected, rtol=1e-12)
     np.testing.assert_allclose(got["ssim"], metrics.ssim(pred, true, 1).mean(dim=0), rtol=1e-12)
     np.testing.assert_allclose(got["ssim_dr2"], metrics.ssim(pred, true, 2).mean(dim=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_channels_figures_are_those_of_the_channel_alone(name):
+    pred, true = frames(2, 3, 2, 9, 12), with_holes(frames(2, 3, 2, 9, 12, seed=1), 0.02)
+    together = Metrics((name,))
+    together.update(pred, true)
+    for c in range(2):
+        alone = Metrics((name,))
+        alone.update(pred[:, :, c : c + 1], true[:, :, c : c + 1])
+        assert together.compute()["per_channel"][name][c] == alone.compute()["per_frame"][name]
+    assert alone.compute()["per_channel"] == {}
+
+
+@pytest.mark.parametrize("data_range", [1, 2])
+def test_ssim_with_missing_pixels_is_scikit_images_over_whole_windows(data_range):
+    pred, true = frames(2, 30, 40), frames(2, 30, 40, seed=1)
+    complete = true.double().numpy()
+    true[0, 3, 5] = true[1, 20:22, 30] = true[1, :, 0] = torch.nan
+    _, similarity = structural_similarity(
+        pred.double().numpy(), complete, channel_axis=0, data_range=data_range, full=True
+    )
+    valid = [
+        (c, i, j)
+        for c in range(2)
+        for i in range(3, 27)
+        for j in range(3, 37)
+        if not true[c, i - 3 : i + 4, j - 3 : j + 4].isnan().any()
+    ]
+    expected = np.mean([similarity[place] for place in valid])
+    assert len(valid) < 2 * 24 * 34
+    assert abs(metrics.ssim(pred, true, data_range) - expected) < 1e-9
+
+
+def test_errors_with_missing_pixels_are_those_of_the_known_ones():
+    """Sums over a frame are scaled to all of its pixels, so holes alone do not make a forecast look better."""
+    pred, true = frames(4, 2, 9, 11), with_holes(frames(4, 2, 9, 11, seed=1), 0.3)
+    error = (pred.double() - true.double()).numpy()
+    for name, power in (("mse", 2), ("mae", 1)):
+        expected = np.nanmean(np.abs(error) ** power, axis=(1, 2, 3))
+        np.testing.assert_allclose(getattr(metrics, f"{name}_pixel")(pred, true), expected, rtol=1e-12)
+        np.testing.assert_allclose(getattr(metrics, name)(pred, true), 2 * 9 * 11 * expected, rtol=1e-12)
+    for name in ("psnr", "psnr_uint8"):
+        figure = getattr(metrics, name)
+        known = ~true[0].isnan()
+        expected = figure(pred[0][known].view(1, 1, -1), true[0][known].view(1, 1, -1))
+        np.testing.assert_allclose(figure(pred, true)[0], expected, rtol=1e-12)
+
+
+def test_frames_without_a_known_pixel_are_not_counted():
+    pred, true = frames(3, 2, 1, 9, 9), frames(3, 2, 1, 9, 9, seed=1)
+    true[1, 0] = torch.nan
+    true[:, 1, :, 4, 4] = torch.nan  # of each second frame no window is whole, and all other pixels are known
+    total = Metrics(EVERY)
+    total.update(pred, true)
+    got = total.compute()
+    kept = metrics.ssim(pred[[0, 2], 0], true[[0, 2], 0], 1).mean()
+    assert got["per_frame"]["ssim"] == [pytest.approx(kept.item()), pytest.approx(np.nan, nan_ok=True)]
+    assert got["mean"]["ssim"] == got["per_frame"]["ssim"][0]
+    expected = [metrics.mse(pred[[0, 2], 0], true[[0, 2], 0]).mean(), metrics.mse(pred[:, 1], true[:, 1]).mean()]
+    np.testing.assert_allclose(got["per_frame"]["mse"], expected, rtol=1e-12)
+    assert got["count"] == 3
+
+
+def test_a_forecast_that_is_not_a_number_shows():
+    pred, true = frames(2, 1, 1, 9, 9), with_holes(frames(2, 1, 1, 9, 9, seed=1), 0.01)
+    pred[0, 0, 0, 0, 0] = torch.nan
+    total = Metrics(("mse", "ssim", "rmse"))
+    total.update(pred, true)
+    assert all(np.isnan(value) for value in total.compute()["mean"].values())
+
+
+@pytest.mark.parametrize("missing", [0, 0.2])
+def test_events_and_rmse_are_ratios_of_sums(missing):
+    """CSI, POD, FAR and RMSE against plain numpy over all pixels of a lead time, not means of frames' ratios."""
+    pred, true = frames(5, 3, 1, 6, 7), with_holes(frames(5, 3, 1, 6, 7, seed=1), missing)
+    true[0] *= 0.1  # frames without an event at all
+    total = Metrics(("csi_0.7", "pod_0.7", "far_0.7", "rmse"))
+    total.update(pred, true)
+    got = total.compute()
+    for lead, (p, t) in enumerate([*zip(pred.unbind(1), true.unbind(1)), (pred, true)]):
+        p, t = p[~t.isnan()].numpy(), t[~t.isnan()].numpy()
+        hits = np.sum((p >= 0.7) & (t >= 0.7))
+        misses = np.sum((p < 0.7) & (t >= 0.7))
+        false_alarms = np.sum((p >= 0.7) & (t < 0.7))
+        expected = {
+            "csi_0.7": hits / (hits + misses + false_alarms),
+            "pod_0.7": hits / (hits + misses),
+            "far_0.7": false_alarms / (hits + false_alarms),
+            "rmse": np.sqrt(np.mean((p.astype(np.float64) - t) ** 2)),
+        }
+        for name, value in expected.items():
+            found = got["per_frame"][name][lead] if lead < 3 else got["mean"][name]
+            assert found == pytest.approx(value, rel=1e-12), (name, lead)
+
+
+def test_no_event_at_all_has_no_csi():
+    total = Metrics(("csi_0.9",))
+    total.update(torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, 1, 1, 4, 4))
+    assert np.isnan(total.compute()["mean"]["csi_0.9"])
+
+
+def test_lpips_is_the_packages(tmp_path, monkeypatch):
+    """With made-up weights where torchvision looks for AlexNet's; without any, a line that says which file."""
+    package = pytest.importorskip("lpips")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    metrics.lpips_network.cache_clear()
+    with pytest.raises(UserError, match=r"weights .*alexnet.* are not there; fetch http"):
+        Metrics(("lpips",))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    weights = tmp_path / "hub" / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    unused = torch.zeros(1)  # the classifier's 235 MB, as a view of one number
+    state = {k: unused.expand(v.shape) if k.startswith("classifier") else v for k, v in alexnet().state_dict().items()}
+    torch.save(state, weights)
+    network = package.LPIPS(net="alex", verbose=False).eval()
+    pred, true = frames(2, 3, 1, 40, 33), frames(2, 3, 1, 40, 33, seed=1)
+    true[0, 2, 0, 0, 0] = torch.nan
+    total = Metrics(("lpips",))
+    total.update(pred, true)
+    for lead in range(3):
+        samples = [1] if lead == 2 else [0, 1]
+        with torch.no_grad():
+            images = (2 * x[samples, lead].repeat(1, 3, 1, 1) - 1 for x in (pred, true))
+            expected = network(*images).mean().item()
+        assert total.compute()["per_frame"]["lpips"][lead] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UserError, match="2 channels"):
+        total.update(frames(1, 3, 2, 40, 33), frames(1, 3, 2, 40, 33))
+    metrics.lpips_network.cache_clear()
 
 
 def test_large_batches_go_in_parts():
@@ -179,8 +318,9 @@ def test_forecasts_with_gradients_and_half_precision():
 
 
 def test_misuse_is_refused():
-    with pytest.raises(UserError, match="lpips2"):
-        Metrics(("mse", "lpips2"))
+    for name in ("lpips2", "csi", "csi_", "csi_high", "hit_0.5"):
+        with pytest.raises(UserError, match=rf"{name}'.*csi_THRESHOLD"):
+            Metrics(("mse", name))
     with pytest.raises(ValueError, match="no samples"):
         Metrics().compute()
     total = Metrics(("mse",))

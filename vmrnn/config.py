@@ -55,6 +55,7 @@ class Config:
     test_fraction: float = option(0.1, "your own data: part held out for the test, the last")
     array_key: str = option("", "name of the array in a .npz; empty: arr_0, or the only one with 3 dimensions or more")
     data_range: list[float] = option([], "low and high, the values that become 0 and 1; empty: of the training part")
+    thresholds: list[float] = option([], "events that CSI, POD and FAR count: values from here on, in the data's units")
     missing_value: list[float] = option([], "values that mean missing, as NaN always does")
     num_frames_input: int = option(10, "frames given")
     num_frames_output: int = option(10, "frames to forecast")

@@ -1,8 +1,9 @@
-"""Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1]."""
+"""Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1], NaN for missing pixels."""
 
 import json
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -12,11 +13,14 @@ import matplotlib.pyplot as plt
 
 from vmrnn.runtime import replacing
 
+MISSING = (0.78, 0.82, 0.88)  # the colour of a missing pixel, found in no grey frame
+LEAST_LIMIT = 0.01  # of the values that colours span, so that rounding is not painted red
+
 
 def save_strip(path, inputs, targets, forecast, title=""):
     """PNG of one sequence: rows input, truth, forecast and difference (blue too dark, red too bright)."""
+    difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
-    difference = signed_colours(forecast - targets)
     rows = {"input": inputs, "truth": targets, "forecast": forecast, "difference": difference}
     columns = max(len(frames) for frames in rows.values())
     height = 1.1 * len(rows) + 0.4
@@ -33,8 +37,8 @@ def save_strip(path, inputs, targets, forecast, title=""):
 
 def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200):
     """GIF of one sequence: truth, forecast and difference side by side, after the input frames."""
+    difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
-    difference = signed_colours(forecast - targets)
     blank = np.ones_like(inputs)
     left = np.concatenate([inputs, targets])
     middle = np.concatenate([inputs, forecast])
@@ -49,6 +53,26 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
     hold[-1] = 5 * milliseconds
     with replacing(path) as temporary:
         pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0)
+
+
+def save_video(path, frames, kind, pixels=256, fps=5):
+    """The frames as a GIF (kind ".gif") or an H.264 MP4 (".mp4"), enlarged to about `pixels` where they are smaller."""
+    images = (255 * as_images(frames).clip(0, 1)).round().astype(np.uint8)
+    scale = max(1, pixels // max(images.shape[1:3]))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    if kind == ".gif":
+        pictures = [Image.fromarray(image) for image in images]
+        pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+        return
+    height, width = images.shape[1:3]
+    images = np.pad(images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colours
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = "yuv420p"  # what every player takes
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def save_lead_times(path, results, names):
@@ -89,16 +113,41 @@ def save(figure, path):
     plt.close(figure)
 
 
-def as_images(frames):
-    """(T, C, H, W) -> (T, H, W, 3): three channels are colours, of any other number the first is shown grey."""
+def shown_channels(frames):
+    """(T, C, H, W) -> float32 (T, H, W, 3 or 1): three channels are colours, of any other number the first is shown."""
     frames = np.asarray(frames, dtype=np.float32)
-    if frames.shape[1] != 3:
-        frames = np.repeat(frames[:, :1], 3, axis=1)
-    return frames.transpose(0, 2, 3, 1)
+    return (frames if frames.shape[1] == 3 else frames[:, :1]).transpose(0, 2, 3, 1)
 
 
-def signed_colours(difference):
-    return matplotlib.colormaps["RdBu_r"](difference.mean(-1) / 2 + 0.5)[..., :3].astype(np.float32)
+def as_images(frames):
+    """(T, C, H, W) -> (T, H, W, 3), colours or grey; a missing pixel has the colour MISSING."""
+    images = shown_channels(frames)
+    return np.where(np.isnan(images).any(-1, keepdims=True), np.float32(MISSING), images)
+
+
+def signed_colours(forecast, targets, limit=1.0):
+    """(T, H, W, 3): blue where the forecast is too dark, red where too bright, full colour from an error of `limit`."""
+    difference = (shown_channels(forecast) - shown_channels(targets)).mean(-1)
+    colours = matplotlib.colormaps["RdBu_r"](difference / (2 * limit) + 0.5)[..., :3].astype(np.float32)
+    return np.where(np.isnan(difference)[..., None], np.float32(MISSING), colours)
+
+
+def error_limit(pairs):
+    """The error of full colour for some (forecast, targets): the largest but for one pixel in a thousand."""
+    return max(LEAST_LIMIT, nearly_largest(np.abs(shown_channels(f) - shown_channels(t)).mean(-1) for f, t in pairs))
+
+
+def white_level(frames):
+    """The value to show as white for some fields (T, C, H, W): 1, but less for those of small values, such as rain."""
+    frames = list(map(shown_channels, frames))
+    largest = nearly_largest(frames)
+    return 1.0 if largest > 0.5 or any(f.shape[-1] == 3 for f in frames) else max(LEAST_LIMIT, largest)
+
+
+def nearly_largest(arrays):
+    """The largest value but for one in a thousand and NaN; 0 where there is none."""
+    values = np.concatenate([np.zeros(1, np.float32), *(array.ravel() for array in arrays)])
+    return float(np.nanquantile(values, 0.999))
 
 
 def side_by_side(frames, columns, gap=2):

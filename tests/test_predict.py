@@ -1,0 +1,227 @@
+"""Forecasting a stream and a file: the same as a rollout, in the units of the data, whatever the frame size."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import predict
+import vmrnn
+from functions import build_model, rollout
+from vmrnn import config as configuration
+from vmrnn.checkpoint import save_weights
+from vmrnn.errors import UserError
+from vmrnn.media import read_frames
+
+SMALL = dict(
+    patch_size=2, embed_dim=16, depths=[1], depths_down=[1, 1], depths_up=[1, 1], d_state=4, input_size=[16, 16],
+    device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """trained(channels=2, ...) -> (network, path of its weights with their configuration)."""
+
+    def make(**options):
+        config = configuration.resolve(None, SMALL | options)
+        model = build_model(**config.network_options).eval()
+        with torch.no_grad():  # fresh weights forecast much the same frame from any past
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_weights(tmp_path / "w.safetensors", model, config.to_dict())
+        return model, tmp_path / "w.safetensors"
+
+    return make
+
+
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("model", ["VMRNN-B", "VMRNN-D"])
+@pytest.mark.parametrize("size", [(16, 16), (13, 21)])
+def test_a_stream_is_a_rollout(trained, model, size):
+    """Frame by frame, at any moment, and as if no forecast had been asked for before."""
+    network, path = trained(model=model, input_channels=2)
+    unit = 2 * 2**network.levels
+    inputs = torch.rand(1, 5, 2, *size)
+    padded = inputs.numpy()
+    padded = np.pad(padded, ((0, 0),) * 3 + tuple((0, -n % unit) for n in size), "edge")
+    stream = vmrnn.Forecaster(path, device="cpu")
+    for t in range(5):
+        stream.observe(inputs[0, t].permute(1, 2, 0).numpy())
+        got = stream.forecast(3)
+        with torch.no_grad():
+            expected = rollout(network, torch.from_numpy(padded[:, : t + 1]), 3)[0, t:, :, : size[0], : size[1]]
+        assert got.shape == (3, *size, 2) and got.dtype == np.float32
+        close(got, expected.permute(0, 2, 3, 1))
+        close(stream.forecast(1), got[:1])
+    assert np.abs(got[0] - got[2]).max() > 1e-3  # the test could not fail on frames that stand still
+
+
+def test_frames_are_in_the_units_of_the_data(trained):
+    _, path = trained(data_range=[-40.0, 60.0], missing_value=[-999.0])
+    frames = np.random.default_rng(0).integers(-40, 61, (4, 16, 16)).astype(np.int16)
+    frames[1, 3, 4] = -999
+    as_float = frames.astype(np.float64)
+    as_float[1, 3, 4] = np.nan
+    dark = frames.copy()
+    dark[1, 3, 4] = -40  # what the network sees of a missing pixel: 0
+    forecasts = []
+    for values in (frames, as_float, dark):
+        stream = vmrnn.Forecaster(path, device="cpu")
+        for frame in values:
+            stream.observe(frame)
+        forecasts.append(stream.forecast(2))
+    assert forecasts[0].shape == (2, 16, 16)
+    close(forecasts[0] / 100, forecasts[1] / 100)
+    close(forecasts[0] / 100, forecasts[2] / 100)
+    unit = vmrnn.Forecaster(path, device="cpu")
+    unit.data_range = None
+    for frame in dark:
+        unit.observe(((frame + 40.0) / 100).astype(np.float32))
+    close((forecasts[0] + 40) / 100, unit.forecast(2))
+
+
+def test_without_a_range_bytes_are_0_to_255_and_floats_0_to_1(trained):
+    _, path = trained()
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8)
+    stream, unit = vmrnn.Forecaster(path, device="cpu"), vmrnn.Forecaster(path, device="cpu")
+    for frame in frames:
+        stream.observe(frame)
+        unit.observe(frame / 255)
+    close(stream.forecast(2) / 255, unit.forecast(2))
+    unit.reset()
+    for frame in frames:
+        unit.observe(frame)
+    close(unit.forecast(2), stream.forecast(2))
+
+
+def test_memory_does_not_grow_with_the_stream(trained):
+    _, path = trained()
+    stream = vmrnn.Forecaster(path, device="cpu")
+
+    def held(value):
+        if torch.is_tensor(value):
+            return value.untyped_storage().nbytes()
+        if isinstance(value, dict | list | tuple):
+            return sum(map(held, value.values() if isinstance(value, dict) else value))
+        return 0
+
+    sizes = []
+    for _ in range(6):
+        stream.observe(np.zeros((16, 16)))
+        stream.forecast(2)
+        sizes.append(held({key: value for key, value in vars(stream).items() if key != "model"}))
+    assert len(set(sizes)) == 1 and sizes[0] > 0
+
+
+def test_what_a_stream_refuses(trained, tmp_path):
+    model, path = trained(input_channels=2)
+    stream = vmrnn.Forecaster(path, device="cpu")
+    with pytest.raises(UserError, match="before observe"):
+        stream.forecast(1)
+    with pytest.raises(UserError, match=r"\(16, 16\): the network takes \(H, W, 2\)"):
+        stream.observe(np.zeros((16, 16)))
+    stream.observe(np.zeros((16, 16, 2)))
+    with pytest.raises(UserError, match=r"\(16, 18, 2\) after frames of \(16, 16, 2\)"):
+        stream.observe(np.zeros((16, 18, 2)))
+    with pytest.raises(UserError, match="0 frames"):
+        stream.forecast(0)
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match=r"bare.safetensors: holds weights alone"):
+        vmrnn.Forecaster(tmp_path / "bare.safetensors")
+    configuration.save_toml(configuration.resolve(None, SMALL | {"input_channels": 2}), tmp_path / "c.toml")
+    vmrnn.Forecaster(tmp_path / "bare.safetensors", config=tmp_path / "c.toml", device="cpu")
+
+
+def run_predict(*arguments):
+    predict.main([str(a) for a in arguments])
+
+
+def test_a_file_in_and_files_out(trained, tmp_path):
+    """uint8 frames of a size that no patch divides: the array, the GIF and the film hold the stream's forecast."""
+    _, path = trained()
+    frames = np.random.default_rng(0).integers(0, 256, (6, 13, 18), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", frames)
+    outputs = [tmp_path / "deep" / f"next{ending}" for ending in (".npz", ".gif", ".mp4")]
+    common = ("--checkpoint", path, "--device", "cpu", "--horizon", 4)
+    run_predict(*common, "--input", tmp_path / "x.npy", "--output", *outputs)
+    stream = vmrnn.Forecaster(path, device="cpu")
+    for frame in frames:
+        stream.observe(frame)
+    expected = stream.forecast(4)
+    with np.load(outputs[0]) as file:
+        forecast = file["forecast"]
+    assert forecast.dtype == np.uint8 and forecast.shape == (4, 13, 18)
+    assert (forecast == np.rint(expected)).all()
+    with Image.open(outputs[1]) as gif:
+        assert gif.n_frames == 4 and gif.size == (18 * 14, 13 * 14)
+        gif.seek(2)
+        shown = np.asarray(gif.convert("L"))[7::14, 7::14].astype(int)
+    assert np.abs(shown - forecast[2]).max() <= 2  # a palette
+    film = read_frames(outputs[2])
+    assert film.shape == (4, 13 * 14, 18 * 14, 3)
+    assert np.abs(film[2, 7::14, 7::14].mean(-1) - forecast[2]).max() <= 8  # lossy
+    with av.open(str(outputs[2])) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+def test_the_forecast_has_the_inputs_type_and_units(trained, tmp_path, dtype):
+    _, path = trained(data_range=[100.0, 40000.0])  # beyond what int16 holds
+    np.savez(tmp_path / "x.npz", frames=np.full((3, 16, 16), 5000, dtype), other=np.zeros(3))
+    output = tmp_path / "y.npz"
+    run_predict(
+        "--checkpoint", path, "--device", "cpu", "--horizon", 2, "--input", tmp_path / "x.npz", "--output", output
+    )
+    stream = vmrnn.Forecaster(path, device="cpu")
+    for _ in range(3):
+        stream.observe(np.full((16, 16), 5000.0))
+    forecast = np.load(output)["forecast"]
+    assert forecast.dtype == dtype
+    if dtype == np.int16:
+        assert (forecast == np.rint(stream.forecast(2)).clip(max=2**15 - 1)).all()
+    else:
+        np.testing.assert_allclose(forecast, stream.forecast(2), rtol=1e-5)
+
+
+def test_colours_become_grey_for_a_network_of_one_channel():
+    frame = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    grey = predict.in_channels(frame, 1)
+    expected = np.asarray(Image.fromarray(frame).convert("L")).astype(int)
+    assert grey.dtype == np.uint8 and np.abs(grey[..., 0] - expected).max() <= 1
+    assert predict.in_channels(frame, 3) is frame
+
+
+def test_a_real_process_and_its_default_output(trained, tmp_path, run):
+    _, path = trained()
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for t in range(3):
+        Image.fromarray(np.full((16, 16), 40 * t, np.uint8)).save(folder / f"{t}.png")
+    output = tmp_path / "frames_forecast.npz"
+    done = run("predict.py", "--checkpoint", path, "--input", folder, "--horizon", 2, "--output", output)
+    assert done.returncode == 0 and "3 frames of 16x16, uint8" in done.stdout, done.stderr
+    assert np.load(output)["forecast"].shape == (2, 16, 16)
+    done = run("predict.py", "--checkpoint", path, "--input", tmp_path / "absent.mp4", "--horizon", 2)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "absent.mp4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--horizon", "0"], "--horizon 0"),
+        (["--horizon", "2", "--output", "x.avi"], "x.avi: its name must end as one of .npz .gif .mp4"),
+        (["--horizon", "2", "--output", "x.npz"], "x.npz: is the input"),
+        ([], "--horizon"),
+    ],
+)
+def test_what_the_program_refuses(arguments, complaint):
+    with pytest.raises(UserError, match=complaint):
+        predict.parse_arguments(["--checkpoint", "w", "--input", "x.npz", *arguments])
+    defaults = predict.parse_arguments(["--checkpoint", "w", "--input", "a/x.avi", "--horizon", "2"])
+    assert [str(path) for path in defaults.output] == ["x_forecast.npz"]

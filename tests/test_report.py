@@ -1,0 +1,252 @@
+"""The report: what is in it, and what it does in a browser."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test as test_program
+from functions import build_model, rollout
+from vmrnn import config as configuration, pictures, report
+from vmrnn.checkpoint import save_weights
+from vmrnn.metrics import Metrics, convention, mse
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+GIVEN, HORIZON, H, W = 3, 4, 9, 12
+NAMES = ("mse", "ssim", "csi_0.5")
+
+
+def random_sequence(seed):
+    """(inputs, targets, forecast) of one grey sequence, one pixel of the targets missing."""
+    frames = torch.rand(GIVEN + 2 * HORIZON, 1, H, W, generator=torch.Generator().manual_seed(seed))
+    inputs, targets, forecast = frames.split((GIVEN, HORIZON, HORIZON))
+    targets[1, 0, 2, 3] = torch.nan
+    return inputs, targets, forecast
+
+
+def page_of(path):
+    """The JSON object in a report."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A report of three sequences, and their frames."""
+    sequences = [(role, i, *random_sequence(i)) for i, role in enumerate(("best", "median", "worst"))]
+    results = {}
+    for label, black in (("forecast", False), ("black frame", True)):
+        total = Metrics(NAMES)
+        for *_, targets, forecast in sequences:
+            total.update((torch.zeros_like(forecast) if black else forecast)[None], targets[None])
+        results[label] = total.compute()
+    config = configuration.Config(num_frames_input=GIVEN, num_frames_output=HORIZON, input_size=[H, W])
+    path = tmp_path / "report.html"
+    report.write_report(
+        path,
+        title="a <title>",
+        facts={"test set": "</script><b id=hole>"},
+        conventions={name: convention(name) for name in NAMES},
+        results=results,
+        sequences=sequences,
+        config=config.to_dict(),
+        command="python test.py --checkpoint 'x y'",
+    )
+    return path, sequences, results
+
+
+def frame_of(sprite, t):
+    """Frame t of a sprite as uint8 (H, W) or (H, W, 3)."""
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(sprite["uri"].split(",")[1]))))
+    y, x = t // sprite["columns"] * H, t % sprite["columns"] * W
+    return picture[y : y + H, x : x + W]
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(written):
+    path, sequences, results = written
+    text = path.read_text(encoding="utf-8")
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # a name, never fetched
+    assert not re.search(r"<(link|img|iframe)|@import|url\(|fetch\(|XMLHttp", text)
+    page = page_of(path)
+    assert page["results"]["forecast"]["mean"]["ssim"] == results["forecast"]["mean"]["ssim"]
+    assert page["results"]["black frame"]["mean"]["csi_0.5"] == 0
+    assert page["command"] == "python test.py --checkpoint 'x y'" and page["config"]["input_size"] == [H, W]
+    assert page["versions"]["torch"] in torch.__version__
+    assert page["published"] is None  # frames of another size than the published task's
+
+
+@pytest.mark.parametrize("width", [W, 3 * W + 1, 4096])
+def test_sprites_hold_the_frames(monkeypatch, width):
+    monkeypatch.setattr(report, "SPRITE_WIDTH", width)
+    inputs, targets, forecast = random_sequence(0)
+    made = report.sequence("best", 7, inputs, targets, forecast, white=1.0, limit=1.0)
+    grey = [(255 * x[:, 0]).round().to(torch.uint8).numpy() for x in (inputs, forecast)]
+    for t in range(GIVEN):
+        assert (frame_of(made["truth"], t) == grey[0][t][..., None]).all()
+    for t in range(HORIZON):
+        assert (frame_of(made["forecast"], t) == grey[1][t]).all()
+    missing = frame_of(made["truth"], GIVEN + 1)[2, 3]
+    assert tuple(missing) == tuple(round(255 * c) for c in pictures.MISSING)
+    assert (frame_of(made["error"], 1)[2, 3] == missing).all()
+    assert made["mse"] == mse(forecast, targets).tolist()
+
+
+def test_errors_are_blue_where_too_dark_and_red_where_too_bright():
+    targets = torch.full((1, 1, 1, 3), 0.5)
+    red, white, blue = pictures.signed_colours(targets + torch.tensor([0.2, 0.0, -0.2]), targets, limit=0.2)[0, 0]
+    assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and (white > 0.95).all()
+    assert pictures.error_limit([(targets + 0.2, targets)]) == pytest.approx(0.2)
+    assert pictures.error_limit([(targets, targets)]) == pictures.error_limit([]) == pictures.LEAST_LIMIT
+
+
+def test_fields_of_small_values_are_shown_brighter():
+    rain = torch.zeros(2, 1, 20, 20)
+    rain[0, 0, :2] = 0.2
+    rain[1, 0, 5, 5] = torch.nan
+    assert pictures.white_level([rain]) == pytest.approx(0.2)
+    assert pictures.white_level([rain, rain + 0.5]) == pictures.white_level([rain.repeat(1, 3, 1, 1)]) == 1
+    made = report.sequence("best", 0, rain[:1], rain[1:], rain[:1], white=0.2, limit=1.0)
+    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(made["forecast"]["uri"].split(",")[1]))))[0, 0] == 255
+
+
+def test_pick_takes_each_sequence_once_and_none_without_a_figure():
+    nan = float("nan")
+    assert report.pick([3, 1, nan, 2, 5, 4]) == {"best": 1, "median": 0, "worst": 4}
+    assert report.pick([2, 1]) == {"best": 1, "worst": 0}
+    assert report.pick([nan, 1]) == {"best": 1}
+    assert report.pick([nan]) == {}
+
+
+def test_published_figures_stand_beside_the_published_task_only(tmp_path, monkeypatch):
+    mean = {"mse": 20.0, "ssim_dr2": 0.9}
+    generated = configuration.Config().to_dict()
+    table = report.published(generated, mean)
+    assert table["rows"][0] == ["this checkpoint", 20.0, 0.9]
+    assert ["VMRNN-D", 16.46, 0.9645] in table["rows"]
+    assert "NOT the published one" in table["note"]
+    assert report.published(generated | {"num_frames_output": 5}, mean) is None
+    assert report.published(generated | {"dataset": "mine"}, mean) is None
+    file = tmp_path / "mnist_test_seq.npy"
+    file.write_bytes(b"any")
+    named = generated | {"test_data_dir": str(file)}
+    assert "NOT the published one" in report.published(named, mean)["note"]
+    monkeypatch.setattr(report, "MOVING_MNIST_MD5", hashlib.md5(b"any").hexdigest())
+    assert "is the published one" in report.published(named, mean)["note"]
+
+
+def test_json_without_nan():
+    assert report.strict_json({"a": [1.5, float("nan")], "b": float("inf")}) == '{"a": [1.5, null], "b": null}'
+
+
+DRIVER = """
+<script>
+addEventListener("load", () => {
+  const find = id => document.getElementById(id), found = {};
+  const pixels = id => Array.from(find(id).getContext("2d").getImageData(0, 0, WIDTH, HEIGHT).data);
+  const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  const status = () => find("status").textContent;
+  find("player").scrollIntoView();
+  found.start = [status(), pixels("truth"), pixels("forecast")];
+  press("Home");
+  found.home = [status(), pixels("truth"), pixels("forecast")];
+  press("End"); press("ArrowLeft");
+  found.left = status();
+  document.querySelectorAll(".tabs button")[2].click();
+  found.worst = [status(), pixels("forecast")];
+  find("frame").value = 4;
+  find("frame").dispatchEvent(new Event("input"));
+  found.slider = status();
+  find("play").click();
+  found.button = find("play").textContent;
+  setTimeout(() => {
+    found.played = status();
+    press(" ");
+    found.paused = find("play").textContent;
+    found.curves = document.querySelectorAll(".curves path").length;
+    document.querySelector(".legend input").click();
+    found.fewer = document.querySelectorAll(".curves path").length;
+    found.wide = document.documentElement.scrollWidth - innerWidth;
+    found.hole = find("hole") !== null;
+    found.text = document.body.innerText;
+    document.body.append(Object.assign(document.createElement("pre"),
+      {id: "found", textContent: JSON.stringify(found)}));
+  }, 600);
+});
+addEventListener("error", event => { document.documentElement.dataset.error = event.message; });
+</script>
+""".replace("WIDTH", str(W)).replace("HEIGHT", str(H))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_works_in_a_browser(written, tmp_path, width):
+    """Played, stepped and read back, pixel by pixel, by a script that stands at the end of a copy."""
+    path, sequences, _ = written
+    driven = tmp_path / "driven.html"
+    driven.write_text(path.read_text(encoding="utf-8").replace("<main", DRIVER + "<main"), encoding="utf-8")
+    done = subprocess.run(
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", driven.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "data-error" not in done.stdout.split(">", 2)[1], done.stdout[:500]
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    found = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+    def shows(pixels, frame):
+        pixels = np.array(pixels).reshape(H, W, 4)
+        expected = (255 * frame[0]).round().to(torch.uint8).numpy()
+        known = ~np.isnan(frame[0].numpy())
+        return (pixels[..., 0] == expected)[known].all() and (pixels[..., 3] == 255).all()
+
+    inputs, targets, forecast = sequences[0][2:]
+    last = GIVEN + HORIZON
+    figures = [f"{value:.4f}" if value < 10 else f"{value:.2f}" for value in mse(forecast, targets).tolist()]
+    assert found["start"][0] == f"frame {GIVEN + 1} of {last}: forecast, lead time 1, mse {figures[0]}"
+    assert shows(found["start"][1], targets[0]) and shows(found["start"][2], forecast[0])
+    assert found["home"][0] == f"frame 1 of {last}: given" and shows(found["home"][1], inputs[0])
+    assert not any(found["home"][2])  # no forecast yet: transparent
+    assert found["left"] == f"frame {last - 1} of {last}: forecast, lead time {HORIZON - 1}, mse {figures[-2]}"
+    assert f"lead time {HORIZON - 1}" in found["worst"][0]  # another sequence, the same moment
+    assert shows(found["worst"][1], sequences[2][4][HORIZON - 2])
+    assert found["slider"].startswith(f"frame 5 of {last}")
+    assert (found["button"], found["paused"]) == ("Pause", "Play")
+    assert found["played"].startswith(f"frame 7 of {last}")  # 600 ms at 250 ms a frame
+    assert (found["curves"], found["fewer"]) == (2 * len(NAMES), len(NAMES))
+    assert found["wide"] <= 0  # nothing sticks out at this width
+    assert not found["hole"] and "</script><b id=hole>" in found["text"] and "a <title>" in found["text"]
+    for name in NAMES:
+        assert convention(name) in found["text"]
+
+
+def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
+    options = dict(
+        model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4, train_data_dir="builtin", device="cpu",
+        input_size=[16], digit_size=8, num_objects=1, num_frames_input=3, num_frames_output=2, test_sequences=7,
+        test_batch_size=4,
+    )  # fmt: skip
+    config = configuration.resolve(None, options)
+    model = build_model(**config.network_options).eval()
+    save_weights(tmp_path / "w.safetensors", model, config.to_dict())
+    arguments = ["--checkpoint", str(tmp_path / "w.safetensors"), "--strips", "1", "--device", "cpu"]
+    test_program.main(arguments)
+    data = test_program.build_dataset("test", length=7, **config.data_options)
+    items = [data[i] for i in range(7)]
+    with torch.no_grad():
+        errors = [mse(rollout(model, x[None], 2)[:, 2:], y[None]).mean().item() for x, y in items]
+    page = page_of(tmp_path / "test" / "report.html")
+    assert [(s["role"], s["index"]) for s in page["sequences"]] == list(report.pick(errors).items())
+    assert len(page["sequences"]) == 3
+    for shown in page["sequences"]:
+        assert np.mean(shown["mse"]) == pytest.approx(errors[shown["index"]], rel=1e-4)
+    assert page["command"].endswith(f"--checkpoint {tmp_path / 'w.safetensors'} --strips 1 --device cpu")
+    assert json.loads((tmp_path / "test" / "metrics.json").read_text())["results"] == page["results"]
