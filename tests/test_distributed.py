@@ -19,10 +19,10 @@ from vmrnn.pictures import read_log
 PLAIN = [*OPTIONS, "--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]
 
 
-def torchrun(folder, *options):
+def torchrun(folder, *options, restarts=0):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        "--max-restarts=1", "--monitor-interval=0.1", "train.py", *options, "--res_dir", str(folder),
+        f"--max-restarts={restarts}", "--monitor-interval=0.1", "train.py", *options, "--res_dir", str(folder),
     ]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
@@ -65,7 +65,7 @@ def test_a_run_of_two_processes_goes_on_with_one(pair, tmp_path):
 
 
 def test_a_killed_process_is_started_again_to_the_same_result(pair, tmp_path):
-    process = torchrun(tmp_path / "run", *PLAIN)
+    process = torchrun(tmp_path / "run", *PLAIN, restarts=1)
     log_file = tmp_path / "run" / "log.jsonl"
     while not (log_file.exists() and len(log_file.read_text().splitlines()) > 8):
         assert process.poll() is None, process.stdout.read()

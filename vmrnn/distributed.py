@@ -27,7 +27,13 @@ def processes(device):
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"torchrun with --device {device.type}: several processes run on cpu or cuda; name one")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store over restarts (torch 2.5 to 2.15 at least), and with it the addresses of
+        # processes that are gone. Only on one machine do all agree on the count: README, several machines.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield device
     finally:
