@@ -1,0 +1,196 @@
+"""The recipe: schedules, decay, accumulation, averaged weights, precision, missing pixels, what TensorBoard gets."""
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_programs import TINY
+from timm.scheduler import CosineLRScheduler
+
+import train
+from benchmarks import curves
+from functions import Rollout, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
+from train import parameter_groups, rate_factor
+from vmrnn import config as configuration
+from vmrnn.checkpoint import read_checkpoint
+from vmrnn.errors import UserError
+from vmrnn.pictures import read_log
+
+
+def small(model="VMRNN-B", img_size=16, depths=(1,), drop_path_rate=0.0):
+    return build_model(
+        model, img_size=img_size, patch_size=4, in_chans=1, embed_dim=16, depths=list(depths), depths_down=[1],
+        depths_up=[1], d_state=4, drop_path_rate=drop_path_rate,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("total", [10, 37, 1000])
+def test_onecycle_is_torchs(total):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total, cycle_momentum=False)
+    for step in range(total):
+        assert rate_factor(step, "onecycle", 0, total) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step + 1 < total:
+            schedule.step()
+
+
+def test_cosine_is_timms():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = CosineLRScheduler(optimizer, t_initial=90, t_in_epochs=False)
+    for step in range(90):
+        schedule.step_update(step)
+        assert rate_factor(step + 10, "cosine", 10, 100) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+    assert [rate_factor(step, "cosine", 10, 100) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
+    assert [rate_factor(step, "constant", 2, 9) for step in (0, 1, 2, 100)] == [0.5, 1, 1, 1]
+
+
+def test_what_takes_no_weight_decay():
+    model = small("VMRNN-D")
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
+    assert decayed | plain == set(names.values()) and not decayed & plain
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.GroupNorm)}
+    for key, name in names.items():
+        assert (name in plain) == (key in norms or name.endswith(("A_logs", "Ds", "bias"))), name
+
+
+def run_updates(parts, **options):
+    """The weights after two updates of six sequences in `parts` parts."""
+    torch.manual_seed(3)
+    model = small()
+    data = torch.rand(12, 5, 1, 16, 16).split(6 // parts)
+    loader = [(frames[:, :3], frames[:, 3:]) for frames in data]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = list(
+        train_one_epoch(
+            Rollout(model), loader, optimizer, lambda n: 0.1, torch.device("cpu"), updates=2, parts=parts, **options
+        )
+    )
+    return done, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulated_parts_are_the_whole_batch():
+    (a, whole), (b, parts) = run_updates(1), run_updates(3)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    assert [u.loss for u in a] == pytest.approx([u.loss for u in b], rel=1e-6)
+    assert [u.grad_norm for u in a] == pytest.approx([u.grad_norm for u in b], rel=1e-4)
+
+
+def test_fp16_scales_gradients_and_comes_close_to_fp32():
+    _, exact = run_updates(1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # the first gradients overflow: those updates are skipped
+    (first, second), untouched = run_updates(1, precision="fp16", scaler=scaler)
+    assert math.isinf(first.grad_norm) or math.isnan(first.grad_norm)
+    assert scaler.get_scale() == 2.0**58
+    torch.manual_seed(3)
+    assert torch.equal(untouched, torch.cat([p.detach().flatten() for p in small().parameters()]))
+    _, half = run_updates(1, precision="fp16", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    assert 0 < (half - exact).abs().max() < 1e-2 * (exact - untouched).abs().max()
+
+
+def test_a_run_in_fp16_keeps_its_scale(tmp_path):
+    options = [*TINY, "--precision", "fp16", "--epochs", "1", "--res_dir", str(tmp_path / "x")]
+    train.main(options)
+    saved = read_checkpoint(tmp_path / "x" / "last.pt")["scaler"]
+    assert saved["_growth_tracker"] == 4
+    train.main([*options, "--epochs", "2", "--resume", "auto"])
+    assert read_checkpoint(tmp_path / "x" / "last.pt")["scaler"]["_growth_tracker"] == 8
+
+
+def test_averaged_weights_are_evaluated_and_saved(tmp_path):
+    """timm's average with warm-up, followed here by hand over the saved weights of each update."""
+    options = [*TINY, "--epochs", "1", "--ema", "0.9", "--save_every", "1", "--res_dir", str(tmp_path / "x")]
+    weights = []
+    save = train.checkpoint.save_checkpoint
+
+    def save_and_keep(path, **content):
+        if content["position"]["epoch"] == 1:
+            weights.append({key: value.clone() for key, value in content["model"].items()})
+        save(path, **content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.checkpoint, "save_checkpoint", save_and_keep)
+        train.main(options)
+    assert len(weights) == 4
+    last, best = (read_checkpoint(tmp_path / "x" / name) for name in ("last.pt", "best.safetensors"))
+    assert all(torch.equal(last["ema"][key], best["model"][key]) for key in best["model"])
+    key = "ST.layers.0.VSBs.0.self_attention.in_proj.weight"
+    seed = configuration.resolve(None, {}, base=last["config"]).seed
+    torch.manual_seed(seed)
+    average = small().state_dict()[key].clone()
+    for n, after in enumerate(weights):
+        decay = min(0.9, 1 - (1 + n) ** -(2 / 3))
+        average.lerp_(after[key], 1 - decay)
+    torch.testing.assert_close(last["ema"][key], average)
+
+
+def test_what_failed_is_kept(tmp_path):
+    with pytest.raises(UserError, match="failed_update_rank0.pt"):
+        train.main([*TINY, "--epochs", "4", "--lr", "1e30", "--res_dir", str(tmp_path / "x")])
+    failed = read_checkpoint(tmp_path / "x" / "failed_update_rank0.pt")
+    assert failed["inputs"].shape == (4, 3, 1, 16, 16) and failed["targets"].shape == (4, 2, 1, 16, 16)
+    assert failed["position"]["step"] == 1 and max(v.abs().max() for v in failed["model"].values()) > 1e20
+
+
+def test_missing_pixels_have_no_say():
+    torch.manual_seed(0)
+    outputs = torch.rand(2, 4, 1, 8, 8, requires_grad=True)
+    inputs, targets = torch.rand(2, 3, 1, 8, 8), torch.rand(2, 2, 1, 8, 8)
+    inputs[:, 1, :, :2], targets[0] = float("nan"), float("nan")
+    rollout_loss(outputs, inputs, targets).backward()
+    truth = torch.cat([inputs[:, 1:], targets], 1)
+    there = ~truth.isnan()
+    error = (outputs - truth)[there].detach()
+    expected = error.square().mean() + error.abs().mean()
+    assert rollout_loss(outputs, inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(outputs.grad != 0, there)
+    outputs = rollout(small(), torch.where(torch.rand(2, 3, 1, 16, 16) < 0.3, float("nan"), 0.5), 2)
+    assert outputs.isfinite().all()
+    assert rollout_loss(torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, 1, 1, 4, 4), targets[:1, :1, :, :4, :4]) == 0
+
+
+@pytest.mark.parametrize("model, size", [("VMRNN-B", (17, 14)), ("VMRNN-D", (9, 30))])
+def test_sides_that_do_not_fit_are_padded_and_cut(model, size):
+    model = small(model, drop_path_rate=0.0).eval()
+    inputs = torch.rand(2, 3, 1, *size)
+    unit = model.patch_size * 2**model.levels
+    padded = pad_frames(inputs, unit)
+    assert padded.shape[-2] % unit == padded.shape[-1] % unit == 0
+    assert torch.equal(padded[..., : size[0], : size[1]], inputs)
+    assert torch.equal(padded[..., -1, : size[1]], inputs[..., -1, :]) or size[0] % unit == 0
+    outputs = rollout(model, inputs, 2)
+    assert outputs.shape == (2, 4, 1, *size)
+    torch.testing.assert_close(outputs, rollout(model, padded, 2)[..., : size[0], : size[1]])
+
+
+def test_tensorboard_gets_curves_lead_times_and_pictures(tmp_path):
+    options = [*TINY, "--tensorboard", "--log_train", "2", "--res_dir", str(tmp_path / "x")]
+    train.main([*options, "--epochs", "1"])
+    train.main([*options, "--epochs", "2", "--resume", "auto"])
+    events = EventAccumulator(str(tmp_path / "x" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    logged = {"train_loss", "valid_loss", "lr", "grad_norm", "sequences_per_second", "mse", "mse_at/001", "mse_at/002"}
+    assert logged <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("grad_norm")] == [2, 4, 6, 8]
+    assert [e.step for e in events.Scalars("mse")] == [4, 8]
+    log = [e["mse"] for e in read_log(tmp_path / "x" / "log.jsonl") if "mse" in e]
+    assert [e.value for e in events.Scalars("mse")] == pytest.approx(log)
+    assert set(tags["images"]) == {"forecast/batch 1", "forecast/animation"}
+    animation = events.Images("forecast/animation")[-1].encoded_image_string
+    assert animation == (tmp_path / "x" / "forecast.gif").read_bytes() and animation.startswith(b"GIF")
+
+
+def test_curves_of_several_runs(tmp_path, run):
+    for name in ("a", "b"):
+        train.main([*TINY, "--epochs", "2", "--res_dir", str(tmp_path / name)])
+    assert curves.points(tmp_path / "a", "mse")[0] == [16, 32]
+    done = run("-m", "benchmarks.curves", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c.png")
+    assert done.returncode == 0 and "32 samples" in done.stdout, done.stderr
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="not a run folder"):
+        curves.points(tmp_path, "mse")
+    with pytest.raises(UserError, match="has no csi; choose one of"):
+        curves.points(tmp_path / "a", "csi")
