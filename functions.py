@@ -157,59 +157,105 @@ class NonFinite(Exception):
         self.update, self.inputs, self.targets = update, inputs, targets
 
 
+class Step:
+    """Forward and backward of one micro-batch: adds to the gradients, gives its part of the update's loss.
+
+    network     Rollout, or DistributedDataParallel around one
+    parts       micro-batches of an update (gradient accumulation)
+    scaler      torch.amp.GradScaler, for fp16
+    """
+
+    def __init__(self, network, device, precision="fp32", parts=1, scaler=None):
+        self.network, self.device, self.precision, self.parts = network, device, precision, parts
+        self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.parameters = list(network.parameters())
+
+    def __call__(self, inputs, targets):
+        with mixed_precision(self.device, self.precision):
+            outputs = self.network(inputs, targets.shape[1])
+        loss = rollout_loss(outputs, inputs, targets) / self.parts
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def clear_gradients(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class GraphedStep(Step):
+    """Step as one CUDA graph: all kernels of a rollout and its backward are recorded once, then replayed.
+
+    A step is hundreds of small kernels a frame; to launch them one by one takes longer than to run them.
+    Micro-batches keep the shape of the first. Weights, gradients and the memory of activations stay at
+    their addresses, so nothing else can use that memory.
+    """
+
+    graph = None
+
+    def __call__(self, inputs, targets):
+        if self.graph is None:
+            self.record(inputs, targets)
+        self.inputs.copy_(inputs)
+        self.targets.copy_(targets)
+        self.graph.replay()
+        return self.loss.clone()
+
+    def record(self, inputs, targets):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        random_state = torch.cuda.get_rng_state(self.device)
+        self.inputs, self.targets = inputs.clone(), targets.clone()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is built or chosen at a first call must not be recorded
+                super().__call__(self.inputs, self.targets)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = super().__call__(self.inputs, self.targets)
+        torch.cuda.set_rng_state(random_state, self.device)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient)
+
+    def clear_gradients(self):
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # the graph adds to this very memory
+
+
 def train_one_epoch(
-    network,
-    loader,
-    optimizer,
-    learning_rate,
-    device,
-    *,
-    updates,
-    done=0,
-    parts=1,
-    before=0,
-    seed=0,
-    scaler=None,
-    clip_grad=0.0,
-    precision="fp32",
-    title="",
+    step, loader, optimizer, learning_rate, *, updates, done=0, before=0, seed=0, clip_grad=0.0, title=""
 ):
     """The updates `done` + 1 to `updates` of one epoch; yields an Update after each.
 
-    network     Rollout, or DistributedDataParallel around one
-    loader      yields the micro-batches that are left, `parts` for each update (gradient accumulation)
+    step        Step, called with each micro-batch
+    loader      yields the micro-batches that are left, step.parts for each update
     learning_rate(n)   the lr of update n of the run, from 0; `before` updates came before this epoch
-    scaler      torch.amp.GradScaler for fp16
 
     Dropout draws from (seed, n, rank), so no generator's state needs to be kept to go on exactly.
     A loss or a gradient that is not finite raises NonFinite before it reaches the weights; under fp16
     the scaler skips updates whose gradients overflow, until its scale is beyond repair.
     """
-    network.train()
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    parameters = list(network.parameters())
-    batches = progress(loader, title, updates * parts, done * parts)
-    for step in range(done + 1, updates + 1):
-        seed_update(seed, before + step - 1, distributed.rank())
-        optimizer.zero_grad(set_to_none=True)
+    step.network.train()
+    device, scaler, world = step.device, step.scaler, distributed.world()
+    batches = progress(loader, title, updates * step.parts, done * step.parts)
+    for number in range(done + 1, updates + 1):
+        seed_update(seed, before + number - 1, distributed.rank())
+        step.clear_gradients()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(before + step - 1)
+            group["lr"] = learning_rate(before + number - 1)
         total = torch.zeros((), device=device)
-        for part in range(parts):
+        for part in range(step.parts):
             bar, inputs, targets = next(batches)
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            alone = distributed.world() == 1 or part == parts - 1  # or gradients wait for the last part
-            with nullcontext() if alone else network.no_sync():
-                with mixed_precision(device, precision):
-                    outputs = network(inputs, targets.shape[1])
-                loss = rollout_loss(outputs, inputs, targets) / parts
-                scaler.scale(loss).backward()
-            total += loss.detach()
+            waits = world > 1 and part + 1 < step.parts  # gradients travel with the last part
+            with step.network.no_sync() if waits else nullcontext():
+                total += step(inputs, targets)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(step.parameters, clip_grad or math.inf)
         loss, norm = torch.stack([total, norm.to(total)]).tolist()  # the one wait for the device
-        (loss,) = distributed.sums(loss / distributed.world())
-        update = Update(step, loss, norm)
+        (loss,) = distributed.sums(loss / world)
+        update = Update(number, loss, norm)
         overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > SMALLEST_SCALE
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             raise NonFinite(update, inputs, targets)

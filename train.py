@@ -23,7 +23,17 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import build_dataset, make_loader, metric_names
-from functions import FUSED_ADAM, NonFinite, Rollout, build_model, compile_model, evaluate, train_one_epoch
+from functions import (
+    FUSED_ADAM,
+    GraphedStep,
+    NonFinite,
+    Rollout,
+    Step,
+    build_model,
+    compile_model,
+    evaluate,
+    train_one_epoch,
+)
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
@@ -44,7 +54,8 @@ log = logging.getLogger("vmrnn")
 
 # What a resumed run may change: nothing that its data or its network come from.
 FREE_ON_RESUME = {
-    "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "grad_checkpoint", "epoch_valid",
+    "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "cuda_graph",
+    "grad_checkpoint", "epoch_valid",
     "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
     "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences", "cache_dir",
     "thresholds",
@@ -154,6 +165,8 @@ def train(config, weights, resumed, device, signals):
         log.setLevel(logging.WARNING)  # one process speaks, and writes
     log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
+    if config.cuda_graph and (device.type != "cuda" or world > 1 or config.grad_checkpoint):
+        raise UserError("--cuda_graph is for one CUDA GPU, without --grad_checkpoint: leave one of them out")
     seed_everything(config.seed)
 
     # Data
@@ -212,6 +225,7 @@ def train(config, weights, resumed, device, signals):
     network = Rollout(model, config.grad_checkpoint)
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    one_step = (GraphedStep if config.cuda_graph else Step)(network, device, config.precision, parts, scaler)
 
     # Run folder
     folder = Path(config.res_dir)
@@ -286,9 +300,8 @@ def train(config, weights, resumed, device, signals):
         train_loader.sampler.epoch, train_loader.sampler.start = epoch, position.step * config.train_batch_size
         try:
             for update in train_one_epoch(
-                network, train_loader, optimizer, learning_rate, device, updates=updates, done=position.step,
-                parts=parts, before=before, seed=config.seed, scaler=scaler, clip_grad=config.clip_grad,
-                precision=config.precision, title=f"epoch {epoch}/{config.epochs}",
+                one_step, train_loader, optimizer, learning_rate, updates=updates, done=position.step, before=before,
+                seed=config.seed, clip_grad=config.clip_grad, title=f"epoch {epoch}/{config.epochs}",
             ):  # fmt: skip
                 if ema:
                     ema.update(model, step=before + update.step)

@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 
 import train
 from benchmarks import curves
-from functions import Rollout, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
+from functions import GraphedStep, Rollout, Step, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
 from train import parameter_groups, rate_factor
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
@@ -63,11 +63,8 @@ def run_updates(parts, **options):
     data = torch.rand(12, 5, 1, 16, 16).split(6 // parts)
     loader = [(frames[:, :3], frames[:, 3:]) for frames in data]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    done = list(
-        train_one_epoch(
-            Rollout(model), loader, optimizer, lambda n: 0.1, torch.device("cpu"), updates=2, parts=parts, **options
-        )
-    )
+    step = Step(Rollout(model), torch.device("cpu"), parts=parts, **options)
+    done = list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates=2))
     return done, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -124,6 +121,24 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
         decay = min(0.9, 1 - (1 + n) ** -(2 / 3))
         average.lerp_(after[key], 1 - decay)
     torch.testing.assert_close(last["ema"][key], average)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_replays_the_same_steps():
+    """Losses, gradients and stochastic depth of four updates of two parts, recorded and not."""
+    device, found = torch.device("cuda"), []
+    for kind in (Step, GraphedStep):
+        torch.manual_seed(3)
+        model = small(drop_path_rate=0.2, depths=(2,)).to(device)
+        loader = [(frames[:, :3], frames[:, 3:]) for frames in torch.rand(24, 5, 1, 16, 16).split(3)]
+        step = kind(Rollout(model), device, "bf16", parts=2)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        updates = list(train_one_epoch(step, loader, optimizer, lambda n: 1e-3, updates=4, clip_grad=1.0))
+        found.append(([(u.loss, u.grad_norm) for u in updates], [p.detach().clone() for p in model.parameters()]))
+    (plain, weights), (graphed, same_weights) = found
+    assert graphed == [pytest.approx(pair, rel=1e-5) for pair in plain]
+    for a, b in zip(weights, same_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_what_failed_is_kept(tmp_path):

@@ -88,6 +88,7 @@ class Config:
         "fp32", "arithmetic of products and convolutions; the rest is fp32", ["fp32", "bf16", "fp16"]
     )
     compile: bool = option(False, "torch.compile the recurrence: a slow start, then faster steps on a GPU")
+    cuda_graph: bool = option(False, "record a step's kernels once and replay them: one GPU, more memory, no waits")
     grad_checkpoint: bool = option(
         False, "compute activations again in the backward pass: far less memory, a third to a half slower"
     )
