@@ -2,13 +2,15 @@
 
     python -m benchmarks.scan                 batch 1, 4 and 16
     python -m benchmarks.scan --quick         batch 1
-    python -m benchmarks.scan --device cuda
+    python -m benchmarks.scan --device cuda   fp32 and bf16; mamba is the published path, its copies included
 
 Each back end must first agree with the reference in float64 (the CPU kernel to 5e-6, y and every
 gradient); one that does not gets no figure and the program fails. Then rounds go over all back ends
 in turn, so that a machine whose speed drifts treats them alike. Medians over rounds; a human table,
-then one JSON line. infer: forward under no_grad; forward: with the graph for a backward. floor
-(CPU): as many exp and multiply-add steps in registers, forward, and forward + recompute + backward.
+then one JSON line. infer: forward under no_grad; forward: with the graph for a backward. peak: MiB of
+GPU memory that forward and backward take beside their inputs. floor, on a CPU: as many exp and
+multiply-add steps in registers, forward, and forward + recompute + backward; on a GPU: the special
+functions that one pass needs, at the GPU's rate (vmrnn/scan/README.md), once and twice.
 """
 
 import argparse
@@ -31,16 +33,18 @@ D_STATE = 16
 DIRECTIONS = 4
 NAMES = ("y", "x", "dbl", "dt_weight", "dt_bias", "A", "D")
 LIMITS = {"cpu": 5e-6}  # relative to the largest value; the others: OTHER_LIMIT
-OTHER_LIMIT = 1e-4
+OTHER_LIMIT, BF16_LIMIT = 1e-4, 3e-2
 REFERENCE_BATCH = 1  # larger ones keep gigabytes
 REFERENCE_ROUNDS = 3  # slow enough to be steady
 QUICK_SECONDS, QUICK_REPEATS = 0.05, 4  # what is quick runs more often in a round
+GPU_QUICK_SECONDS, GPU_CALLS = 0.02, 20
+CHECKED_BATCH = 8  # larger ones run the same kernels, and the float64 reference for them takes minutes
 COLUMNS = ("infer", "forward", "both")
 FLOOR = Path(__file__).with_name("floor.cpp")
 
 
-def make_inputs(batch, side, Di, R, device):
-    """x, dbl, dt_weight, dt_bias, A, D as in a fresh network: dt of 0.001 to 0.1, A = -(1..N)."""
+def make_inputs(batch, side, Di, R, device, dtype=torch.float32):
+    """x, dbl and dt_weight of `dtype`, dt_bias, A, D as in a fresh network: dt of 0.001 to 0.1, A = -(1..N)."""
     torch.manual_seed(0)
     K, N = DIRECTIONS, D_STATE
     dt = torch.exp(torch.rand(K, Di) * 4.6 - 6.9)
@@ -52,7 +56,8 @@ def make_inputs(batch, side, Di, R, device):
         -torch.arange(1.0, N + 1).repeat(K, Di, 1),
         torch.randn(K, Di),
     )
-    return [t.to(device).requires_grad_() for t in inputs]
+    inputs = [t.to(device, dtype if i < 3 else None) for i, t in enumerate(inputs)]
+    return [t.requires_grad_() for t in inputs]
 
 
 def outputs_and_gradients(function, inputs, dy):
@@ -79,13 +84,29 @@ def relative_error(actual, expected):
 
 
 def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Of one call. On a GPU what is quick is called several times, so that it has work while the next is prepared."""
+
+    def timed(calls):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    once = timed(1)
+    return timed(GPU_CALLS) if device.type == "cuda" and once < GPU_QUICK_SECONDS else once
+
+
+def peak_mib(function):
+    """GPU memory that `function` takes beside what is there already."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def no_grad(function, inputs):
@@ -109,25 +130,40 @@ def floor_runs(inputs):
     return forward, forward, both
 
 
-def measure(back_ends, shape, batch, device, rounds):
-    """{back end: {"infer": s, "forward": s, "both": s, "error": largest relative error}}"""
-    inputs = make_inputs(batch, *shape, device)
+def gpu_floor(inputs, device):
+    """Seconds of one pass's special functions at the GPU's rate, 16 a clock on each SM; None if it names no clock."""
+    gpu = torch.cuda.get_device_properties(device)
+    clock = getattr(gpu, "clock_rate", 0)  # kHz
+    count = inputs[0].numel() * DIRECTIONS * (D_STATE + 2)
+    return count / (gpu.multi_processor_count * 16 * clock * 1e3) if clock else None
+
+
+def measure(back_ends, shape, batch, device, rounds, dtype=torch.float32):
+    """{back end: {"infer": s, "forward": s, "both": s, "error": largest relative error, "peak": MiB on a GPU}}"""
+    inputs = make_inputs(batch, *shape, device, dtype)
     dy = torch.randn_like(inputs[0])
-    expected = exact(inputs, dy)
+    expected = exact(inputs, dy) if batch <= CHECKED_BATCH or device.type == "cpu" else None
     runs, results = {}, {}
     for name, function in back_ends.items():
         if name == "reference" and batch > REFERENCE_BATCH:
             continue
-        errors = relative_error(outputs_and_gradients(function, inputs, dy), expected)
-        wrong = {key: f"{e:.1e}" for key, e in errors.items() if not e <= LIMITS.get(name, OTHER_LIMIT)}
-        if wrong:
-            sys.exit(f"{name} differs from the float64 reference at {shape}, batch {batch}: {wrong}")
+        results[name] = {}
+        if expected:
+            errors = relative_error(outputs_and_gradients(function, inputs, dy), expected)
+            limit = BF16_LIMIT if dtype == torch.bfloat16 else LIMITS.get(name, OTHER_LIMIT)
+            wrong = {key: f"{e:.1e}" for key, e in errors.items() if not e <= limit}
+            if wrong:
+                sys.exit(f"{name} differs from the float64 reference at {shape}, batch {batch}: {wrong}")
+            results[name]["error"] = max(errors.values())
         runs[name] = (
             lambda f=function: no_grad(f, inputs),
             lambda f=function: f(*inputs),
             lambda f=function: outputs_and_gradients(f, inputs, dy),
         )
-        results[name] = {"error": max(errors.values())}
+        if device.type == "cuda":
+            results[name]["peak"] = peak_mib(runs[name][-1])
+    if device.type == "cuda" and (floor := gpu_floor(inputs, device)):
+        results["floor"] = {"infer": floor, "forward": floor, "both": 2 * floor}
     if "cpu" in back_ends:
         runs["floor"] = floor_runs(inputs)
         results["floor"] = {}
@@ -145,17 +181,18 @@ def measure(back_ends, shape, batch, device, rounds):
     return results
 
 
-def print_results(shape, batch, results):
+def print_results(shape, batch, results, dtype):
     side, Di, _ = shape
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     for name, r in results.items():
-        cells = [f"{side:>3}x{side:<2} {Di:>5} {batch:>5}  {name:<10}"]
+        cells = [f"{side:>3}x{side:<2} {Di:>5} {batch:>5} {kind}  {name:<10}"]
         cells += [f"{1e3 * r[column]:>9.2f}" for column in COLUMNS]
         for other, ratio in (("reference", lambda a, b: b / a), ("floor", lambda a, b: a / b)):
             cells += [
                 f"{ratio(r[column], results[other][column]):>7.1f}" if other in results else f"{'-':>7}"
                 for column in COLUMNS
             ]
-        cells.append(f"{r['error']:.1e}" if "error" in r else "")
+        cells += [f"{r['error']:.1e}" if "error" in r else "", f"{r['peak']:8.0f}" if "peak" in r else ""]
         print(" ".join(cells), flush=True)
 
 
@@ -182,25 +219,29 @@ def main():
     parser.add_argument("--rounds", type=int)
     args = parser.parse_args()
     device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
     modules = {"reference": reference, **scan.BACKENDS, "cpu": cpu}
     back_ends = {
         name: module.scan_2d
         for name, module in modules.items()
-        if name == "reference" or module.can_run(device.type, torch.float32, D_STATE)[0]
+        if (name == "reference" and not on_gpu) or module.can_run(device.type, torch.float32, D_STATE)[0]
     }
     environment = describe(device)
     print("  ".join(f"{key} {value}" for key, value in environment.items()))
-    print(f"{'':30} {'milliseconds':>29} {'times faster than reference':>23} {'times the floor':>19}")
+    print(f"{'':35} {'milliseconds':>29} {'times faster than reference':>23} {'times the floor':>19}")
     titles = "".join(f"{c:>10}" for c in COLUMNS) + "".join(f"{c:>8}" for c in COLUMNS) * 2
-    print(f"{'map':>6} {'Di':>5} {'batch':>5}  {'back end':<10}{titles} error")
+    print(f"{'map':>6} {'Di':>5} {'batch':>5} {'type':<4}  {'back end':<10}{titles} error   peak")
     records = []
-    for batch in (1,) if args.quick else (1, 4, 16):
+    batches = (1,) if args.quick else (1, 8, 16, 64) if on_gpu else (1, 4, 16)
+    for batch in batches:
         for shape in SHAPES:
-            rounds = args.rounds or (7 if batch == 1 else 3)
-            results = measure(back_ends, shape, batch, device, rounds)
-            print_results(shape, batch, results)
-            side, Di, R = shape
-            records += [{"side": side, "Di": Di, "R": R, "batch": batch, "name": n, **r} for n, r in results.items()]
+            for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
+                rounds = args.rounds or (7 if batch == 1 and not on_gpu else 3)
+                results = measure(back_ends, shape, batch, device, rounds, dtype)
+                print_results(shape, batch, results, dtype)
+                side, Di, R = shape
+                fixed = {"side": side, "Di": Di, "R": R, "batch": batch, "dtype": str(dtype)}
+                records += [{**fixed, "name": n, **r} for n, r in results.items()]
     print(json.dumps({"benchmark": "scan", "environment": environment, "results": records}))
 
 

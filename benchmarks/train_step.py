@@ -2,10 +2,11 @@
 
     python -m benchmarks.train_step                       networks B and D, batch 1 and 4, on the CPU
     python -m benchmarks.train_step --cases D:1 D:1:checkpoint D:1:torch --rounds 5
-    python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:compile
+    python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:graph
 
-A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, a scan back end (default: auto). Sizes
-are the published ones (64x64, patch 2, width 128), 10 + 10 frames. Each case runs in a process of
+A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), a scan back end
+(default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published
+ones (64x64, patch 2, width 128), 10 + 10 frames. The frame is a stream's: batch 1 whatever the case's. Each case runs in a process of
 its own, so that its peak memory is its own; rounds go over all cases in turn, so that a machine
 whose speed drifts treats them alike. Medians over rounds; a human table, then one JSON line. The
 golden tests of every back end used must pass first.
@@ -20,7 +21,7 @@ import time
 
 import torch
 
-from functions import FUSED_ADAM, build_model, compile_model, mixed_precision, rollout, rollout_loss
+from functions import FUSED_ADAM, GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
 from vmrnn import scan
 from vmrnn.runtime import describe_device, pick_device, run_program
 
@@ -52,7 +53,7 @@ def seconds(function, device, times):
     return statistics.median(measured)
 
 
-OPTIONS = {"checkpoint", "bf16", "compile"}
+OPTIONS = {"checkpoint", "bf16", "compile", "graph"}
 
 
 def back_end_of(case, device):
@@ -76,11 +77,11 @@ def measure(case, device, steps=STEPS - 1, frames=15):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device.type in FUSED_ADAM)
     inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
 
+    one_step = (GraphedStep if "graph" in rest else Step)(Rollout(model, "checkpoint" in rest), device, precision)
+
     def step():
-        optimizer.zero_grad(set_to_none=True)
-        with mixed_precision(device, precision):
-            outputs = rollout(model, inputs, FRAMES, "checkpoint" in rest)
-        rollout_loss(outputs, inputs, targets).backward()
+        one_step.clear_gradients()
+        one_step(inputs, targets)
         optimizer.step()
 
     step()
@@ -89,11 +90,23 @@ def measure(case, device, steps=STEPS - 1, frames=15):
         return result
     model.eval()
     with torch.inference_mode(), mixed_precision(device, precision):
-        _, states = model(inputs[:, 0])
+        frame = inputs[:1, 0]
+        _, states = model(frame)
         for _ in range(3):
-            model(inputs[:, 0], states)
-        result["frame"] = seconds(lambda: model(inputs[:, 0], states), device, frames)
+            model(frame, states)
+        result["frame"] = seconds(recorded(lambda: model(frame, states), device, "graph" in rest), device, frames)
     return result
+
+
+def recorded(function, device, as_graph):
+    """`function`, or the replay of a CUDA graph of its kernels."""
+    if not as_graph:
+        return function
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def profile(case, device):
