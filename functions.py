@@ -186,14 +186,14 @@ class GraphedStep(Step):
     """Step as one CUDA graph: all kernels of a rollout and its backward are recorded once, then replayed.
 
     A step is hundreds of small kernels a frame; to launch them one by one takes longer than to run them.
-    Micro-batches keep the shape of the first. Weights, gradients and the memory of activations stay at
+    Micro-batches of another shape are recorded anew. Weights, gradients and the memory of activations stay at
     their addresses, so nothing else can use that memory.
     """
 
     graph = None
 
     def __call__(self, inputs, targets):
-        if self.graph is None:
+        if self.graph is None or self.targets.shape != targets.shape or self.inputs.shape != inputs.shape:
             self.record(inputs, targets)
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
@@ -201,6 +201,7 @@ class GraphedStep(Step):
         return self.loss.clone()
 
     def record(self, inputs, targets):
+        self.graph = None  # its memory serves the next
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         random_state = torch.cuda.get_rng_state(self.device)
         self.inputs, self.targets = inputs.clone(), targets.clone()
@@ -224,13 +225,14 @@ class GraphedStep(Step):
 
 
 def train_one_epoch(
-    step, loader, optimizer, learning_rate, *, updates, done=0, before=0, seed=0, clip_grad=0.0, title=""
+    step, loader, optimizer, learning_rate, *, updates, horizon=None, done=0, before=0, seed=0, clip_grad=0.0, title=""
 ):
     """The updates `done` + 1 to `updates` of one epoch; yields an Update after each.
 
     step        Step, called with each micro-batch
     loader      yields the micro-batches that are left, step.parts for each update
     learning_rate(n)   the lr of update n of the run, from 0; `before` updates came before this epoch
+    horizon(n)  how many of the target frames it forecasts; None: all
 
     Dropout draws from (seed, n, rank), so no generator's state needs to be kept to go on exactly.
     A loss or a gradient that is not finite raises NonFinite before it reaches the weights; under fp16
@@ -247,6 +249,7 @@ def train_one_epoch(
         total = torch.zeros((), device=device)
         for part in range(step.parts):
             bar, inputs, targets = next(batches)
+            targets = targets[:, : horizon(before + number - 1)] if horizon else targets
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             waits = world > 1 and part + 1 < step.parts  # gradients travel with the last part
             with step.network.no_sync() if waits else nullcontext():

@@ -207,6 +207,11 @@ def train(config, weights, resumed, device, signals):
     def learning_rate(n):
         return config.lr * rate_factor(n, config.schedule, config.warmup_steps, config.epochs * updates)
 
+    def horizon(n):
+        if n >= config.curriculum:
+            return config.num_frames_output
+        return 1 + n * config.num_frames_output // config.curriculum
+
     # Resume
     position = Position()
     if resumed:
@@ -300,8 +305,8 @@ def train(config, weights, resumed, device, signals):
         train_loader.sampler.epoch, train_loader.sampler.start = epoch, position.step * config.train_batch_size
         try:
             for update in train_one_epoch(
-                one_step, train_loader, optimizer, learning_rate, updates=updates, done=position.step, before=before,
-                seed=config.seed, clip_grad=config.clip_grad, title=f"epoch {epoch}/{config.epochs}",
+                one_step, train_loader, optimizer, learning_rate, horizon=horizon, updates=updates, done=position.step,
+                before=before, seed=config.seed, clip_grad=config.clip_grad, title=f"epoch {epoch}/{config.epochs}",
             ):  # fmt: skip
                 if ema:
                     ema.update(model, step=before + update.step)

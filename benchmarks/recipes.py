@@ -40,6 +40,7 @@ RECIPES = {
     "published": PUBLISHED,
     "published, lr 3e-3": PUBLISHED | {"lr": 3e-3},
     "ours": OURS,
+    "ours, curriculum": OURS | {"curriculum": 240},
     "ours, no EMA": OURS | {"ema": 0.0},
     "ours, cosine": OURS | {"schedule": "cosine", "warmup_steps": 50},
     "ours, constant": OURS | {"schedule": "constant"},

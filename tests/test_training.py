@@ -96,6 +96,16 @@ def test_a_run_in_fp16_keeps_its_scale(tmp_path):
     assert read_checkpoint(tmp_path / "x" / "last.pt")["scaler"]["_growth_tracker"] == 8
 
 
+def test_the_curriculum_lengthens_the_forecast(tmp_path, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(
+        Step, "__call__", lambda self, i, t, call=Step.__call__: lengths.append(t.shape[1]) or call(self, i, t)
+    )
+    options = [*TINY, "--num_frames_output", "3", "--curriculum", "6", "--epochs", "2"]
+    train.main([*options, "--res_dir", str(tmp_path / "x")])
+    assert lengths == [1, 1, 2, 2, 3, 3, 3, 3]
+
+
 def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     """timm's average with warm-up, followed here by hand over the saved weights of each update."""
     options = [*TINY, "--epochs", "1", "--ema", "0.9", "--save_every", "1", "--res_dir", str(tmp_path / "x")]

@@ -81,6 +81,7 @@ class Config:
         "constant", "learning rate over the run, stepped per update", ["constant", "cosine", "onecycle"]
     )
     warmup_steps: int = option(0, "updates of linear warm-up (onecycle: 30 % of the run unless given)")
+    curriculum: int = option(0, "updates over which the forecast grows from 1 frame to all; 0: all at once")
     clip_grad: float = option(0.0, "largest gradient norm; 0: no clipping")
     accumulate: int = option(1, "parts of a batch computed one after another, to save memory; shared among devices")
     ema: float = option(0.0, "decay of the averaged weights, which are then evaluated and saved as best; 0: none")
@@ -118,7 +119,16 @@ class Config:
         for key in ("drop_rate", "attn_drop_rate", "drop_path_rate", "ema"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be in [0, 1)")
-        for key in ("lr", "weight_decay", "clip_grad", "step_length", "warmup_steps", "num_workers", "seed"):
+        for key in (
+            "lr",
+            "weight_decay",
+            "clip_grad",
+            "step_length",
+            "warmup_steps",
+            "curriculum",
+            "num_workers",
+            "seed",
+        ):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
         if not re.fullmatch(r"[1-9]\d*m?", self.save_every):
