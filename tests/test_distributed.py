@@ -19,19 +19,33 @@ from vmrnn.pictures import read_log
 PLAIN = [*OPTIONS, "--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]
 
 
-def torchrun(folder, *options, restarts=0):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        f"--max-restarts={restarts}", "--monitor-interval=0.1", "train.py", *options, "--res_dir", str(folder),
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def torchrun():
+    """torchrun(folder, *options) -> Popen of two processes of train.py; none outlives the tests."""
+    started = []
+
+    def start(folder, *options, restarts=0):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            f"--max-restarts={restarts}", "--monitor-interval=0.1", "train.py", *options, "--res_dir", str(folder),
+        ]  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # torchrun then ends its own
+            process.wait()
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(torchrun, tmp_path_factory):
     """A run folder of two processes that nothing interrupted."""
     folder = tmp_path_factory.mktemp("pair") / "run"
     process = torchrun(folder, *PLAIN)
@@ -53,7 +67,7 @@ def test_two_processes_have_the_loss_curve_of_one(pair, tmp_path):
             assert b[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_a_run_of_two_processes_goes_on_with_one(pair, tmp_path):
+def test_a_run_of_two_processes_goes_on_with_one(torchrun, tmp_path):
     """Stopped after its first epoch; at another world size the data and the batch stay the same."""
     process = torchrun(tmp_path / "run", *PLAIN, "--epochs", "1", "--schedule", "constant")
     printed = process.communicate(timeout=200)[0]
@@ -64,7 +78,7 @@ def test_a_run_of_two_processes_goes_on_with_one(pair, tmp_path):
     assert a["mse"] == pytest.approx(b["mse"], rel=1e-5) and a["epoch"] == 3
 
 
-def test_a_killed_process_is_started_again_to_the_same_result(pair, tmp_path):
+def test_a_killed_process_is_started_again_to_the_same_result(pair, torchrun, tmp_path):
     process = torchrun(tmp_path / "run", *PLAIN, restarts=1)
     log_file = tmp_path / "run" / "log.jsonl"
     while not (log_file.exists() and len(log_file.read_text().splitlines()) > 8):
@@ -80,7 +94,7 @@ def test_a_killed_process_is_started_again_to_the_same_result(pair, tmp_path):
     assert without_time(read_log(pair / "log.jsonl")) == without_time(read_log(log_file))
 
 
-def test_a_batch_that_does_not_divide(tmp_path):
+def test_a_batch_that_does_not_divide(torchrun, tmp_path):
     process = torchrun(tmp_path / "run", *PLAIN, "--train_batch_size", "5")
     printed = process.communicate(timeout=200)[0]
     assert process.returncode != 0 and "error: train_batch_size 5 does not divide among 2 processes" in printed
