@@ -43,6 +43,7 @@ from vmrnn.runtime import (
     Stopped,
     StopSignals,
     describe_device,
+    hold_folder,
     make_folder,
     pick_device,
     run_program,
@@ -237,6 +238,7 @@ def train(config, weights, resumed, device, signals):
     last, best, log_file = folder / "last.pt", folder / "best.safetensors", folder / "log.jsonl"
     if rank == 0:
         make_folder(folder / "pictures")
+        hold_folder(folder)
         for cut_off in folder.rglob(".*.tmp"):  # by a kill in the middle of a save
             cut_off.unlink()
         if resumed and source == checkpoint.previous_of(last):

@@ -17,7 +17,7 @@ import train
 from vmrnn.checkpoint import previous_of, read_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.pictures import read_log
-from vmrnn.runtime import EXIT_STOPPED, Stopped
+from vmrnn.runtime import EXIT_STOPPED, HELD, Stopped
 
 # Everything that has a state: stochastic depth, dropout, a schedule, moments, averaged weights, accumulation.
 OPTIONS = [
@@ -217,6 +217,7 @@ def stopped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main(arguments)
     monkeypatch.undo()
+    HELD.pop(str(tmp_path / "run")).close()  # as the end of its process would
     return arguments
 
 
@@ -247,6 +248,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, stopped, tmp_path, 
     assert last.read_bytes() == before and not [p for p in last.parent.iterdir() if p.name.endswith(".tmp")]
     assert start(tmp_path / "run")[1]() == 0
     assert_same(whole[0], tmp_path / "run")
+
+
+def test_two_processes_do_not_train_in_one_folder(start, tmp_path):
+    pid, wait = start(tmp_path / "run")
+    log_file = tmp_path / "run" / "log.jsonl"
+    while not (log_file.exists() and log_file.stat().st_size):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match="another process trains there"):
+        train.main([*OPTIONS, "--res_dir", str(tmp_path / "run")])
+    os.kill(pid, signal.SIGCONT)
+    assert wait() == 0
 
 
 def test_a_run_goes_on_in_another_folder(whole, stopped, tmp_path):

@@ -123,6 +123,27 @@ def make_folder(path):
     return path
 
 
+def hold_folder(folder):
+    """Keep other processes out of a run folder until this one ends, however it ends; UserError where one is in it.
+
+    A record lock on its file `lock`: this process may take it again, and network file systems know it.
+    Windows has none, and no check.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    file = open(Path(folder) / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{folder}: another process trains there; wait for it, or give another --res_dir") from error
+    HELD[str(folder)] = file  # open as long as the process lives
+
+
+HELD = {}
+
+
 @contextmanager
 def replacing(path, keep=None):
     """A temporary path to write to; flushed to disk and renamed to `path` at the end, or removed on an
