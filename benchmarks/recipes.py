@@ -35,17 +35,17 @@ PUBLISHED = {
     "digits_split": "published",
 }
 OURS = {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "schedule": "onecycle", "clip_grad": 1.0,
-        "drop_path_rate": 0.0, "ema": 0.995}  # fmt: skip
+        "drop_path_rate": 0.0, "curriculum": 240}  # fmt: skip
 RECIPES = {
     "published": PUBLISHED,
     "published, lr 3e-3": PUBLISHED | {"lr": 3e-3},
     "ours": OURS,
-    "ours, curriculum": OURS | {"curriculum": 240},
-    "ours, no EMA": OURS | {"ema": 0.0},
+    "ours, all frames at once": OURS | {"curriculum": 0},
+    "ours, EMA": OURS | {"ema": 0.995},
     "ours, cosine": OURS | {"schedule": "cosine", "warmup_steps": 50},
     "ours, constant": OURS | {"schedule": "constant"},
+    "ours, constant, EMA": OURS | {"schedule": "constant", "ema": 0.995},
     "ours, lr 1e-3": OURS | {"lr": 1e-3},
-    "ours, lr 6e-3": OURS | {"lr": 6e-3},
     "ours, no clipping": OURS | {"clip_grad": 0.0},
     "ours, published digits": OURS | {"digits_split": "published"},
 }
