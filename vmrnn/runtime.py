@@ -1,5 +1,6 @@
 """How the programs start and end: errors, device, seeds, what is printed about the machine, safe writes."""
 
+import errno
 import logging
 import os
 import platform
@@ -127,7 +128,7 @@ def hold_folder(folder):
     """Keep other processes out of a run folder until this one ends, however it ends; UserError where one is in it.
 
     A record lock on its file `lock`: this process may take it again, and network file systems know it.
-    Windows has none, and no check.
+    No check on Windows and on file systems without locks.
     """
     try:
         import fcntl
@@ -137,6 +138,8 @@ def hold_folder(folder):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
         raise UserError(f"{folder}: another process trains there; wait for it, or give another --res_dir") from error
     HELD[str(folder)] = file  # open as long as the process lives
 
