@@ -9,6 +9,8 @@ any worker count, after any resume and on any rank.
     loader.sampler.epoch = 3
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +65,7 @@ DATASETS = {
     ),
     "taxibj": Spec(
         description="inflow and outflow of taxis in Beijing, every 30 minutes (Zhang et al. 2017)",
-        metrics=FIELD_METRICS,
+        metrics=("mse", "mae", "rmse", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr"),
         selects="the last tenth of X_train",
         shape=(2, 32, 32),
         frames=(4, 4),
@@ -100,14 +102,15 @@ DATASETS = {
 OWN = ("video", "frames", "array")
 
 
-def metric_names(dataset, thresholds=(), data_range=()):
+def metric_names(dataset, thresholds=(), data_range=(), lpips=False):
     """The metrics of a data set, and RMSE, CSI, POD and FAR of events at `thresholds`, in the units of data_range."""
     if dataset not in DATASETS:
         raise UserError(f"data set {dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
     low, high = data_range or (0.0, 1.0)
-    levels = [f"{(threshold - low) / (high - low):g}" for threshold in thresholds]
+    # As the float32 that a value at the threshold becomes, in digits that tell it from every other
+    levels = [str(np.float32((threshold - low) / (high - low))) for threshold in thresholds]
     events = [f"{score}_{level}" for level in levels for score in ("csi", "pod", "far")]
-    return (*DATASETS[dataset].metrics, *(["rmse"] if events else []), *events)
+    return (*DATASETS[dataset].metrics, *(["rmse"] if events else []), *events, *(["lpips"] if lpips else []))
 
 
 def build_dataset(
@@ -254,6 +257,16 @@ def ignore_stop_signals(worker):
     # A stop reaches the whole process group; the main process finishes its update, and needs its workers for it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers():
+    # At its end Python sends SIGTERM to the workers of a loader that is still there, and waits for them.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+atexit.register(kill_workers)
 
 
 def make_loader(

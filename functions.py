@@ -21,8 +21,13 @@ from vmrnn.scan.cpu import find_compiler
 
 def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
-    """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up)."""
-    frame = (img_size, patch_size, in_chans, embed_dim)
+    """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up).
+
+    img_size: of the data; what the patches do not divide, `rollout` pads.
+    """
+    unit = patch_size * 2 ** (len(depths_down) if model == "VMRNN-D" else 0)
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    frame = (tuple(-(-side // max(unit, 1)) * unit for side in sides), patch_size, in_chans, embed_dim)
     rest = (drop_rate, attn_drop_rate, drop_path_rate, d_state, scan)
     table = {
         "VMRNN-B": lambda: VMRNN_B.VMRNN(*frame, depths, *rest),
@@ -114,13 +119,17 @@ def mixed_precision(device, precision):
 def rollout_loss(outputs, inputs, targets):
     """MSE + L1 over all outputs against the frames that follow (paper section 3.4); a scalar.
 
-    A NaN in those frames is a missing pixel and does not count.
+    A NaN in those frames is a missing pixel: a sample's loss is the mean over its others, and all
+    samples weigh the same, however they are batched.
     """
     truth = torch.cat([inputs[:, 1:], targets], dim=1)
     missing = truth.isnan()
     truth = torch.where(missing, outputs.detach().to(truth.dtype), truth)  # no error there, and no gradient
-    share = truth.numel() / (truth.numel() - missing.sum()).clamp(min=1)  # exactly 1 where all is there
-    return (F.mse_loss(outputs, truth) + F.l1_loss(outputs, truth)) * share
+    pixels = truth[0].numel()
+    share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 where all is there
+    share = share.view(-1, *[1] * (truth.ndim - 1))
+    squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
+    return (squared * share).mean() + (absolute * share).mean()
 
 
 def progress(loader, title, total, first=0):
@@ -150,7 +159,8 @@ class Update:
 
 
 class NonFinite(Exception):
-    """A loss or a gradient is not finite; the weights are those before the update that failed."""
+    """A loss or a gradient is not finite; the weights are those before the update that failed, inputs and
+    targets its last micro-batch."""
 
     def __init__(self, update, inputs, targets):
         super().__init__(f"the loss is {update.loss} and its gradient's norm {update.grad_norm}")
@@ -212,7 +222,8 @@ class GraphedStep(Step):
                 super().__call__(self.inputs, self.targets)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads may go on, such as the loader's that pins memory.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = super().__call__(self.inputs, self.targets)
         torch.cuda.set_rng_state(random_state, self.device)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

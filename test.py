@@ -64,9 +64,10 @@ def main(argv=None):
     device = pick_device(config.device)
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
-    names = metric_names(config.dataset, config.thresholds, config.data_range)
-    conventions = {name: convention(name, config.data_range) for name in names}
     test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
+    config.data_range = list(test_set.data_range)
+    names = metric_names(config.dataset, config.thresholds, config.data_range, config.lpips)
+    conventions = {name: convention(name, config.data_range) for name in names}
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     model = build_model(**config.network_options)
     checkpoint.load_weights(model, content["model"])

@@ -59,7 +59,7 @@ FREE_ON_RESUME = {
     "grad_checkpoint", "epoch_valid",
     "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
     "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences", "cache_dir",
-    "thresholds",
+    "thresholds", "lpips",
 }  # fmt: skip
 
 
@@ -88,6 +88,8 @@ def parse_arguments(argv=None):
     given = vars(parser.parse_args(argv))
     toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
     config = configuration.resolve(toml, given)
+    if resume not in (None, "auto") and config.res_dir == configuration.resolve(None, {}).res_dir:
+        config.res_dir = str(Path(resume).parent)
     last = Path(config.res_dir) / "last.pt"
     exists = last.exists() or checkpoint.previous_of(last).exists()
     if resume == "auto":
@@ -132,7 +134,7 @@ def rate_factor(step, schedule, warmup_steps, total_steps):
     if schedule == "onecycle":
         rise = (warmup_steps or 0.3 * total_steps) - 1
         if step <= rise:
-            return half_cosine(1 / 25, 1, step / rise)
+            return half_cosine(1 / 25, 1, step / rise if rise else 1)
         return half_cosine(1, 1 / 25e4, (step - rise) / (total_steps - 1 - rise))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -175,7 +177,7 @@ def train(config, weights, resumed, device, signals):
         train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
         config.data_range = list(train_set.data_range)  # the checkpoint says how its numbers become data again
         valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
-    names = metric_names(config.dataset, config.thresholds, config.data_range)
+    names = metric_names(config.dataset, config.thresholds, config.data_range, config.lpips)
     micro_batch, parts = share_of_batch(config)
     place = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
     train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **place)
@@ -321,7 +323,7 @@ def train(config, weights, resumed, device, signals):
                         grad_norm=update.grad_norm, lr=learning_rate(before + update.step - 1),
                     )  # fmt: skip
                     if board:
-                        board.throughput(len(position.window) * config.train_batch_size, before + update.step)
+                        board.throughput(config.train_batch_size, before + update.step)
                     position.window = []
                 if any(distributed.sums(signals.received is not None)):
                     stop()
@@ -342,7 +344,7 @@ def train(config, weights, resumed, device, signals):
         if epoch % config.epoch_valid == 0 or epoch == config.epochs:
 
             def watch(step, inputs, targets, forecast):
-                if signals.received:
+                if signals.received and world == 1:  # several processes go on to where all of them agree
                     stop()  # the evaluation is run again
                 if rank == 0 and (step - 1) % config.log_valid == 0:
                     sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
@@ -365,7 +367,7 @@ def train(config, weights, resumed, device, signals):
                 )
             record(updates, train_loss=loss, valid_loss=results["loss"], **metrics)
             is_best = metrics["mse"] < position.best_mse
-            position.best_mse = min(metrics["mse"], position.best_mse)
+            position.best_mse = min(position.best_mse, metrics["mse"])  # in this order nan is not the best
             if rank == 0:
                 save_curve(folder / "loss.png", log_file)
                 if is_best:

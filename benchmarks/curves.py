@@ -21,7 +21,7 @@ def points(run, metric):
     log_file = Path(run) / "log.jsonl"
     if not log_file.exists():
         raise UserError(f"{run}: not a run folder, it has no log.jsonl; name folders that train.py wrote")
-    entries = [e for e in read_log(log_file) if "valid_loss" in e]
+    entries = [e for e in read_log(log_file) if "valid_loss" in e and e.get(metric, 0) is not None]
     if not entries:
         raise UserError(f"{log_file}: holds no validation yet")
     if metric not in entries[0]:
@@ -40,7 +40,7 @@ def main():
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for run in args.runs:
         samples, seconds, values = points(run, args.metric)
-        best = max(values) if args.metric.startswith(("ssim", "psnr")) else min(values)
+        best = max(values) if args.metric.startswith(("ssim", "psnr", "csi", "pod")) else min(values)
         print(
             f"{run}: {samples[-1]:,} samples, {seconds[-1] / 3600:.2f} h, {args.metric} {values[-1]:.4f}, best {best:.4f}"
         )

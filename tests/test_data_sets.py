@@ -13,11 +13,11 @@ from test_data_media import write_images, write_video
 from test_dataset import assert_same, batches, shared
 
 import train
-from dataset import DATASETS, build_dataset, make_loader
+from dataset import DATASETS, build_dataset, make_loader, metric_names
 from vmrnn import clips, config as configuration, sequences
 from vmrnn.errors import UserError
 from vmrnn.media import resize
-from vmrnn.metrics import CONVENTIONS
+from vmrnn.metrics import CONVENTIONS, Metrics, convention
 
 
 def numbered(clip, count, height=8, width=10, channels=1):
@@ -514,3 +514,29 @@ def test_by_file_gives_each_part_at_least_one():
     assert [sequences.by_file(list("abcde"), split, 0.1, 0.1) for split in ("train", "valid", "test")] == [
         ["a", "b", "c"], ["d"], ["e"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 255.0), (-3.0, 128.0)])
+def test_a_value_at_the_threshold_is_an_event(low, high):
+    """Whatever the rounding to float32 on the [0, 1] scale does."""
+    for threshold in range(int(low) + 1, int(high), 7):
+        csi = metric_names("array", [threshold], [low, high])[-3]
+        for value, expected in ((threshold, 1.0), (threshold - 1, np.nan)):
+            frame = torch.from_numpy(clips.to_unit_range(np.full((1, 1, 1, 4, 4), value, np.int16), low, high))
+            meter = Metrics([csi])
+            meter.update(frame, frame)
+            np.testing.assert_equal(meter.compute()["mean"][csi], expected)
+    assert f"a value of {threshold} in the units" in convention(csi, [low, high])
+    tiny = metric_names("array", [0.001], [0.0, 128.0])[-3]
+    assert "e-06" in tiny and "a value of 0.001 in" in convention(tiny, [0.0, 128.0])
+
+
+def test_a_program_ends_while_its_loader_has_workers(run):
+    """The workers ignore SIGTERM, with which Python would end them."""
+    code = """
+import numpy as np
+from dataset import MovingMNIST, make_loader
+loader = make_loader(MovingMNIST(np.full((3, 8, 8), 9, np.uint8), 4, canvas=(16, 16), digit_size=8), 2, num_workers=1)
+print(len(list(loader)))
+"""
+    assert run("-c", code).stdout == "2\n"

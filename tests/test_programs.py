@@ -165,7 +165,7 @@ def test_wrong_configurations(tmp_path, text, complaint):
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
-        (["--input_size", "18"], "18x18.*multiples of 4"),
+        (["--thresholds", "nan"], "thresholds = .*must be finite"),
         (["--patch_size", "3"], "patch_size 3"),
         (["--input_channels", "3"], "frames of 1 channels, but the network takes 3"),
         (["--digit_size", "20"], "digits of 20 pixels do not fit"),

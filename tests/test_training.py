@@ -10,6 +10,7 @@ from timm.scheduler import CosineLRScheduler
 
 import train
 from benchmarks import curves
+from forecaster import Forecaster
 from functions import GraphedStep, Rollout, Step, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
 from train import parameter_groups, rate_factor
 from vmrnn import config as configuration
@@ -43,6 +44,7 @@ def test_cosine_is_timms():
         schedule.step_update(step)
         assert rate_factor(step + 10, "cosine", 10, 100) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
     assert [rate_factor(step, "cosine", 10, 100) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
+    assert rate_factor(0, "onecycle", 1, 9) == 1
     assert [rate_factor(step, "constant", 2, 9) for step in (0, 1, 2, 100)] == [0.5, 1, 1, 1]
 
 
@@ -167,13 +169,20 @@ def test_missing_pixels_have_no_say():
     rollout_loss(outputs, inputs, targets).backward()
     truth = torch.cat([inputs[:, 1:], targets], 1)
     there = ~truth.isnan()
-    error = (outputs - truth)[there].detach()
-    expected = error.square().mean() + error.abs().mean()
+    samples = [(outputs - truth)[i][there[i]].detach() for i in range(2)]
+    expected = sum(e.square().mean() + e.abs().mean() for e in samples) / 2
     assert rollout_loss(outputs, inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    halves = [rollout_loss(outputs[i : i + 1], inputs[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    assert sum(halves).item() / 2 == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(outputs.grad != 0, there)
     outputs = rollout(small(), torch.where(torch.rand(2, 3, 1, 16, 16) < 0.3, float("nan"), 0.5), 2)
     assert outputs.isfinite().all()
     assert rollout_loss(torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, 1, 1, 4, 4), targets[:1, :1, :, :4, :4]) == 0
+
+
+def test_a_run_on_frames_that_do_not_fit(tmp_path):
+    train.main([*TINY, "--input_size", "18", "13", "--epochs", "1", "--res_dir", str(tmp_path / "x")])
+    assert Forecaster(tmp_path / "x" / "best.safetensors").config.frame_size == (18, 13)
 
 
 @pytest.mark.parametrize("model, size", [("VMRNN-B", (17, 14)), ("VMRNN-D", (9, 30))])

@@ -13,17 +13,17 @@ class Board:
 
     def __init__(self, folder, begun):
         self.writer = SummaryWriter(folder, purge_step=begun + 1)
-        self.moment = time.perf_counter()
+        self.since = begun, time.perf_counter()
 
     def scalars(self, values, update):
         for name, value in values.items():
             self.writer.add_scalar(name, value, update)
         self.writer.flush()
 
-    def throughput(self, sequences, update):
-        """Sequences a second since the last call, validation included."""
-        before, self.moment = self.moment, time.perf_counter()
-        self.scalars({"sequences_per_second": sequences / (self.moment - before)}, update)
+    def throughput(self, batch, update):
+        """Sequences a second since the last call, validation included; batch: sequences of an update."""
+        (before, moment), self.since = self.since, (update, time.perf_counter())
+        self.scalars({"sequences_per_second": (update - before) * batch / (self.since[1] - moment)}, update)
 
     def lead_times(self, per_frame, update):
         """per_frame {metric: [value of each lead time]}, as Metrics.compute() has it."""

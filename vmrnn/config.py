@@ -48,7 +48,7 @@ class Config:
     test_data_dir: str = option(
         "", "file or folder of the test; empty: a part of train_data_dir, or sequences generated from held-out digits"
     )
-    cache_dir: str = option("data/cache", "folder for what is decoded or unpacked once; it may be deleted at any time")
+    cache_dir: str = option("data/cache", "folder for what is decoded or unpacked once; it may be deleted between runs")
     digits_split: str = option("all", "all: 50,000 / 10,000 digits; published: 10,000 / 3,000", ["all", "published"])
     split_by: str = option("time", "your own data: each clip is parted in time, or the clips are", ["time", "file"])
     valid_fraction: float = option(0.1, "your own data: part held out for validation, before the test part")
@@ -56,6 +56,7 @@ class Config:
     array_key: str = option("", "name of the array in a .npz; empty: arr_0, or the only one with 3 dimensions or more")
     data_range: list[float] = option([], "low and high, the values that become 0 and 1; empty: of the training part")
     thresholds: list[float] = option([], "events that CSI, POD and FAR count: values from here on, in the data's units")
+    lpips: bool = option(False, "also LPIPS, where its package and weights are there")
     missing_value: list[float] = option([], "values that mean missing, as NaN always does")
     num_frames_input: int = option(10, "frames given")
     num_frames_output: int = option(10, "frames to forecast")
@@ -116,6 +117,9 @@ class Config:
         for key in at_least_one:
             if getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be at least 1")
+        for value in self.thresholds:
+            if not -INF < value < INF:
+                raise UserError(f"thresholds = {self.thresholds}: must be finite")
         for key in ("drop_rate", "attn_drop_rate", "drop_path_rate", "ema"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be in [0, 1)")

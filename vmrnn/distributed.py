@@ -6,6 +6,7 @@ between the CPUs, whatever carries the gradients: they neither wait for a GPU no
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from vmrnn.errors import UserError
 @contextmanager
 def processes(device):
     """Inside, this process is one of torchrun's: gives its device, `device` or cuda:LOCAL_RANK where that is a GPU."""
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:  # some clusters set WORLD_SIZE for all programs
         yield device
         return
     if device.type == "cuda":
@@ -33,7 +34,8 @@ def processes(device):
         # processes that are gone. Only on one machine do all agree on the count: README, several machines.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # Two hours: one process may decode a data set while the others wait.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     try:
         yield device
     finally:

@@ -51,8 +51,8 @@ def read_frames(path, array_key=""):
             raise broken(path, error) from error
     else:
         frames = open_npy(path)
-    if frames.ndim not in (3, 4):
-        raise UserError(f"{path}: holds {frames.dtype} {frames.shape}; it must hold (T, H, W) or (T, H, W, C)")
+    if frames.ndim not in (3, 4) or frames.dtype.kind not in "buif" or frames.size == 0:
+        raise UserError(f"{path}: holds {frames.dtype} {frames.shape}; it must hold numbers (T, H, W) or (T, H, W, C)")
     return frames[..., None] if frames.ndim == 3 else frames
 
 

@@ -35,7 +35,7 @@ EVENTS = {
     "pod": "probability of detection, hits / (hits + misses); higher is better",
     "far": "false alarm ratio, false alarms / (hits + false alarms); lower is better",
 }
-EVENT_NAME = re.compile(r"(csi|pod|far)_(\d*\.?\d+)")
+EVENT_NAME = re.compile(r"(csi|pod|far)_(-?\d*\.?\d+(?:e[+-]?\d+)?)")
 
 DEFAULT = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8")
 WINDOW = 7  # pixels, the side of SSIM's window

@@ -30,7 +30,8 @@ def run_program(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = str(error).splitlines()[-1].split("UserError: ")[-1]  # a loader's worker sends its traceback too
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder in the way: says what and where itself
         print(f"error: {error}", file=sys.stderr)
@@ -44,8 +45,8 @@ def run_program(main):
 
 
 class StopSignals:
-    """While this context is open SIGTERM and SIGINT only set `received` to their name; a second one ends
-    the program as it always would."""
+    """While this context is open SIGTERM and SIGINT only set `received` to their name. A second SIGINT ends the
+    program as it always would; SIGTERM may come twice, from torchrun and from whoever stopped torchrun."""
 
     def __init__(self):
         self.received = None
@@ -56,7 +57,8 @@ class StopSignals:
 
     def receive(self, number, frame):
         self.received = signal.Signals(number).name
-        signal.signal(number, self.before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *raised):
         for number, handler in self.before.items():
@@ -74,6 +76,8 @@ def pick_device(name):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not one of cpu, cuda, mps")
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what asks for the current one gets this one
     except (RuntimeError, AssertionError) as error:  # not compiled in, no driver, no such index
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not there ({reason}); use --device auto or cpu") from error

@@ -48,9 +48,13 @@ def kth(split, folder, size, cache_dir, frames):
         if source.files[0].suffix.lower() not in VIDEOS:
             runs += consecutive(clip, source.files, 1)
         else:
-            runs += [
-                clip.part(start - 1, min(stop, len(clip))) for start, stop in annotated.get(name, [(1, len(clip))])
-            ]
+            for start, stop in annotated.get(name, [(1, len(clip))]):
+                if not 1 <= start <= min(stop, len(clip)):
+                    raise UserError(
+                        f"{Path(folder) / '00sequences.txt'}: {name} has frames {start}-{stop}, but {source.name} has "
+                        f"{len(clip)}; fetch both again"
+                    )
+                runs.append(clip.part(start - 1, min(stop, len(clip))))
     total = sum(frames)
     fast = [re.search("jogging|running", clip.name) is not None for clip in runs]
     strides = [1 if split == "train" else 3 if quick else total for quick in fast]
