@@ -11,7 +11,7 @@ demo: $(READY)
 	rm -rf exps/quickstart
 	$(BIN) train.py --config configs/quickstart.toml
 	$(BIN) test.py --checkpoint exps/quickstart/best.safetensors
-	@echo "pictures: exps/quickstart/test/forecast_0000.png, forecast.gif, lead_times.png"
+	@echo "open exps/quickstart/test/report.html; pictures beside it: forecast_0000.png, forecast.gif, lead_times.png"
 
 test: $(READY)
 	$(BIN) -m pytest
