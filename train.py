@@ -88,7 +88,8 @@ def parse_arguments(argv=None):
     given = vars(parser.parse_args(argv))
     toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
     config = configuration.resolve(toml, given)
-    if resume not in (None, "auto") and config.res_dir == configuration.resolve(None, {}).res_dir:
+    named = "res_dir" in given or (toml and "res_dir" in configuration.read_toml(toml))
+    if resume not in (None, "auto") and not named:
         config.res_dir = str(Path(resume).parent)
     last = Path(config.res_dir) / "last.pt"
     exists = last.exists() or checkpoint.previous_of(last).exists()

@@ -262,6 +262,12 @@ def test_two_processes_do_not_train_in_one_folder(start, tmp_path):
     assert wait() == 0
 
 
+def test_a_checkpoint_goes_on_in_its_own_folder_unless_another_is_named(stopped, tmp_path):
+    last = str(tmp_path / "run" / "last.pt")
+    assert train.parse_arguments(["--resume", last])[0].res_dir == str(tmp_path / "run")
+    assert train.parse_arguments(["--resume", last, "--res_dir", "./results"])[0].res_dir == "./results"
+
+
 def test_a_run_goes_on_in_another_folder(whole, stopped, tmp_path):
     """With its own log and its own best; the first folder stays as it is."""
     last = tmp_path / "run" / "last.pt"
