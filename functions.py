@@ -116,9 +116,10 @@ def mixed_precision(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def rollout_loss(outputs, inputs, targets):
-    """MSE + L1 over all outputs against the frames that follow (paper section 3.4); a scalar.
+def rollout_loss(outputs, inputs, targets, kind="mse+l1"):
+    """MSE + L1 (paper section 3.4) or "mse" over all outputs against the frames that follow; a scalar.
 
+    L1 is least at the median: where a digit may or may not be, that is black, and the squared error suffers.
     A NaN in those frames is a missing pixel: a sample's loss is the mean over its others, and all
     samples weigh the same, however they are batched.
     """
@@ -128,8 +129,8 @@ def rollout_loss(outputs, inputs, targets):
     pixels = truth[0].numel()
     share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 where all is there
     share = share.view(-1, *[1] * (truth.ndim - 1))
-    squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
-    return (squared * share).mean() + (absolute * share).mean()
+    errors = {"mse+l1": (F.mse_loss, F.l1_loss), "mse": (F.mse_loss,)}[kind]
+    return sum((error(outputs, truth, reduction="none") * share).mean() for error in errors)
 
 
 def progress(loader, title, total, first=0):
@@ -173,17 +174,18 @@ class Step:
     network     Rollout, or DistributedDataParallel around one
     parts       micro-batches of an update (gradient accumulation)
     scaler      torch.amp.GradScaler, for fp16
+    loss        of rollout_loss
     """
 
-    def __init__(self, network, device, precision="fp32", parts=1, scaler=None):
-        self.network, self.device, self.precision, self.parts = network, device, precision, parts
+    def __init__(self, network, device, precision="fp32", parts=1, scaler=None, loss="mse+l1"):
+        self.network, self.device, self.precision, self.parts, self.loss_kind = network, device, precision, parts, loss
         self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
         self.parameters = list(network.parameters())
 
     def __call__(self, inputs, targets):
         with mixed_precision(self.device, self.precision):
             outputs = self.network(inputs, targets.shape[1])
-        loss = rollout_loss(outputs, inputs, targets) / self.parts
+        loss = rollout_loss(outputs, inputs, targets, self.loss_kind) / self.parts
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -280,7 +282,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, metrics, precision="fp32", baselines=False, on_batch=None, title=""):
+def evaluate(model, loader, device, metrics, precision="fp32", loss="mse+l1", baselines=False, on_batch=None, title=""):
     """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
@@ -294,7 +296,7 @@ def evaluate(model, loader, device, metrics, precision="fp32", baselines=False, 
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with mixed_precision(device, precision):
             outputs = rollout(model, inputs, targets.shape[1])
-        total += rollout_loss(outputs, inputs, targets).item() * len(inputs)
+        total += rollout_loss(outputs, inputs, targets, loss).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
         meters["model"].update(forecast, targets)
         if baselines:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from timm.optim import Muon
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,6 +123,21 @@ def parameter_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
+def make_optimizer(model, name, lr, weight_decay, device):
+    """ "adam", "adamw" or "muon": matrices and filters move by orthogonal updates of the size of AdamW's
+    (arXiv 2502.16982), everything else, and the per-direction projections of the scan, by AdamW."""
+    groups = parameter_groups(model, weight_decay)
+    if name == "muon":
+        matrices = [p for p in groups[0]["params"] if p.ndim in (2, 4) and min(p.shape[:2]) > 1]
+        ids = {id(p) for p in matrices}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            group["use_fallback"] = True
+        return Muon([{"params": matrices, "weight_decay": weight_decay}, *groups], lr=lr, nesterov=True)
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return optimizer_class(groups, lr=lr, fused=device.type in FUSED_ADAM)
+
+
 def rate_factor(step, schedule, warmup_steps, total_steps):
     """lr as a factor of its peak at update `step` (from 0). A function of the step alone, so that a resumed
     run needs no scheduler's state and follows --lr and --epochs where they change.
@@ -203,9 +219,7 @@ def train(config, weights, resumed, device, signals):
             compile_model(network, device)
 
     # Optimiser
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    groups = parameter_groups(model, config.weight_decay)
-    optimizer = optimizer_class(groups, lr=config.lr, fused=device.type in FUSED_ADAM)
+    optimizer = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def learning_rate(n):
@@ -234,7 +248,9 @@ def train(config, weights, resumed, device, signals):
     network = Rollout(model, config.grad_checkpoint)
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    one_step = (GraphedStep if config.cuda_graph else Step)(network, device, config.precision, parts, scaler)
+    one_step = (GraphedStep if config.cuda_graph else Step)(
+        network, device, config.precision, parts, scaler, config.loss
+    )
 
     # Run folder
     folder = Path(config.res_dir)
@@ -359,7 +375,8 @@ def train(config, weights, resumed, device, signals):
                             board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
             results = evaluate(
-                judged, valid_loader, device, names, config.precision, on_batch=watch, title=f"validate {epoch}"
+                judged, valid_loader, device, names, config.precision, config.loss, on_batch=watch,
+                title=f"validate {epoch}",
             )  # fmt: skip
             metrics = results["model"]["mean"]
             if not math.isfinite(results["loss"]):  # and last.pt stays what it was

@@ -36,6 +36,8 @@ PUBLISHED = {
 }
 CURRICULUM = {"curriculum": 240}
 EMA = {"ema": 0.995}
+MSE = {"loss": "mse"}
+MUON = {"optimizer": "muon"}
 
 
 def recipe(schedule, lr, **others):
@@ -53,6 +55,12 @@ RECIPES = {
     "constant 3e-3, curriculum, EMA": recipe("constant", 3e-3, **CURRICULUM, **EMA),
     "onecycle 6e-3, curriculum": recipe("onecycle", 6e-3, **CURRICULUM),
     "onecycle 1.2e-2, curriculum": recipe("onecycle", 1.2e-2, **CURRICULUM),
+    "published, mse": PUBLISHED | MSE,
+    "onecycle 1.2e-2, curriculum, mse": recipe("onecycle", 1.2e-2, **CURRICULUM, **MSE),
+    "muon 6e-3, curriculum": recipe("onecycle", 6e-3, **CURRICULUM, **MUON),
+    "muon 3e-3, curriculum, mse": recipe("onecycle", 3e-3, **CURRICULUM, **MUON, **MSE),
+    "muon 6e-3, curriculum, mse": recipe("onecycle", 6e-3, **CURRICULUM, **MUON, **MSE),
+    "muon 1.2e-2, curriculum, mse": recipe("onecycle", 1.2e-2, **CURRICULUM, **MUON, **MSE),
 }
 
 

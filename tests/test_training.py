@@ -12,7 +12,7 @@ import train
 from benchmarks import curves
 from forecaster import Forecaster
 from functions import GraphedStep, Rollout, Step, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
-from train import parameter_groups, rate_factor
+from train import make_optimizer, parameter_groups, rate_factor
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
@@ -56,6 +56,31 @@ def test_what_takes_no_weight_decay():
     norms = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.GroupNorm)}
     for key, name in names.items():
         assert (name in plain) == (key in norms or name.endswith(("A_logs", "Ds", "bias"))), name
+
+
+MATRICES = tuple(
+    f"{layer}.weight" for layer in ("in_proj", "out_proj", "linear", "reduction", "expand", "Unembed.Conv_.0")
+)
+
+
+def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_by_equal_ones():
+    model = small("VMRNN-D")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_optimizer(model, "muon", 1e-3, 0.1, torch.device("cpu")).step()
+    matrices = {name for name in before if name.endswith(MATRICES)}
+    assert len(matrices) == 9
+    for name, parameter in model.named_parameters():
+        decay = 0.1 if parameter.ndim > 1 and not name.endswith(("A_logs", "bias")) else 0.0
+        step = (parameter.detach() - before[name] * (1 - 1e-3 * decay)) / 1e-3
+        if name in matrices:
+            step = step.flatten(1)
+            singular = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+            assert 0.6 < singular.min() and singular.max() < 1.3, name  # five iterations come this close to 1
+        else:  # Adam's first step is the sign of the gradient
+            assert 0.5 < step.abs().min() and step.abs().max() < 1.01 * step.abs().min() + 0.01, name
 
 
 def run_updates(parts, **options):

@@ -75,7 +75,12 @@ class Config:
     train_batch_size: int = option(16, "sequences of an update, on all devices together")
     valid_batch_size: int = option(16, "sequences of a validation batch")
     test_batch_size: int = option(16, "sequences of a test batch")
-    optimizer: str = option("adam", "optimiser", ["adam", "adamw"])
+    loss: str = option(
+        "mse+l1", "mean squared and mean absolute error (the paper's), or the first alone", ["mse+l1", "mse"]
+    )
+    optimizer: str = option(
+        "adam", "optimiser; muon: of matrices and filters, AdamW of the rest", ["adam", "adamw", "muon"]
+    )
     lr: float = option(1e-4, "learning rate (the peak of it under cosine and onecycle)")
     weight_decay: float = option(0.0, "of matrices and filters alone: never of norms, biases, A_logs, Ds")
     schedule: str = option(
