@@ -24,11 +24,13 @@ part() { # part SECONDS COMMAND...
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     "$python" -c "import torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'Python', sys.version.split()[0])"
 } | tee "$result"
-part 110 "$python" -m pytest -q -rs tests/test_scan.py tests/test_networks.py tests/test_scan_triton.py tests/test_training.py
-part 90 "$python" -m benchmarks.scan --device cuda --rounds 1
+part 110 "$python" -m pytest -q -rs tests/test_scan.py tests/test_networks.py tests/test_scan_triton.py \
+    tests/test_fused_layers.py tests/test_training.py
+part 80 "$python" -m benchmarks.scan --device cuda --rounds 1
+part 30 "$python" -m benchmarks.layers --device cuda
 published=$("$python" -c "from vmrnn.scan import mamba; print('D:16:bf16:mamba D:16:mamba' if mamba.can_run('cuda', None, 16)[0] else '')")
 # shellcheck disable=SC2086  # several words, or none
-part 270 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
+part 250 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
     $published D:16:bf16:torch D:16:triton D:16:bf16:triton:checkpoint D:16:bf16:triton:compile D:1:bf16:triton:graph \
     D:8:bf16:triton:graph D:64:bf16:triton:graph B:1:bf16:triton:graph B:8:bf16:triton:graph B:16:bf16:triton:graph \
     B:64:bf16:triton:graph

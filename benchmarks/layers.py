@@ -1,11 +1,13 @@
-"""Single layers on a CPU, each way that was tried: what the entries of LOG.md on layers were decided by.
+"""Single layers, each way that was tried: what the entries of LOG.md on layers were decided by.
 
     python -m benchmarks.layers
+    python -m benchmarks.layers --device cuda       the pieces around the scan, as torch and as Triton kernels
 
 Every way must agree with the first of its group. Interleaved medians in ms, forward and with backward; a
 human table, then one JSON line.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -13,8 +15,11 @@ import time
 import torch
 import torch.nn.functional as F
 
+from vmrnn import fused_layers
+from vmrnn.errors import UserError
 from vmrnn.recompute import conv_silu, norm_gate
-from vmrnn.runtime import describe_device
+from vmrnn.runtime import describe_device, run_program
+from vmrnn.scan import fused
 
 ROUNDS = 15
 
@@ -38,12 +43,15 @@ def depthwise(batch, side, channels):
                 y = y + padded[:, i : i + side, j : j + side] * weight[:, 0, i, j]
         return F.silu(y)
 
-    return {
+    ways = {
         "permuted view": lambda: convolve(x.permute(0, 3, 1, 2)),
         "recomputing": lambda: conv_silu(x, weight, bias),
         "NCHW copy": lambda: convolve(x.permute(0, 3, 1, 2).contiguous()),
         "shifted products": shifted,
-    }, (x, weight, bias)
+    }
+    if x.is_cuda:
+        ways["Triton"] = lambda: fused_layers.conv_silu(x, weight, bias)
+    return ways, (x, weight, bias)
 
 
 def gate(batch, side, channels):
@@ -54,10 +62,13 @@ def gate(batch, side, channels):
         leaf(channels),
         leaf(channels),
     )
-    return {
+    ways = {
         "plain": lambda: F.layer_norm(y, (channels,), weight, bias) * F.silu(z),
         "recomputing": lambda: norm_gate(y, z, weight, bias, 1e-5),
-    }, (y, z, weight, bias)
+    }
+    if y.is_cuda:
+        ways["Triton"] = lambda: fused_layers.norm_gate(y, z, weight, bias, 1e-5)
+    return ways, (y, z, weight, bias)
 
 
 def in_proj(batch, side, channels):
@@ -100,6 +111,15 @@ def head(batch, side, channels):
 
 
 def timed(function):
+    """Milliseconds; on a GPU those of the kernels alone."""
+    if torch.get_default_device().type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # about a millisecond, in which all launches are queued
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)
@@ -121,10 +141,22 @@ def measure(ways, leaves):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        ok, reason = fused.can_run("cuda", torch.float32, 16)
+        if not ok:
+            raise UserError(f"--device cuda: {reason}")
+        maps = [(16, 32, 256), (16, 16, 512), (16, 8, 1024)]
+        groups = {depthwise: maps, gate: maps}
+    else:
+        maps = [(1, 32, 256), (4, 32, 256), (1, 16, 512)]
+        groups = {depthwise: maps, gate: maps, in_proj: maps, head: [(8, 8, 128), (8, 16, 128), (72, 16, 128)]}
     torch.manual_seed(0)
-    maps = [(1, 32, 256), (4, 32, 256), (1, 16, 512)]
-    groups = {depthwise: maps, gate: maps, in_proj: maps, head: [(8, 8, 128), (8, 16, 128), (72, 16, 128)]}
-    print(describe_device(torch.device("cpu")))
+    torch.set_default_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # or the ways would not agree
+    print(describe_device(torch.device(args.device)))
     print(f"{'layer':11}{'batch':>6}{'side':>5}{'channels':>9}  {'way':18}{'forward':>9}{'both':>9}   ms")
     results = []
     for layer, shapes in groups.items():
@@ -136,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

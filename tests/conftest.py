@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def same_everywhere():
     torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # as vmrnn.runtime.pick_device does
 
 
 @pytest.fixture(scope="session")

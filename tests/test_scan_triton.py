@@ -93,10 +93,10 @@ def interpret():
 needs_triton = pytest.mark.skipif(fused.triton is None, reason=f"Triton is not installed: {fused.INSTALL}")
 
 
-@pytest.fixture(scope="module")
-def interpreted():
+def run_interpreter(file):
+    """What `file`, run as a program in Triton's interpreter, prints last: JSON."""
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, file],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -104,6 +104,11 @@ def interpreted():
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return run_interpreter(__file__)
 
 
 def assert_small(errors, tolerance):
@@ -191,10 +196,14 @@ def resources(kernel, constants, options, dtype, arch):
     if not tool.exists():
         pytest.skip(f"this Triton brings no cuobjdump: {tool}")
     types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names}
-    types |= {name: f"*{dtype}" for name in ("x", "dy", "total") if name in types}
-    types |= {name: "i32" for name in ("B", "Di", "size") if name in types}
-    # What a launch finds out by itself: pointers, Di and size are multiples of 16.
-    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name in ("Di", "size")]
+    maps = ("x", "y", "z", "dx", "dy", "dz", "out", "dout", "ds", "total")
+    if kernel in (fused.forward_kernel, fused.backward_kernel):  # whose results are parts, in fp32
+        maps = ("x", "dy")
+    types |= {name: f"*{dtype}" for name in maps if name in types}
+    types |= {name: "i32" for name in ("B", "Di", "size", "H", "W", "C") if name in types and name not in constants}
+    types |= {name: "fp32" for name in ("eps",) if name in types}
+    # What a launch finds out by itself: pointers, channels and size are multiples of 16.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in ("Di", "C", "size")]
     source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"

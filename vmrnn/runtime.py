@@ -66,7 +66,12 @@ class StopSignals:
 
 
 def pick_device(name):
-    """torch.device of "auto" (cuda, else mps, else cpu) or of a named one; UserError if it is not there."""
+    """torch.device of "auto" (cuda, else mps, else cpu) or of a named one; UserError if it is not there.
+
+    Makes fp32 mean fp32: torch lets a GPU's convolutions round their inputs to 10 bits (TF32), and
+    published weights would not give the published numbers. bf16 is faster still, and asked for.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

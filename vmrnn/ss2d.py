@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vmrnn.recompute import conv_silu, norm_gate
-from vmrnn.scan import scan_2d
+from vmrnn import fused_layers, recompute
+from vmrnn.scan import resolve, scan_2d
 
 DIRECTIONS = 4
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # the range of step sizes at initialisation
@@ -50,7 +50,9 @@ class SS2D(nn.Module):
         # the gate's backward copies (benchmarks/layers.py, in_proj).
         to_x, to_z = self.in_proj.weight.chunk(2)
         x, z = F.linear(u, to_x), F.linear(u, to_z)
-        x = conv_silu(x, self.conv2d.weight, self.conv2d.bias)
+        backend = resolve(self.scan, x.device.type, x.dtype, N)
+        layers = fused_layers if backend == "triton" else recompute
+        x = layers.conv_silu(x, self.conv2d.weight, self.conv2d.bias)
         # x_proj is linear per position: one GEMM in natural order serves all four directions.
         dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
         y = scan_2d(
@@ -60,7 +62,7 @@ class SS2D(nn.Module):
             self.dt_projs_bias,
             -torch.exp(self.A_logs).view(K, -1, N),
             self.Ds.view(K, -1),
-            backend=self.scan,
+            backend=backend,
         )
-        y = norm_gate(y, z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+        y = layers.norm_gate(y, z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         return self.dropout(self.out_proj(y))
