@@ -37,7 +37,6 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
 
 
 SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
-FUSED_ADAM = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
 
 
 def compile_model(model, device):

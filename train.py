@@ -19,13 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from timm.optim import Muon
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import build_dataset, make_loader, metric_names
 from functions import (
-    FUSED_ADAM,
     GraphedStep,
     NonFinite,
     Rollout,
@@ -38,6 +36,7 @@ from functions import (
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
+from vmrnn.optim import make_optimizer, rate_factor
 from vmrnn.pictures import save_animation, save_curve, save_strip
 from vmrnn.report import strict_json
 from vmrnn.runtime import (
@@ -112,52 +111,6 @@ def parse_arguments(argv=None):
     if changed:
         raise UserError(f"--resume {resume}: the run has other {', '.join(sorted(changed))}; leave them or start anew")
     return config, weights, (state, source)
-
-
-def parameter_groups(model, weight_decay):
-    """Decay for matrices and filters; none for norms, biases and what is tagged `_no_weight_decay`."""
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        keep = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
-        (plain if keep else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def make_optimizer(model, name, lr, weight_decay, device):
-    """ "adam", "adamw" or "muon": matrices and filters move by orthogonal updates of the size of AdamW's
-    (arXiv 2502.16982), everything else, and the per-direction projections of the scan, by AdamW."""
-    groups = parameter_groups(model, weight_decay)
-    if name == "muon":
-        matrices = [p for p in groups[0]["params"] if p.ndim in (2, 4) and min(p.shape[:2]) > 1]
-        ids = {id(p) for p in matrices}
-        for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in ids]
-            group["use_fallback"] = True
-        return Muon([{"params": matrices, "weight_decay": weight_decay}, *groups], lr=lr, nesterov=True)
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return optimizer_class(groups, lr=lr, fused=device.type in FUSED_ADAM)
-
-
-def rate_factor(step, schedule, warmup_steps, total_steps):
-    """lr as a factor of its peak at update `step` (from 0). A function of the step alone, so that a resumed
-    run needs no scheduler's state and follows --lr and --epochs where they change.
-
-    constant and cosine (half of one, to 0) after a linear warm-up; onecycle is torch's OneCycleLR.
-    """
-
-    def half_cosine(start, end, part):
-        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
-
-    if schedule == "onecycle":
-        rise = (warmup_steps or 0.3 * total_steps) - 1
-        if step <= rise:
-            return half_cosine(1 / 25, 1, step / rise if rise else 1)
-        return half_cosine(1, 1 / 25e4, (step - rise) / (total_steps - 1 - rise))
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return half_cosine(1, 0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
 def share_of_batch(config):

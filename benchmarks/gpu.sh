@@ -31,7 +31,7 @@ part 30 "$python" -m benchmarks.layers --device cuda
 published=$("$python" -c "from vmrnn.scan import mamba; print('D:16:bf16:mamba D:16:mamba' if mamba.can_run('cuda', None, 16)[0] else '')")
 # shellcheck disable=SC2086  # several words, or none
 part 250 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
-    $published D:16:bf16:torch D:16:triton D:16:bf16:triton:checkpoint D:16:bf16:triton:compile D:1:bf16:triton:graph \
+    $published D:16:bf16:torch D:16:triton D:16:bf16:triton:graph:muon D:16:bf16:triton:checkpoint D:16:bf16:triton:compile D:1:bf16:triton:graph \
     D:8:bf16:triton:graph D:64:bf16:triton:graph B:1:bf16:triton:graph B:8:bf16:triton:graph B:16:bf16:triton:graph \
     B:64:bf16:triton:graph
 echo "results: $result"

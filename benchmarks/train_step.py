@@ -4,10 +4,10 @@
     python -m benchmarks.train_step --cases D:1 D:1:checkpoint D:1:torch --rounds 5
     python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:graph
 
-A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), a scan back end
-(default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published
-ones (64x64, patch 2, width 128), 10 + 10 frames. The frame is a stream's: batch 1 whatever the case's. Each case runs in a process of
-its own, so that its peak memory is its own; rounds go over all cases in turn, so that a machine
+A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), a scan
+back end (default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published ones (64x64,
+patch 2, width 128), 10 + 10 frames. The frame is a stream's: batch 1 whatever the case's. Each case runs in
+a process of its own, so that its peak memory is its own; rounds go over all cases in turn, so that a machine
 whose speed drifts treats them alike. Medians over rounds; a human table, then one JSON line. The
 golden tests of every back end used must pass first.
 """
@@ -21,8 +21,9 @@ import time
 
 import torch
 
-from functions import FUSED_ADAM, GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
+from functions import GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
 from vmrnn import scan
+from vmrnn.optim import make_optimizer
 from vmrnn.runtime import describe_device, pick_device, run_program
 
 FRAMES = 10  # given, and to forecast
@@ -53,7 +54,7 @@ def seconds(function, device, times):
     return statistics.median(measured)
 
 
-OPTIONS = {"checkpoint", "bf16", "compile", "graph"}
+OPTIONS = {"checkpoint", "bf16", "compile", "graph", "muon"}
 
 
 def back_end_of(case, device):
@@ -74,7 +75,7 @@ def measure(case, device, steps=STEPS - 1, frames=15):
     ).to(device)  # fmt: skip
     if "compile" in rest:
         compile_model(model, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device.type in FUSED_ADAM)
+    optimizer = make_optimizer(model, "muon" if "muon" in rest else "adam", 1e-4, 0.0, device)
     inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
 
     one_step = (GraphedStep if "graph" in rest else Step)(Rollout(model, "checkpoint" in rest), device, precision)

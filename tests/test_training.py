@@ -12,10 +12,10 @@ import train
 from benchmarks import curves
 from forecaster import Forecaster
 from functions import GraphedStep, Rollout, Step, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
-from train import make_optimizer, parameter_groups, rate_factor
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
+from vmrnn.optim import make_optimizer, parameter_groups, rate_factor
 from vmrnn.pictures import read_log
 
 

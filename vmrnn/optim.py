@@ -1,0 +1,58 @@
+"""What moves the weights: the optimiser, which weights decay, and the learning rate over a run."""
+
+import math
+
+import torch
+from timm.optim import Muon
+
+FUSED = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
+
+
+def parameter_groups(model, weight_decay):
+    """Decay for matrices and filters; none for norms, biases and what is tagged `_no_weight_decay`."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        keep = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        (plain if keep else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def make_optimizer(model, name, lr, weight_decay, device):
+    """The optimiser called `name`, with `lr` and `weight_decay` in its groups.
+
+    "adam", "adamw": torch's. "muon": timm's, matrices and filters of several channels move by orthogonal
+    updates as large as AdamW's would be (arXiv 2502.16982), so lr and decay mean what they mean there; all
+    else, the scan's projections for each direction too, moves by AdamW with Nesterov momentum.
+    """
+    groups = parameter_groups(model, weight_decay)
+    if name == "muon":
+        matrices = [p for p in groups[0]["params"] if p.ndim in (2, 4) and min(p.shape[:2]) > 1]
+        ids = {id(p) for p in matrices}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            group["use_fallback"] = True
+        return Muon([{"params": matrices, "weight_decay": weight_decay}, *groups], lr=lr, nesterov=True)
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return optimizer_class(groups, lr=lr, fused=device.type in FUSED)
+
+
+def rate_factor(step, schedule, warmup_steps, total_steps):
+    """lr as a factor of its peak at update `step` (from 0). A function of the step alone, so that a resumed
+    run needs no scheduler's state and follows --lr and --epochs where they change.
+
+    constant and cosine (half of one, to 0) after a linear warm-up; onecycle is torch's OneCycleLR.
+    """
+
+    def half_cosine(start, end, part):
+        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+    if schedule == "onecycle":
+        rise = (warmup_steps or 0.3 * total_steps) - 1
+        if step <= rise:
+            return half_cosine(1 / 25, 1, step / rise if rise else 1)
+        return half_cosine(1, 1 / 25e4, (step - rise) / (total_steps - 1 - rise))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return half_cosine(1, 0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
