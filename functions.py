@@ -115,10 +115,11 @@ def mixed_precision(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def rollout_loss(outputs, inputs, targets, kind="mse+l1"):
-    """MSE + L1 (paper section 3.4) or "mse" over all outputs against the frames that follow; a scalar.
+def rollout_loss(outputs, inputs, targets, l1_weight=1.0):
+    """MSE + l1_weight * L1 over all outputs against the frames that follow (paper section 3.4: 1); a scalar.
 
-    L1 is least at the median: where a digit may or may not be, that is black, and the squared error suffers.
+    L1 is least at the median: it keeps what is black black, but where a digit may or may not be that is
+    black too, and the squared error suffers.
     A NaN in those frames is a missing pixel: a sample's loss is the mean over its others, and all
     samples weigh the same, however they are batched.
     """
@@ -128,8 +129,8 @@ def rollout_loss(outputs, inputs, targets, kind="mse+l1"):
     pixels = truth[0].numel()
     share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 where all is there
     share = share.view(-1, *[1] * (truth.ndim - 1))
-    errors = {"mse+l1": (F.mse_loss, F.l1_loss), "mse": (F.mse_loss,)}[kind]
-    return sum((error(outputs, truth, reduction="none") * share).mean() for error in errors)
+    squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
+    return (squared * share).mean() + l1_weight * (absolute * share).mean()
 
 
 def progress(loader, title, total, first=0):
@@ -173,18 +174,19 @@ class Step:
     network     Rollout, or DistributedDataParallel around one
     parts       micro-batches of an update (gradient accumulation)
     scaler      torch.amp.GradScaler, for fp16
-    loss        of rollout_loss
+    l1_weight   of rollout_loss
     """
 
-    def __init__(self, network, device, precision="fp32", parts=1, scaler=None, loss="mse+l1"):
-        self.network, self.device, self.precision, self.parts, self.loss_kind = network, device, precision, parts, loss
+    def __init__(self, network, device, precision="fp32", parts=1, scaler=None, l1_weight=1.0):
+        self.network, self.device, self.precision, self.parts = network, device, precision, parts
+        self.l1_weight = l1_weight
         self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
         self.parameters = list(network.parameters())
 
     def __call__(self, inputs, targets):
         with mixed_precision(self.device, self.precision):
             outputs = self.network(inputs, targets.shape[1])
-        loss = rollout_loss(outputs, inputs, targets, self.loss_kind) / self.parts
+        loss = rollout_loss(outputs, inputs, targets, self.l1_weight) / self.parts
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -281,7 +283,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, metrics, precision="fp32", loss="mse+l1", baselines=False, on_batch=None, title=""):
+def evaluate(model, loader, device, metrics, precision="fp32", l1_weight=1.0, baselines=False, on_batch=None, title=""):
     """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
@@ -295,7 +297,7 @@ def evaluate(model, loader, device, metrics, precision="fp32", loss="mse+l1", ba
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with mixed_precision(device, precision):
             outputs = rollout(model, inputs, targets.shape[1])
-        total += rollout_loss(outputs, inputs, targets, loss).item() * len(inputs)
+        total += rollout_loss(outputs, inputs, targets, l1_weight).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
         meters["model"].update(forecast, targets)
         if baselines:

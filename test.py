@@ -90,7 +90,7 @@ def main(argv=None):
         errors.extend(mse(forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
 
     results = evaluate(
-        model, loader, device, names, config.precision, config.loss, baselines=True, on_batch=pictures, title="test"
+        model, loader, device, names, config.precision, config.l1_weight, True, on_batch=pictures, title="test"
     )
     loss = results.pop("loss")
     log.info("%d sequences, loss (MSE + L1 over all outputs) %.4f", results["model"]["count"], loss)
@@ -124,7 +124,7 @@ def main(argv=None):
             "checkpoint": str(path),
             "test set": str(test_set),
             "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
-            "loss": f"{loss:.4f} ({config.loss} over all outputs)",
+            "loss": f"{loss:.4f} (MSE + {config.l1_weight:g} L1, over all outputs)",
             "device": describe_device(device),
         },
         conventions=conventions,

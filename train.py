@@ -202,7 +202,7 @@ def train(config, weights, resumed, device, signals):
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     one_step = (GraphedStep if config.cuda_graph else Step)(
-        network, device, config.precision, parts, scaler, config.loss
+        network, device, config.precision, parts, scaler, config.l1_weight
     )
 
     # Run folder
@@ -328,7 +328,7 @@ def train(config, weights, resumed, device, signals):
                             board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
             results = evaluate(
-                judged, valid_loader, device, names, config.precision, config.loss, on_batch=watch,
+                judged, valid_loader, device, names, config.precision, config.l1_weight, on_batch=watch,
                 title=f"validate {epoch}",
             )  # fmt: skip
             metrics = results["model"]["mean"]

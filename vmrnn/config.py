@@ -75,9 +75,7 @@ class Config:
     train_batch_size: int = option(16, "sequences of an update, on all devices together")
     valid_batch_size: int = option(16, "sequences of a validation batch")
     test_batch_size: int = option(16, "sequences of a test batch")
-    loss: str = option(
-        "mse+l1", "mean squared and mean absolute error (the paper's), or the first alone", ["mse+l1", "mse"]
-    )
+    l1_weight: float = option(1.0, "weight of the absolute error, beside the squared one, in the loss (the paper's: 1)")
     optimizer: str = option(
         "adam", "optimiser; muon: of matrices and filters, AdamW of the rest", ["adam", "adamw", "muon"]
     )
@@ -132,6 +130,7 @@ class Config:
             "lr",
             "weight_decay",
             "clip_grad",
+            "l1_weight",
             "step_length",
             "warmup_steps",
             "curriculum",
