@@ -93,7 +93,8 @@ def main(argv=None):
         model, loader, device, names, config.precision, config.l1_weight, True, on_batch=pictures, title="test"
     )
     loss = results.pop("loss")
-    log.info("%d sequences, loss (MSE + L1 over all outputs) %.4f", results["model"]["count"], loss)
+    loss_name = f"MSE + {config.l1_weight:g} L1, over all outputs"
+    log.info("%d sequences, loss (%s) %.4f", results["model"]["count"], loss_name, loss)
     for line in table(results, conventions):
         log.info(line)
 
@@ -124,7 +125,7 @@ def main(argv=None):
             "checkpoint": str(path),
             "test set": str(test_set),
             "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
-            "loss": f"{loss:.4f} (MSE + {config.l1_weight:g} L1, over all outputs)",
+            "loss": f"{loss:.4f} ({loss_name})",
             "device": describe_device(device),
         },
         conventions=conventions,
