@@ -169,7 +169,7 @@ def build_dataset(
 
     if dataset == "moving_mnist":
         if split == "test" and test_data_dir:
-            return standard_test_file(test_data_dir, *frames, size)
+            return standard_test_file(test_data_dir, *frames, size, array_key)
         digits = select_digits(load_digits(train_data_dir, download_dir), split, digits_split)
         return MovingMNIST(
             digits, length, *frames, size, num_digits, digit_size, step_length, draw_seed,
@@ -210,8 +210,8 @@ def build_dataset(
     )  # fmt: skip
 
 
-def standard_test_file(path, num_frames_input, num_frames_output, size):
-    data = MovingMNISTFile(path, num_frames_input, num_frames_output)
+def standard_test_file(path, num_frames_input, num_frames_output, size, array_key):
+    data = MovingMNISTFile(path, num_frames_input, num_frames_output, array_key)
     height, width = data.frames.shape[2:]
     if (height, width) != size:
         raise UserError(

@@ -422,7 +422,7 @@ def write_two_arrays(path):
         (lambda path: path.mkdir(), "not a whole"),
         (write_cut, "not a whole"),
         (write_cut_npz, "not a whole"),
-        (write_two_arrays, "arr_0"),
+        (write_two_arrays, r"holds a \(3,\), b \(3,\); name the array of frames with array_key"),
         (lambda path: np.save(path, np.zeros((6, 3, 5, 8))), "float64"),
         (lambda path: np.save(path, np.zeros((6, 5, 8), np.uint8)), r"\(6, 5, 8\)"),
         (lambda path: np.save(path, np.zeros((6, 0, 5, 8), np.uint8)), r"\(6, 0, 5, 8\)"),
@@ -430,7 +430,7 @@ def write_two_arrays(path):
     ],
 )
 def test_bad_sequence_files(tmp_path, write, says):
-    path = tmp_path / "test.npy"
+    path = tmp_path / ("test.npz" if write in (write_cut_npz, write_two_arrays) else "test.npy")
     write(path)
     with pytest.raises(UserError, match=says) as caught:
         MovingMNISTFile(path, 3, 2)

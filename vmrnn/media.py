@@ -42,15 +42,7 @@ def read_frames(path, array_key=""):
         raise UserError(
             f"{path}: its name does not end as one of {' '.join(VIDEOS + ARRAYS)}; name such a file or a folder of images"
         )
-    if suffix == ".npz":
-        member = npz_member(path, array_key)[0]
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                frames = arrays[member]
-        except BROKEN_ARRAY as error:
-            raise broken(path, error) from error
-    else:
-        frames = open_npy(path)
+    frames = read_array(path, array_key)
     if frames.ndim not in (3, 4) or frames.dtype.kind not in "buif" or frames.size == 0:
         raise UserError(f"{path}: holds {frames.dtype} {frames.shape}; it must hold numbers (T, H, W) or (T, H, W, C)")
     return frames[..., None] if frames.ndim == 3 else frames
@@ -137,6 +129,21 @@ def image_frames(paths, channels=None):
         if facts != first:
             raise UserError(f"{path}: {facts} after {first}; all images of a clip must be alike")
         yield frame.reshape(*frame.shape[:2], -1)
+
+
+def read_array(path, array_key=""):
+    """The array of a .npy (memory-mapped) or .npz file (array_key as in npz_member), never unpickling.
+
+    UserError: no such array, or a missing, damaged or foreign file.
+    """
+    if Path(path).suffix.lower() != ".npz":
+        return open_npy(path)
+    member = npz_member(path, array_key)[0]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[member]
+    except BROKEN_ARRAY as error:
+        raise broken(path, error) from error
 
 
 def open_npy(path):

@@ -4,8 +4,6 @@ import gzip
 import math
 import os
 import tempfile
-import tokenize
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch.utils.data import Dataset
 
 from vmrnn.draws import split_key, uniform_draws
 from vmrnn.errors import UserError
+from vmrnn.media import read_array
 
 SPLITS = ("train", "valid", "test")
 
@@ -246,21 +245,21 @@ class MovingMNIST(Dataset):
 class MovingMNISTFile(Dataset):
     """The sequences of a test file: item (inputs, targets), values in [0, 1].
 
-    path: .npy (opened memory-mapped) or .npz (its arr_0, or its only array), uint8
+    path: .npy (opened memory-mapped) or .npz (array_key as in media.npz_member), uint8
     (frames, sequences, H, W), the layout of mnist_test_seq.npy. The inputs are the first frames
     of a sequence, the targets those that follow. A key is an index or (epoch, index).
     UserError: a missing, damaged or foreign file, or too few frames.
     """
 
-    def __init__(self, path, num_frames_input=10, num_frames_output=10):
+    def __init__(self, path, num_frames_input=10, num_frames_output=10, array_key=""):
         for name, value in (("input", num_frames_input), ("output", num_frames_output)):
             if value < 1:
                 raise UserError(f"{path}: num_frames_{name} is {value}; it must be at least 1")
-        self.path = path
+        self.path, self.array_key = path, array_key
         self.data_range = []
         self.num_frames_input = num_frames_input
         self.num_frames_output = num_frames_output
-        self.frames = open_sequences(path)
+        self.frames = open_sequences(path, array_key)
         total = num_frames_input + num_frames_output
         if len(self.frames) < total:
             raise UserError(
@@ -283,7 +282,7 @@ class MovingMNISTFile(Dataset):
         return self.__dict__ | {"frames": None}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, frames=open_sequences(state["path"]))
+        self.__dict__.update(state, frames=open_sequences(state["path"], state["array_key"]))
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -298,40 +297,14 @@ class MovingMNISTFile(Dataset):
         return split_frames(to_unit_range(frames), self.num_frames_input, self.num_frames_output)
 
 
-def open_sequences(path):
-    """The uint8 array (frames, sequences, H, W) of a .npy or .npz file, never unpickling."""
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                if "arr_0" not in loaded and len(loaded.files) != 1:
-                    raise UserError(
-                        f"{path}: holds the arrays {', '.join(loaded.files) or '(none)'}; "
-                        "it must hold arr_0 or one array only"
-                    )
-                loaded = loaded["arr_0" if "arr_0" in loaded else loaded.files[0]]
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a .npy or .npz file of sequences") from None
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        tokenize.TokenError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a whole .npy or .npz array ({reason}); fetch it again") from error
-    if not isinstance(loaded, np.ndarray):  # a zip member that is no array comes back as bytes
-        raise UserError(f"{path}: holds no array; name a .npy or .npz file of sequences")
-    if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.size == 0:
+def open_sequences(path, array_key):
+    """The uint8 array (frames, sequences, H, W) of a .npy or .npz file."""
+    frames = read_array(path, array_key)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.size == 0:
         raise UserError(
-            f"{path}: holds {loaded.dtype} {loaded.shape}; it must hold uint8 (frames, sequences, height, width)"
+            f"{path}: holds {frames.dtype} {frames.shape}; it must hold uint8 (frames, sequences, height, width)"
         )
-    return loaded
+    return frames
 
 
 def to_unit_range(frames):
