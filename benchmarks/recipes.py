@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipes --digits mnist                     about 2 minutes a run on one core
     python -m benchmarks.recipes --digits mnist --only published 'onecycle 6e-3, curriculum' --seeds 2
-    python -m benchmarks.recipes --digits mnist --task full --only published 'muon 3e-3, curriculum, mse' --seeds 1
+    python -m benchmarks.recipes --digits mnist --task full --only published 'muon 3e-3, curriculum, little L1' --seeds 1
 
 The small task: one digit of 14 pixels on a 32x32 canvas, 5 -> 5 frames, network B (patch 4, width 48,
 2 blocks). The full one: Moving MNIST, two digits on 64x64, 10 -> 10, network B (patch 8, width 128, 3
@@ -69,6 +69,7 @@ RECIPES = {
     "muon 6e-3, curriculum": recipe("onecycle", 6e-3, **CURRICULUM, **MUON),
     "muon 3e-3, curriculum, mse": recipe("onecycle", 3e-3, **CURRICULUM, **MUON, **MSE),
     "muon 6e-3, curriculum, mse": recipe("onecycle", 6e-3, **CURRICULUM, **MUON, **MSE),
+    "muon 3e-3, curriculum, little L1": recipe("onecycle", 3e-3, **CURRICULUM, **MUON, **LITTLE_L1),
     "muon 6e-3, curriculum, little L1": recipe("onecycle", 6e-3, **CURRICULUM, **MUON, **LITTLE_L1),
     "muon 1.2e-2, curriculum, mse": recipe("onecycle", 1.2e-2, **CURRICULUM, **MUON, **MSE),
 }
