@@ -90,8 +90,9 @@ def main(argv=None):
         errors.extend(mse(forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
 
     results = evaluate(
-        model, loader, device, names, config.precision, config.l1_weight, True, on_batch=pictures, title="test"
-    )
+        model, loader, device, names, config.precision, config.l1_weight, baselines=True, on_batch=pictures,
+        title="test",
+    )  # fmt: skip
     loss = results.pop("loss")
     loss_name = f"MSE + {config.l1_weight:g} L1, over all outputs"
     log.info("%d sequences, loss (%s) %.4f", results["model"]["count"], loss_name, loss)

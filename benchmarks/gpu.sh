@@ -22,7 +22,7 @@ part() { # part SECONDS COMMAND...
     date --iso-8601=seconds
     git log -1 --format='commit %h' 2>/dev/null
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    "$python" -c "import torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'Python', sys.version.split()[0])"
+    "$python" -c "import timm, torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'timm', timm.__version__, 'Python', sys.version.split()[0])"
 } | tee "$result"
 part 110 "$python" -m pytest -q -rs tests/test_scan.py tests/test_networks.py tests/test_scan_triton.py \
     tests/test_fused_layers.py tests/test_training.py

@@ -102,6 +102,8 @@ def run_interpreter(file):
         text=True,
         timeout=300,
     )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter does not work with NumPy 2.4 and newer (Triton 3.6)")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -11,7 +11,17 @@ from timm.scheduler import CosineLRScheduler
 import train
 from benchmarks import curves
 from forecaster import Forecaster
-from functions import GraphedStep, Rollout, Step, build_model, pad_frames, rollout, rollout_loss, train_one_epoch
+from functions import (
+    GraphedStep,
+    Rollout,
+    Step,
+    build_model,
+    evaluate,
+    pad_frames,
+    rollout,
+    rollout_loss,
+    train_one_epoch,
+)
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
@@ -100,6 +110,18 @@ def test_accumulated_parts_are_the_whole_batch():
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
     assert [u.loss for u in a] == pytest.approx([u.loss for u in b], rel=1e-6)
     assert [u.grad_norm for u in a] == pytest.approx([u.grad_norm for u in b], rel=1e-4)
+
+
+def test_training_and_evaluation_weigh_l1_as_asked():
+    torch.manual_seed(3)
+    inputs, targets = torch.rand(2, 3, 1, 16, 16), torch.rand(2, 2, 1, 16, 16)
+    model = small().eval()
+    for weight in (0.0, 0.25):
+        expected = rollout_loss(rollout(model, inputs, 2), inputs, targets, weight).item()
+        assert expected != rollout_loss(rollout(model, inputs, 2), inputs, targets).item()
+        assert Step(Rollout(model), torch.device("cpu"), l1_weight=weight)(inputs, targets).item() == expected
+        results = evaluate(model, [(inputs, targets)], torch.device("cpu"), ("mse",), l1_weight=weight)
+        assert results["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_fp16_scales_gradients_and_comes_close_to_fp32():
