@@ -27,7 +27,7 @@ ROUNDS = 15
 
 def leaf(*shape):
     """A parameter or, in bf16 on a GPU, a map (B, H, W, C)."""
-    is_map = len(shape) == 4 and shape[1] == shape[2] != 3
+    is_map = len(shape) == 4 and shape[1] == shape[2]
     on_gpu = torch.get_default_device().type == "cuda"
     return torch.randn(shape, dtype=torch.bfloat16 if is_map and on_gpu else torch.float32).requires_grad_()
 

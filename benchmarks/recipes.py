@@ -8,7 +8,8 @@ The small task: one digit of 14 pixels on a 32x32 canvas, 5 -> 5 frames, network
 2 blocks). The full one: Moving MNIST, two digits on 64x64, 10 -> 10, network B (patch 8, width 128, 3
 blocks), half an hour a run. Both 6,400 sequences in updates of 16. Every run is a process of `python train.py`, whose run
 folders stay under --folder: started again, the benchmark goes on where it was. The figure is the MSE
-of the last validation (256 sequences of held-out digits): mean, and each seed's.
+of the last validation (256 sequences of held-out digits, other ones where the digits are the published
+10,000): mean, and each seed's.
 """
 
 import argparse

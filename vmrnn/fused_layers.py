@@ -208,7 +208,8 @@ T = torch.Tensor
 
 
 @torch.library.custom_op("vmrnn::conv_silu", mutates_args=())
-def conv_silu_op(x: T, weight: T, bias: T) -> T:
+def conv_silu(x: T, weight: T, bias: T) -> T:
+    """As recompute.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
     x, weight, bias = (t.contiguous() for t in (x, weight, bias))
     y = torch.empty_like(x)
     programs, _, blocks = conv_blocks(x.shape, ROWS)
@@ -231,7 +232,8 @@ def conv_silu_backward_op(dy: T, x: T, weight: T, bias: T) -> tuple[T, T]:
 
 
 @torch.library.custom_op("vmrnn::norm_gate", mutates_args=())
-def norm_gate_op(y: T, z: T, weight: T, bias: T, eps: float) -> T:
+def norm_gate(y: T, z: T, weight: T, bias: T, eps: float) -> T:
+    """As recompute.norm_gate, but in z's type."""
     y, z, weight, bias = (t.contiguous() for t in (y, z, weight, bias))
     C = y.shape[-1]
     out = torch.empty_like(z)
@@ -260,7 +262,7 @@ def alike(t):
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-@conv_silu_op.register_fake
+@conv_silu.register_fake
 def _(x, weight, bias):
     return alike(x)
 
@@ -270,7 +272,7 @@ def _(dy, x, weight, bias):
     return alike(x), x.new_empty(10 * x.shape[-1], dtype=torch.float32)
 
 
-@norm_gate_op.register_fake
+@norm_gate.register_fake
 def _(y, z, weight, bias, eps):
     return alike(z)
 
@@ -280,8 +282,12 @@ def _(dout, y, z, weight, bias, eps):
     return alike(y), alike(z), y.new_empty(2, y.shape[-1], dtype=torch.float32)
 
 
-def keep(ctx, inputs, output):
-    *tensors, ctx.eps = inputs if len(inputs) == 5 else (*inputs, None)
+def keep_for_conv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def keep_for_gate(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -298,15 +304,5 @@ def norm_gate_gradients(ctx, dout):
     return dy, dz, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None
 
 
-conv_silu_op.register_autograd(conv_silu_gradients, setup_context=keep)
-norm_gate_op.register_autograd(norm_gate_gradients, setup_context=keep)
-
-
-def conv_silu(x, weight, bias):
-    """As recompute.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
-    return conv_silu_op(x, weight, bias)
-
-
-def norm_gate(y, z, weight, bias, eps):
-    """As recompute.norm_gate, but in z's type."""
-    return norm_gate_op(y, z, weight, bias, eps)
+conv_silu.register_autograd(conv_silu_gradients, setup_context=keep_for_conv)
+norm_gate.register_autograd(norm_gate_gradients, setup_context=keep_for_gate)
