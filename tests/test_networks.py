@@ -160,7 +160,7 @@ def test_compiled_steps_are_one_graph_and_the_same_numbers():
 
 
 @pytest.mark.parametrize("model", [B(16, 4, 1, 32, [2]), D(16, 2, 1, 16, [1], [1])], ids=["B", "D"])
-def test_bf16_is_close_to_fp32_and_frames_and_gradients_stay_fp32(model):
+def test_bf16_is_close_to_fp32_and_frames_states_and_gradients_stay_fp32(model):
     inputs, targets = torch.rand(2, 3, 1, 16, 16), torch.rand(2, 2, 1, 16, 16)
     outputs, gradients = [], []
     for precision in ("fp32", "bf16"):
@@ -173,6 +173,9 @@ def test_bf16_is_close_to_fp32_and_frames_and_gradients_stay_fp32(model):
     assert outputs[1].dtype == torch.float32 and len(outputs[1].unique()) > 256
     assert 0 < relative_error(outputs[1], outputs[0]) < 0.02
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    with mixed_precision(torch.device("cpu"), "bf16"):
+        states = model(inputs[:, 0])[1]
+    assert all(t.dtype == torch.float32 for state in states for t in state)
 
 
 def test_the_loss_compares_every_output_with_the_frame_that_follows():
