@@ -14,9 +14,9 @@ from conftest import relative_error
 from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, resources, run_interpreter
 
 from vmrnn import fused_layers, recompute
+from vmrnn.cell import VMRNNCell
 from vmrnn.fused_layers import conv_blocks
 from vmrnn.scan import fused
-from vmrnn.ss2d import SS2D
 
 TOLERANCE = 2e-6
 # (B, H, W, C): single pixels, edges, blocks and parts of columns, rows and channels
@@ -24,79 +24,104 @@ MAPS = [(1, 1, 1, 5), (2, 5, 3, 40), (1, 7, 19, 3), (2, 4, 4, 32)]
 MAPS_GPU = [*MAPS, (16, 32, 32, 256), (16, 8, 8, 1024), (2, 9, 17, 2000)]
 
 
-def conv_case(B, H, W, C):
-    return fused_layers.conv_silu, recompute.conv_silu, [(B, H, W, C), (C, 1, 3, 3), (C,)]
+def with_eps(layers):
+    return lambda *tensors: layers.norm_gate_linear(*tensors[:4], 1e-5, *tensors[4:])
 
 
-def gate_case(B, H, W, C):
-    def with_eps(function):
-        return lambda *tensors: function(*tensors, 1e-5)
+# {name: (fused, plain, shapes of the inputs for a map of (B, H, W, C), how many of them are in half precision)}
+LAYERS = {
+    "conv_silu": lambda m: (fused_layers.conv_silu, recompute.conv_silu, [m, (m[-1], 1, 3, 3), m[-1:]], 1),
+    "norm": lambda m: (
+        lambda *t: fused_layers.norm(*t, 1e-5),
+        lambda *t: recompute.norm(*t, 1e-5),
+        [m, m[-1:], m[-1:]],
+        1,
+    ),
+    "norm_gate_linear": lambda m: (
+        with_eps(fused_layers),
+        with_eps(recompute),
+        [m, m, m[-1:], m[-1:], (7, m[-1])],
+        5,  # outside autocast a product's factors have one type
+    ),
+    "cell_gate": lambda m: (fused_layers.cell_gate, recompute.cell_gate, [m, m], 2),
+}
 
-    return with_eps(fused_layers.norm_gate), with_eps(recompute.norm_gate), [(B, H, W, C), (B, H, W, C), (C,), (C,)]
 
-
-LAYERS = {"conv_silu": conv_case, "norm_gate": gate_case}
-
-
-def results(function, inputs, weights):
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)]
+def results(function, inputs, weights=None):
+    """Outputs, the gradients of their sum weighted by `weights` (drawn where there are none); and the weights."""
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    weights = weights or [torch.randn_like(t) for t in outputs]
+    total = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(total, inputs)), weights
 
 
 def errors_of(case, shape, dtype=torch.float32, device="cpu"):
-    """{y and each gradient: relative error} with maps in dtype and parameters in fp32, as autocast has them."""
-    function, plain, shapes = LAYERS[case](*shape)
+    """{each output and gradient: relative error} with maps in dtype and parameters in fp32, as autocast has them."""
+    function, plain, shapes, halves = LAYERS[case](shape)
     torch.manual_seed(0)
-    inputs = [torch.randn(s, device=device).to(torch.float32 if len(s) == 1 or s[1:] == (1, 3, 3) else dtype)
-              .requires_grad_() for s in shapes]  # fmt: skip
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    weights = torch.randn(shape, device=device).to(dtype)
-    got, expected = results(function, inputs, weights), results(plain, exact, weights.double())
-    assert [t.dtype for t in got[1:]] == [t.dtype for t in inputs] and got[0].dtype == dtype
+    inputs = [torch.randn(s, device=device).to(dtype if i < halves else torch.float32).requires_grad_()
+              for i, s in enumerate(shapes)]  # fmt: skip
+    got, weights = results(function, inputs)
+    expected, _ = results(plain, [t.detach().double().requires_grad_() for t in inputs], [w.double() for w in weights])
+    assert [t.dtype for t in got[-len(inputs) :]] == [t.dtype for t in inputs] and got[0].dtype == dtype
     return {f"result {i}": relative_error(g.cpu(), e.cpu()) for i, (g, e) in enumerate(zip(got, expected, strict=True))}
 
 
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    fused_layers.GATE_PROGRAMS = 2  # whose loops then run more than once
-    fused_layers.GATE_ELEMENTS, fused_layers.ELEMENTS = 64, 128
+    fused_layers.NORM_PROGRAMS = 2  # whose loops then run more than once
+    fused_layers.NORM_ELEMENTS, fused_layers.ELEMENTS = 64, 128
     fused_layers.ROWS, fused_layers.ROWS_BACK = 4, 3  # several strips, and parts of them
     answers = {f"{case} {shape}": errors_of(case, shape) for case in LAYERS for shape in MAPS}
     for dtype in (torch.bfloat16, torch.float16):
         answers |= {f"{case} {dtype}": errors_of(case, (2, 3, 2, 8), dtype) for case in LAYERS}
     answers["exact"] = {}
     for case, make in LAYERS.items():
-        function, _, shapes = make(2, 3, 5, 4)
+        function, _, shapes, _ = make((2, 3, 5, 4))
         inputs = [torch.randn(s).requires_grad_() for s in shapes]
-        weights = torch.randn(shapes[0])
-        expected = results(function, inputs, weights)
+        expected, weights = results(function, inputs)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        half = [
+            t.repeat(*[1] * (t.ndim - 1), 2).chunk(2, -1)[0] if t.ndim == 4 and t.shape[1] > 1 else t for t in inputs
+        ]
         turned = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
-        turned_weights = weights.transpose(1, 2).contiguous().transpose(1, 2)
-        for name, got in (
+        turned_weights = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights]
+        for name, (got, _) in (
             ("compiled", results(compiled, inputs, weights)),
+            ("half of the columns", results(function, half, weights)),
             ("strides", results(function, turned, turned_weights)),
         ):
             answers["exact"][f"{case} {name}"] = max(
                 (g - e).abs().max().item() for g, e in zip(got, expected, strict=True)
             )
-        op = getattr(torch.ops.vmrnn, case)
-        torch.library.opcheck(op, (*inputs, 1e-5) if case == "norm_gate" else tuple(inputs))
+    maps, channels = [torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(2)], torch.randn(2, 4).unbind()
+    for name, arguments in {
+        "conv_silu": (maps[0], torch.randn(4, 1, 3, 3), channels[0]),
+        "norm": (maps[0], *channels, 1e-5, torch.bfloat16),
+        "norm_gate": (*[m.detach() for m in maps], *channels, 1e-5),
+        "norm_gate_backward": (*[m.detach() for m in (maps[0], *maps)], *channels, 1e-5),
+        "cell_gate": maps,
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.vmrnn, name), tuple(arguments))
 
-    # Where SS2D's scan is Triton's, so are its layers.
+    # Where the scan is Triton's, so are the layers around it and the cell's gate.
     fused.can_run = lambda *_: (True, "in the interpreter")
-    calls = []
-    fused_layers.conv_kernel = Counted(fused_layers.conv_kernel, calls)
+    launches = []
+    for name in ("conv_kernel", "norm_kernel", "cell_gate_kernel"):
+        setattr(fused_layers, name, Counted(getattr(fused_layers, name), launches))
     torch.manual_seed(0)
-    layer, u = SS2D(4, d_state=2, scan="triton"), torch.randn(1, 3, 2, 4)
+    cell = VMRNNCell(4, 1, [0.0], d_state=2)
+    inputs = [torch.randn(1, 3, 2, 4).requires_grad_() for _ in range(3)]
+    runs = {}
     for name in ("triton", "reference"):
-        layer.scan, layer.out_norm.eps = name, 1e-5
-        y = layer(u)
-        answers[name] = [y.detach(), *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
-    pairs = zip(answers.pop("triton"), answers.pop("reference"), strict=True)
-    answers["SS2D"] = {f"result {i}": relative_error(a, b) for i, (a, b) in enumerate(pairs)}
-    answers["exact"]["kernels that ran"] = abs(len(calls) - 2)
+        cell.VSBs[0].self_attention.scan = name
+        h, (_, c) = cell(inputs[0], tuple(inputs[1:]))
+        runs[name] = [h, c, *torch.autograd.grad((h * c).sum(), [*inputs, *cell.parameters()])]
+    pairs = zip(runs["triton"], runs["reference"], strict=True)
+    answers["cell"] = {f"result {i}": relative_error(a.detach(), b.detach()) for i, (a, b) in enumerate(pairs)}
+    answers["exact"]["launches"] = abs(len(launches) - 6)  # conv forward and backward, LN of x and h, norm, gate
     return answers
 
 
@@ -132,10 +157,10 @@ def test_half_precision_in_the_interpreter(interpreted, case, dtype):
 
 
 @needs_triton
-def test_in_ss2d_and_the_same_bits_in_the_interpreter(interpreted):
+def test_in_a_cell_and_the_same_bits_in_the_interpreter(interpreted):
     """Strides and torch.compile (in one graph) change nothing; opcheck has passed."""
     assert_small(interpreted["exact"], 0.0)
-    assert_small(interpreted["SS2D"], 1e-5)
+    assert_small(interpreted["cell"], 1e-5)
 
 
 @pytest.mark.skipif(not GPU, reason=NO_GPU)
@@ -158,11 +183,16 @@ def kernels():
             f"conv backward {side}": (fused_layers.conv_backward_kernel, back),
         }
     for C in (256, 1024):
-        blocks = fused_layers.gate_blocks(1, C)[1]
+        blocks = fused_layers.norm_blocks(1, C)[1]
         built |= {
-            f"gate {C}": (fused_layers.gate_kernel, blocks),
-            f"gate backward {C}": (fused_layers.gate_backward_kernel, blocks),
+            f"norm {C}": (fused_layers.norm_kernel, blocks | dict(GATED=False)),
+            f"norm backward {C}": (fused_layers.norm_backward_kernel, blocks | dict(GATED=False)),
+            f"norm and gate {C}": (fused_layers.norm_kernel, blocks | dict(GATED=True)),
+            f"norm and gate backward {C}": (fused_layers.norm_backward_kernel, blocks | dict(GATED=True)),
         }
+    block = dict(BLOCK=fused_layers.NORM_ELEMENTS)
+    built["cell gate"] = fused_layers.cell_gate_kernel, block
+    built["cell gate backward"] = fused_layers.cell_gate_backward_kernel, block
     return built
 
 

@@ -1,51 +1,75 @@
-"""The recomputing pieces against the plain expression: outputs and all gradients."""
+"""The layers around the scan against the plain expression: outputs and all gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from vmrnn.recompute import conv_silu, norm_gate
+from vmrnn.recompute import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
 
 
 def plain_conv_silu(x, weight, bias):
     return F.silu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias))).permute(0, 2, 3, 1)
 
 
-def plain_norm_gate(y, z, weight, bias):
-    return F.layer_norm(y, y.shape[-1:], weight, bias, 1e-5) * F.silu(z)
+def plain_norm(x, weight, bias):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
 
+def plain_norm_gate_linear(y, z, norm_weight, norm_bias, weight):
+    return F.linear(plain_norm(y, norm_weight, norm_bias) * F.silu(z), weight)
+
+
+def plain_cell_gate(o, c):
+    f = torch.sigmoid(o)
+    c = f * (c + torch.tanh(o))
+    return f * torch.tanh(c), c
+
+
+def with_eps(function):
+    return lambda *tensors: function(*tensors[:4], 1e-5, *tensors[4:])
+
+
+MAP = (2, 5, 3, 7)
+# The function, what it must equal, the shapes of its inputs, and how many of them are maps in bf16 under autocast
 CASES = {
-    "conv_silu": (conv_silu, plain_conv_silu, [(2, 5, 3, 7), (7, 1, 3, 3), (7,)]),
-    "conv_silu of one pixel": (conv_silu, plain_conv_silu, [(1, 1, 1, 4), (4, 1, 3, 3), (4,)]),
-    "norm_gate": (lambda *t: norm_gate(*t, 1e-5), plain_norm_gate, [(2, 5, 3, 7), (2, 5, 3, 7), (7,), (7,)]),
+    "in_proj": (in_proj, lambda u, weight: F.linear(u, weight).chunk(2, -1), [MAP, (10, 7)], 1),
+    "conv_silu": (conv_silu, plain_conv_silu, [MAP, (7, 1, 3, 3), (7,)], 1),
+    "conv_silu of one pixel": (conv_silu, plain_conv_silu, [(1, 1, 1, 4), (4, 1, 3, 3), (4,)], 1),
+    "norm": (lambda *t: norm(*t, 1e-5), plain_norm, [MAP, (7,), (7,)], 0),
+    "norm_gate_linear": (with_eps(norm_gate_linear), plain_norm_gate_linear, [MAP, MAP, (7,), (7,), (4, 7)], 2),
+    "cell_gate": (cell_gate, plain_cell_gate, [MAP, MAP], 0),
 }
+
+
+def results(function, inputs, weights=None):
+    """Outputs, and the gradients of their sum weighted by `weights` (drawn where there are none)."""
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    weights = weights or [torch.randn(t.shape, dtype=torch.float64) for t in outputs]
+    total = sum((t.double() * w).sum() for t, w in zip(outputs, weights, strict=True))
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(total, inputs)), weights
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name):
-    function, plain, shapes = CASES[name]
+    function, plain, shapes, _ = CASES[name]
     inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
-    torch.testing.assert_close(function(*inputs), plain(*inputs))
     assert torch.autograd.gradcheck(function, inputs)
-    single = [t.detach().float().requires_grad_() for t in inputs]
-    weights = torch.randn(plain(*inputs).shape)
-    got = torch.autograd.grad((function(*single) * weights).sum(), single)
-    expected = torch.autograd.grad((plain(*inputs) * weights.double()).sum(), inputs)
+    expected, weights = results(plain, inputs)
+    got, _ = results(function, [t.detach().float().requires_grad_() for t in inputs], weights)
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-        assert relative_error(g, e) < 5e-6, f"gradient {i}"
+        assert relative_error(g, e) < 5e-6, f"result {i}"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_under_autocast_gradients_arrive_in_the_type_of_their_inputs(name):
-    function, plain, shapes = CASES[name]
-    types = [torch.bfloat16] * (1 if name.startswith("conv") else 2) + [torch.float32] * 2
+    function, plain, shapes, maps = CASES[name]
+    types = [torch.bfloat16] * maps + [torch.float32] * (len(shapes) - maps)
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, types, strict=True)]
+    expected, weights = results(plain, [t.detach().double().requires_grad_() for t in inputs])
     with torch.autocast("cpu", torch.bfloat16):
-        function(*inputs).float().sum().backward()
-    reference = [t.detach().double().requires_grad_() for t in inputs]
-    plain(*reference).sum().backward()
-    for i, (t, r) in enumerate(zip(inputs, reference, strict=True)):
-        assert t.grad.dtype == t.dtype
-        assert relative_error(t.grad, r.grad) < 0.05, f"gradient {i}"
+        got, _ = results(function, inputs, weights)
+    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+        assert relative_error(g, e) < 0.05, f"result {i}"
+    assert [t.dtype for t in got[-len(inputs) :]] == types

@@ -202,10 +202,13 @@ def resources(kernel, constants, options, dtype, arch):
     if kernel in (fused.forward_kernel, fused.backward_kernel):  # whose results are parts, in fp32
         maps = ("x", "dy")
     types |= {name: f"*{dtype}" for name in maps if name in types}
-    types |= {name: "i32" for name in ("B", "Di", "size", "H", "W", "C") if name in types and name not in constants}
+    types |= {
+        name: "i32" for name in ("B", "Di", "size", "step", "H", "W", "C") if name in types and name not in constants
+    }
     types |= {name: "fp32" for name in ("eps",) if name in types}
-    # What a launch finds out by itself: pointers, channels and size are multiples of 16.
-    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in ("Di", "C", "size")]
+    # What a launch finds out by itself: pointers, channels, steps and sizes are multiples of 16.
+    multiples = ("Di", "C", "step", "size")
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in multiples]
     source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"

@@ -24,11 +24,16 @@ class VSB(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, h=None):
-        u = self.ln_1(x)
+        layers = self.self_attention.layers(x)
+
+        def norm(v):
+            return layers.norm(v, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
+
+        u = norm(x)
         if h is not None:
             # Linear([u, LN(h)]) without writing the concatenation.
             from_x, from_h = self.linear.weight.chunk(2, dim=1)
-            u = F.linear(u, from_x, self.linear.bias) + F.linear(self.ln_1(h), from_h)
+            u = F.linear(u, from_x, self.linear.bias) + F.linear(norm(h), from_h)
         return x + self.drop_path(self.self_attention(u))
 
 
@@ -55,7 +60,5 @@ class VMRNNCell(nn.Module):
         o = self.VSBs[0](x, h)
         for block in self.VSBs[1:]:
             o = block(o)
-        f = torch.sigmoid(o)
-        c = f * (c + torch.tanh(o))
-        h = f * torch.tanh(c)
+        h, c = self.VSBs[0].self_attention.layers(o).cell_gate(o, c)
         return h, (h, c)

@@ -1,25 +1,26 @@
-"""conv_silu and norm_gate of recompute.py as Triton kernels: one launch forward instead of two and five,
-and three and two backward instead of five and eleven.
+"""The layers of recompute.py as Triton kernels: one launch where torch has two to six, and less memory moved.
 
 What they are and must equal is in recompute.py; everything but loads and stores is fp32. Like the
 autograd functions there they keep their inputs alone for the backward pass. Sums over positions are
 made per program and added by torch in a fixed order: no atomics, so results repeat bit for bit.
-SS2D uses them where its scan runs in Triton.
+SS2D and the cell use them where the scan runs in Triton.
 """
 
 # Annotations stay text, so that this file can be imported where Triton is not installed.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from vmrnn.recompute import once_differentiable, product_dtype
 from vmrnn.scan.fused import jit, tl
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 ELEMENTS = 512  # of a row of the map that a program of the convolution holds: 4 a thread
 ROWS = 8  # of the map that it walks down
 ROWS_BACK = 16  # more: each program leaves ten sums a channel
-GATE_ELEMENTS = 1024  # of a program of norm_gate
-GATE_PROGRAMS = 512  # of its backward, which loop over what there is: about four for each of an H200's 132 SMs
+NORM_ELEMENTS = 1024  # of a program of the norms, and of the cell's gate
+NORM_PROGRAMS = 512  # of their backward, which loop over what there is: about four for each of an H200's 132 SMs
 
 
 @jit
@@ -33,7 +34,7 @@ def sigmoid(v):
 
 @jit
 def place_of(H, W, C, ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(columns, channels, first row, where the image starts) of this program; neighbours share columns."""
+    """(columns, channels, first row, positions before the image) of this program; neighbours share columns."""
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     blocks_j = (W + BLOCK_J - 1) // BLOCK_J
     strips = (H + ROWS - 1) // ROWS
@@ -42,7 +43,7 @@ def place_of(H, W, C, ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.con
     at = at // blocks_c
     j = at % blocks_j * BLOCK_J + tl.arange(0, BLOCK_J)
     at = at // blocks_j
-    return j[:, None], channel[None, :], at % strips * ROWS, (at // strips).to(tl.int64) * H * W * C
+    return j[:, None], channel[None, :], at % strips * ROWS, (at // strips).to(tl.int64) * H * W
 
 
 @jit
@@ -55,29 +56,30 @@ def load_weights(weight, channel, C, FLIP: tl.constexpr):
 
 
 @jit
-def load_row(x, i, j, channel, H, W, C):
+def load_row(x, i, j, channel, H, W, C, step):
     """Row i of the map, each column with its left and right neighbour; zero beyond the edge."""
-    at = (i * W + j) * C + channel
+    at = (i * W + j) * step + channel
     inside = (channel < C) & (j < tl.where((i >= 0) & (i < H), W, 0))
-    left = tl.load(x + at - C, mask=inside & (j > 0), other=0.0)
+    left = tl.load(x + at - step, mask=inside & (j > 0), other=0.0)
     middle = tl.load(x + at, mask=inside, other=0.0)
-    right = tl.load(x + at + C, mask=inside & (j + 1 < W), other=0.0)
+    right = tl.load(x + at + step, mask=inside & (j + 1 < W), other=0.0)
     return left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
 
 
 @jit
-def conv_kernel(x, weight, bias, y, H, W, C, ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-                TRANSPOSED: tl.constexpr):  # fmt: skip
-    """x (B, H, W, C) -> y alike: SiLU(conv(x) + bias), or the transposed convolution alone."""
+def conv_kernel(x, weight, bias, y, step, H, W, C,
+                ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """x (B, H, W, C), a position every `step` elements -> y: SiLU(conv(x) + bias), or the transposed convolution
+    alone."""
     j, channel, first, image = place_of(H, W, C, ROWS, BLOCK_J, BLOCK_C)
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = load_weights(weight, channel, C, TRANSPOSED)
     biases = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
-    x += image
-    y += image
+    x += image * step
+    y += image * C
     above = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # what is there already of the row above the one at hand
     here = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # and of that one
     for i in range(first - 1, tl.minimum(first + ROWS, H) + 1):
-        left, middle, right = load_row(x, i, j, channel, H, W, C)
+        left, middle, right = load_row(x, i, j, channel, H, W, C, step)
         done = above + left * w6 + middle * w7 + right * w8
         above = here + left * w3 + middle * w4 + right * w5
         here = left * w0 + middle * w1 + right * w2
@@ -89,22 +91,22 @@ def conv_kernel(x, weight, bias, y, H, W, C, ROWS: tl.constexpr, BLOCK_J: tl.con
 
 
 @jit
-def conv_backward_kernel(dy, x, weight, bias, ds, parts, H, W, C,
+def conv_backward_kernel(dy, x, weight, bias, ds, parts, step, H, W, C,
                          ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """ds (B, H, W, C), the gradient before the SiLU; parts (strips of B and H, column blocks, 10 C), the sums of
     each for the weights (C, 9) and the biases (C)."""
     j, channel, first, image = place_of(H, W, C, ROWS, BLOCK_J, BLOCK_C)
     weights = load_weights(weight, channel, C, False)
     biases = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
-    dy += image
-    x += image
-    ds += image
+    dy += image * C
+    x += image * step
+    ds += image * C
     zeros = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
     sums = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
     dbias = zeros
-    rows = load_row(x, first - 1, j, channel, H, W, C) + load_row(x, first, j, channel, H, W, C)
+    rows = load_row(x, first - 1, j, channel, H, W, C, step) + load_row(x, first, j, channel, H, W, C, step)
     for i in range(first, tl.minimum(first + ROWS, H)):
-        rows = rows + load_row(x, i + 1, j, channel, H, W, C)
+        rows = rows + load_row(x, i + 1, j, channel, H, W, C, step)
         s = zeros + biases
         for t in tl.static_range(9):
             s += rows[t] * weights[t]
@@ -137,8 +139,9 @@ def normalise(y, at, mask, C, eps):
 
 
 @jit
-def gate_kernel(y, z, weight, bias, out, size, C, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out (size, C) = LN(y) SiLU(z)."""
+def norm_kernel(y, z, weight, bias, out, size, C, step, eps,
+                BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """out (size, C) = LN(y), times SiLU(z) if GATED; z has a row every `step` elements."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)
     mask = (row < size)[:, None] & (channel < C)[None, :]
@@ -146,15 +149,17 @@ def gate_kernel(y, z, weight, bias, out, size, C, eps, BLOCK_R: tl.constexpr, BL
     normed, _ = normalise(y, at, mask, C, eps)
     w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
-    v = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-    value = (normed * w[None, :] + b[None, :]) * v * sigmoid(v)
+    value = normed * w[None, :] + b[None, :]
+    if GATED:
+        v = tl.load(z + row.to(tl.int64)[:, None] * step + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        value *= v * sigmoid(v)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
-def gate_backward_kernel(dout, y, z, weight, bias, dy, dz, parts, size, C, eps,
-                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """dy, dz (size, C); parts (programs, 2, C), each program's sums for weight and bias."""
+def norm_backward_kernel(dout, y, z, weight, bias, dy, dz, out, parts, size, C, step, eps,
+                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """dy, and if GATED dz and once more out, all (size, C); parts (programs, 2, C), the sums for weight and bias."""
     channel = tl.arange(0, BLOCK_C)
     w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
     b = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
@@ -165,12 +170,15 @@ def gate_backward_kernel(dout, y, z, weight, bias, dy, dz, parts, size, C, eps,
         mask = (row < size)[:, None] & (channel < C)[None, :]
         at = row.to(tl.int64)[:, None] * C + channel[None, :]
         normed, scale = normalise(y, at, mask, C, eps)
-        v = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
-        gate = sigmoid(v)
-        gated = g * (normed * w + b) * gate * (1.0 + v * (1.0 - gate))
-        tl.store(dz + at, gated.to(dz.dtype.element_ty), mask=mask)
-        g *= v * gate  # of the norm's output
+        if GATED:
+            v = tl.load(z + row.to(tl.int64)[:, None] * step + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            gate = sigmoid(v)
+            value = normed * w + b
+            tl.store(out + at, (value * v * gate).to(out.dtype.element_ty), mask=mask)
+            gated = g * value * gate * (1.0 + v * (1.0 - gate))
+            tl.store(dz + at, gated.to(dz.dtype.element_ty), mask=mask)
+            g *= v * gate  # of the norm's output
         dweight += g * normed
         dbias += g
         g *= w
@@ -179,6 +187,39 @@ def gate_backward_kernel(dout, y, z, weight, bias, dy, dz, parts, size, C, eps,
     parts += tl.program_id(0) * 2 * C + channel
     tl.store(parts, tl.sum(dweight, 0), mask=channel < C)
     tl.store(parts + C, tl.sum(dbias, 0), mask=channel < C)
+
+
+@jit
+def tanh(v):
+    by_exp = 2.0 * sigmoid(2.0 * v) - 1.0  # which has no digits near 0
+    square = v * v
+    series = v + v * square * (-0.333333333 + square * (0.133333333 - square * 0.053968254))
+    return tl.where(square < 0.04, series, by_exp)
+
+
+@jit
+def cell_gate_kernel(o, c, h, after, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(o + at, mask=at < size, other=0.0).to(tl.float32)
+    f = sigmoid(v)
+    state = f * (tl.load(c + at, mask=at < size, other=0.0).to(tl.float32) + tanh(v))
+    tl.store(h + at, (f * tanh(state)).to(h.dtype.element_ty), mask=at < size)
+    tl.store(after + at, state.to(after.dtype.element_ty), mask=at < size)
+
+
+@jit
+def cell_gate_backward_kernel(dh, dafter, o, c, do, dc, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(o + at, mask=at < size, other=0.0).to(tl.float32)
+    f = sigmoid(v)
+    t = tanh(v)
+    s = tl.load(c + at, mask=at < size, other=0.0).to(tl.float32) + t
+    q = tanh(f * s)
+    gh = tl.load(dh + at, mask=at < size, other=0.0).to(tl.float32)
+    g = tl.load(dafter + at, mask=at < size, other=0.0).to(tl.float32) + gh * f * (1.0 - q * q)
+    dv = f * ((1.0 - f) * (gh * q + g * s) + g * (1.0 - t * t))
+    tl.store(do + at, dv.to(do.dtype.element_ty), mask=at < size)
+    tl.store(dc + at, (g * f).to(dc.dtype.element_ty), mask=at < size)
 
 
 def padded(n):
@@ -194,11 +235,19 @@ def conv_blocks(shape, rows):
     return strips * -(-C // BLOCK_C), strips, dict(ROWS=rows, BLOCK_J=BLOCK_J, BLOCK_C=BLOCK_C)
 
 
-def gate_blocks(rows, C):
-    """(programs that a forward takes, constants) of norm_gate: whole rows of C, GATE_ELEMENTS together."""
+def norm_blocks(rows, C):
+    """(programs that a forward takes, constants) of the norms: whole rows of C, NORM_ELEMENTS together."""
     BLOCK_C = padded(C)
-    BLOCK_R = max(1, GATE_ELEMENTS // BLOCK_C)
+    BLOCK_R = max(1, NORM_ELEMENTS // BLOCK_C)
     return -(-rows // BLOCK_R), dict(BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C)
+
+
+def stepped(t):
+    """t (..., C) and the elements from a position to the next, copied only where that is not always the same: half of a
+    product's columns is taken as it is."""
+    flat = t.flatten(0, -2)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat, flat.stride(0)
 
 
 # The backward ops give the gradients of their parameters as one tensor, since no two results of an op may
@@ -210,99 +259,176 @@ T = torch.Tensor
 @torch.library.custom_op("vmrnn::conv_silu", mutates_args=())
 def conv_silu(x: T, weight: T, bias: T) -> T:
     """As recompute.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
-    x, weight, bias = (t.contiguous() for t in (x, weight, bias))
-    y = torch.empty_like(x)
+    weight, bias, y = weight.contiguous(), bias.contiguous(), alike(x)
+    flat, step = stepped(x)
     programs, _, blocks = conv_blocks(x.shape, ROWS)
     with torch.cuda.device_of(x):
-        conv_kernel[programs,](x, weight, bias, y, *x.shape[1:], TRANSPOSED=False, **blocks, **OPTIONS)
+        conv_kernel[programs,](flat, weight, bias, y, step, *x.shape[1:], TRANSPOSED=False, **blocks, **OPTIONS)
     return y
 
 
 @torch.library.custom_op("vmrnn::conv_silu_backward", mutates_args=())
 def conv_silu_backward_op(dy: T, x: T, weight: T, bias: T) -> tuple[T, T]:
-    dy, x, weight, bias = (t.contiguous() for t in (dy, x, weight, bias))
-    ds, dx = torch.empty_like(x), torch.empty_like(x)
+    dy, weight, bias = (t.contiguous() for t in (dy, weight, bias))
+    ds, dx = alike(x), alike(x)
+    flat, step = stepped(x)
     with torch.cuda.device_of(x):
         programs, strips, blocks = conv_blocks(x.shape, ROWS_BACK)
         parts = x.new_empty(strips, 10 * x.shape[-1], dtype=torch.float32)
-        conv_backward_kernel[programs,](dy, x, weight, bias, ds, parts, *x.shape[1:], **blocks, **OPTIONS)
+        conv_backward_kernel[programs,](dy, flat, weight, bias, ds, parts, step, *x.shape[1:], **blocks, **OPTIONS)
         programs, _, blocks = conv_blocks(x.shape, ROWS)
-        conv_kernel[programs,](ds, weight, bias, dx, *x.shape[1:], TRANSPOSED=True, **blocks, **OPTIONS)
+        conv_kernel[programs,](ds, weight, bias, dx, x.shape[-1], *x.shape[1:], TRANSPOSED=True, **blocks, **OPTIONS)
         return dx, parts.sum(0)
 
 
-@torch.library.custom_op("vmrnn::norm_gate", mutates_args=())
-def norm_gate(y: T, z: T, weight: T, bias: T, eps: float) -> T:
-    """As recompute.norm_gate, but in z's type."""
-    y, z, weight, bias = (t.contiguous() for t in (y, z, weight, bias))
+def launch_norm(y, z, weight, bias, out, eps):
+    """out = LN(y), times SiLU(z) unless z is None."""
+    y, weight, bias = (t.contiguous() for t in (y, weight, bias))
+    flat, step = (y, 0) if z is None else stepped(z)
     C = y.shape[-1]
-    out = torch.empty_like(z)
-    programs, blocks = gate_blocks(y.numel() // C, C)
+    programs, blocks = norm_blocks(y.numel() // C, C)
     with torch.cuda.device_of(y):
-        gate_kernel[programs,](y, z, weight, bias, out, y.numel() // C, C, eps, **blocks, **OPTIONS)
+        norm_kernel[programs,](
+            y, flat, weight, bias, out, y.numel() // C, C, step, eps, GATED=z is not None, **blocks, **OPTIONS
+        )
     return out
 
 
-@torch.library.custom_op("vmrnn::norm_gate_backward", mutates_args=())
-def norm_gate_backward_op(dout: T, y: T, z: T, weight: T, bias: T, eps: float) -> tuple[T, T, T]:
-    dout, y, z, weight, bias = (t.contiguous() for t in (dout, y, z, weight, bias))
+def launch_norm_backward(dout, y, z, weight, bias, eps):
+    """dy, sums (2, C) for weight and bias, and unless z is None also dz and once more out."""
+    dout, y, weight, bias = (t.contiguous() for t in (dout, y, weight, bias))
+    flat, step = (y, 0) if z is None else stepped(z)
+    dy = alike(y)
+    dz, out = (dy, dy) if z is None else (alike(z), alike(z))
     C = y.shape[-1]
-    dy, dz = torch.empty_like(y), torch.empty_like(z)
-    programs, blocks = gate_blocks(y.numel() // C, C)
-    programs = min(programs, GATE_PROGRAMS)
+    programs, blocks = norm_blocks(y.numel() // C, C)
+    programs = min(programs, NORM_PROGRAMS)
     parts = y.new_empty(programs, 2, C, dtype=torch.float32)
     with torch.cuda.device_of(y):
-        gate_backward_kernel[programs,](
-            dout, y, z, weight, bias, dy, dz, parts, y.numel() // C, C, eps, **blocks, **OPTIONS
+        norm_backward_kernel[programs,](
+            dout, y, flat, weight, bias, dy, dz, out, parts, y.numel() // C, C, step, eps,
+            GATED=z is not None, **blocks, **OPTIONS,
+        )  # fmt: skip
+        return dy, parts.sum(0), dz, out
+
+
+@torch.library.custom_op("vmrnn::norm", mutates_args=())
+def norm_op(x: T, weight: T, bias: T, eps: float, dtype: torch.dtype) -> T:
+    return launch_norm(x, None, weight, bias, alike(x, dtype), eps)
+
+
+@torch.library.custom_op("vmrnn::norm_backward", mutates_args=())
+def norm_backward_op(du: T, x: T, weight: T, bias: T, eps: float) -> tuple[T, T]:
+    return launch_norm_backward(du, x, None, weight, bias, eps)[:2]
+
+
+@torch.library.custom_op("vmrnn::norm_gate", mutates_args=())
+def norm_gate_op(y: T, z: T, weight: T, bias: T, eps: float) -> T:
+    return launch_norm(y, z, weight, bias, alike(z), eps)
+
+
+@torch.library.custom_op("vmrnn::norm_gate_backward", mutates_args=())
+def norm_gate_backward_op(dout: T, y: T, z: T, weight: T, bias: T, eps: float) -> tuple[T, T, T, T]:
+    return launch_norm_backward(dout, y, z, weight, bias, eps)
+
+
+@torch.library.custom_op("vmrnn::cell_gate", mutates_args=())
+def cell_gate(o: T, c: T) -> tuple[T, T]:
+    """As recompute.cell_gate."""
+    o, c = o.contiguous(), c.contiguous()
+    h, after = alike(o), alike(c)
+    with torch.cuda.device_of(o):
+        cell_gate_kernel[-(-o.numel() // NORM_ELEMENTS),](o, c, h, after, o.numel(), BLOCK=NORM_ELEMENTS, **OPTIONS)
+    return h, after
+
+
+@torch.library.custom_op("vmrnn::cell_gate_backward", mutates_args=())
+def cell_gate_backward_op(dh: T, dafter: T, o: T, c: T) -> tuple[T, T]:
+    dh, dafter, o, c = (t.contiguous() for t in (dh, dafter, o, c))
+    do, dc = alike(o), alike(c)
+    with torch.cuda.device_of(o):
+        cell_gate_backward_kernel[-(-o.numel() // NORM_ELEMENTS),](
+            dh, dafter, o, c, do, dc, o.numel(), BLOCK=NORM_ELEMENTS, **OPTIONS
         )
-        return dy, dz, parts.sum(0)
+    return do, dc
 
 
-def alike(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def alike(t, dtype=None):
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@conv_silu.register_fake
-def _(x, weight, bias):
-    return alike(x)
+def sums(t, *shape):
+    return t.new_empty(shape, dtype=torch.float32)
 
 
-@conv_silu_backward_op.register_fake
-def _(dy, x, weight, bias):
-    return alike(x), x.new_empty(10 * x.shape[-1], dtype=torch.float32)
+conv_silu.register_fake(lambda x, weight, bias: alike(x))
+conv_silu_backward_op.register_fake(lambda dy, x, weight, bias: (alike(x), sums(x, 10 * x.shape[-1])))
+norm_op.register_fake(lambda x, weight, bias, eps, dtype: alike(x, dtype))
+norm_backward_op.register_fake(lambda du, x, weight, bias, eps: (alike(x), sums(x, 2, x.shape[-1])))
+norm_gate_op.register_fake(lambda y, z, weight, bias, eps: alike(z))
+norm_gate_backward_op.register_fake(
+    lambda dout, y, z, weight, bias, eps: (alike(y), sums(y, 2, y.shape[-1]), alike(z), alike(z))
+)
+cell_gate.register_fake(lambda o, c: (alike(o), alike(c)))
+cell_gate_backward_op.register_fake(lambda dh, dafter, o, c: (alike(o), alike(c)))
 
 
-@norm_gate.register_fake
-def _(y, z, weight, bias, eps):
-    return alike(z)
-
-
-@norm_gate_backward_op.register_fake
-def _(dout, y, z, weight, bias, eps):
-    return alike(y), alike(z), y.new_empty(2, y.shape[-1], dtype=torch.float32)
-
-
-def keep_for_conv(ctx, inputs, output):
+def keep_tensors(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def keep_for_gate(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+def keep_for_norm(ctx, inputs, output):
+    x, weight, bias, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight, bias)
 
 
 def conv_silu_gradients(ctx, dy):
     x, weight, bias = ctx.saved_tensors
-    dx, sums = conv_silu_backward_op(dy, x, weight, bias)
-    dweight, dbias = sums.split((weight.numel(), bias.numel()))
+    dx, both = conv_silu_backward_op(dy, x, weight, bias)
+    dweight, dbias = both.split((weight.numel(), bias.numel()))
     return dx, dweight.view(weight.shape).to(weight.dtype), dbias.to(bias.dtype)
 
 
-def norm_gate_gradients(ctx, dout):
-    y, z, weight, bias = ctx.saved_tensors
-    dy, dz, sums = norm_gate_backward_op(dout, y, z, weight, bias, ctx.eps)
-    return dy, dz, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None
+def norm_gradients(ctx, du):
+    x, weight, bias = ctx.saved_tensors
+    dx, both = norm_backward_op(du, x, weight, bias, ctx.eps)
+    return dx, both[0].to(weight.dtype), both[1].to(bias.dtype), None, None
 
 
-conv_silu.register_autograd(conv_silu_gradients, setup_context=keep_for_conv)
-norm_gate.register_autograd(norm_gate_gradients, setup_context=keep_for_gate)
+conv_silu.register_autograd(conv_silu_gradients, setup_context=keep_tensors)
+norm_op.register_autograd(norm_gradients, setup_context=keep_for_norm)
+cell_gate.register_autograd(
+    lambda ctx, dh, dafter: cell_gate_backward_op(dh, dafter, *ctx.saved_tensors), setup_context=keep_tensors
+)
+
+
+def norm(x, weight, bias, eps):
+    """As recompute.norm."""
+    return norm_op(x, weight, bias, eps, product_dtype(x))
+
+
+def in_proj(u, weight):
+    """As recompute.in_proj, but one product, whose halves the kernels take as they are."""
+    return F.linear(u, weight).chunk(2, -1)
+
+
+def norm_gate_linear(y, z, norm_weight, norm_bias, eps, weight):
+    """As recompute.norm_gate_linear, the product in z's type."""
+    return NormGateLinear.apply(y, z, norm_weight, norm_bias, eps, weight)
+
+
+class NormGateLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, z, norm_weight, norm_bias, eps, weight):
+        ctx.save_for_backward(y, z, norm_weight, norm_bias, weight)
+        ctx.eps = eps
+        return F.linear(norm_gate_op(y, z, norm_weight, norm_bias, eps), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, z, norm_weight, norm_bias, weight = ctx.saved_tensors
+        dout = grad @ weight.to(grad.dtype)
+        dy, both, dz, out = norm_gate_backward_op(dout, y, z, norm_weight, norm_bias, ctx.eps)
+        dweight = grad.flatten(0, -2).mT @ out.flatten(0, -2)
+        return dy, dz, both[0].to(norm_weight.dtype), both[1].to(norm_bias.dtype), None, dweight.to(weight.dtype)

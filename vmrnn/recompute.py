@@ -1,14 +1,36 @@
-"""Two pieces of SS2D that keep less for the backward pass than autograd would.
+"""The layers around the scan, in plain torch: for any device, and for torch.compile.
 
-Autograd keeps every intermediate map; of the eight of a block these drop three and compute them
-again (benchmarks/layers.py has what that costs). Plain aten operations, so any device and
-torch.compile take them.
+Three of them keep less for the backward pass than autograd would: their inputs alone, from which the backward
+makes the maps between again (benchmarks/layers.py has what that costs). fused_layers.py has the same functions as
+Triton kernels.
 """
 
 import torch
 import torch.nn.functional as F
 
 aten = torch.ops.aten
+once_differentiable = torch.autograd.function.once_differentiable
+
+
+def norm(x, weight, bias, eps):
+    """LN over the last axis, made in fp32 (or fp64); under autocast in the type of the products that follow, so that
+    two products of it share one copy."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(product_dtype(x))
+
+
+def product_dtype(x):
+    """What autocast, where it is on, makes the inputs of a product; x's own type elsewhere."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
+
+
+def in_proj(u, weight):
+    """u (..., C), weight (2 Di, C) -> x, z, both (..., Di)."""
+    # Two products, not one and a split: the halves are contiguous, so neither the convolution nor
+    # the gate's backward copies (benchmarks/layers.py, in_proj).
+    to_x, to_z = weight.chunk(2)
+    return F.linear(u, to_x), F.linear(u, to_z)
 
 
 def conv_silu(x, weight, bias):
@@ -16,9 +38,15 @@ def conv_silu(x, weight, bias):
     return ConvSilu.apply(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
-def norm_gate(y, z, weight, bias, eps):
-    """LN(y) * SiLU(z), both (..., C); the norm in fp32 (or fp64) whatever y is."""
-    return NormGate.apply(y.to(weight.dtype), z, weight, bias, eps)
+def norm_gate_linear(y, z, norm_weight, norm_bias, eps, weight):
+    """(LN(y) * SiLU(z)) weight^T, y and z (..., Di), weight (C, Di) -> (..., C); the norm in fp32 (or fp64)."""
+    return NormGateLinear.apply(y.to(norm_weight.dtype), z, norm_weight, norm_bias, eps, weight)
+
+
+def cell_gate(o, c):
+    """The cell's one gate for input, forget and output: h, c of the same shape; f = sigmoid(o), c = f (c + tanh(o)),
+    h = f tanh(c)."""
+    return CellGate.apply(o, c)
 
 
 def convolve(x, weight, bias):
@@ -33,7 +61,7 @@ class ConvSilu(torch.autograd.Function):
         return F.silu(convolve(x, weight, bias), inplace=True).permute(0, 2, 3, 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         grad = aten.silu_backward(grad.permute(0, 3, 1, 2), convolve(x, weight, bias))
@@ -43,22 +71,48 @@ class ConvSilu(torch.autograd.Function):
         return dx.permute(0, 2, 3, 1), dweight, dbias
 
 
-class NormGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, z, weight, bias, eps):
-        normed, mean, rstd = aten.native_layer_norm(y, y.shape[-1:], weight, bias, eps)
-        ctx.save_for_backward(y, z, weight, bias, mean, rstd)
-        ctx.eps = eps
-        return normed.mul_(F.silu(z))
+class NormGateLinear(torch.autograd.Function):
+    """The product belongs to it so that its input need not be kept either."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, y, z, norm_weight, norm_bias, eps, weight):
+        normed, mean, rstd = aten.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
+        ctx.save_for_backward(y, z, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.eps = eps
+        return F.linear(normed.mul_(F.silu(z)), weight)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        y, z, weight, bias, mean, rstd = ctx.saved_tensors
-        normed = aten.native_layer_norm(y, y.shape[-1:], weight, bias, ctx.eps)[0]
+        y, z, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        normed = aten.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, ctx.eps)[0]
+        gate = F.silu(z).to(y.dtype)
+        product = (normed * gate).to(grad.dtype)
+        dweight = (grad.flatten(0, -2).mT @ product.flatten(0, -2)).to(weight.dtype)
+        grad = (grad @ weight.to(grad.dtype)).to(y.dtype)
         dz = aten.silu_backward(normed.mul_(grad).to(z.dtype), z)
-        dnormed = F.silu(z).to(grad.dtype) * grad
-        dy, dweight, dbias = aten.native_layer_norm_backward(
-            dnormed, y, y.shape[-1:], mean, rstd, weight, bias, [True] * 3
+        dy, dnorm_weight, dnorm_bias = aten.native_layer_norm_backward(
+            gate.mul_(grad), y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, [True] * 3
         )
-        return dy, dz, dweight, dbias, None
+        return dy, dz, dnorm_weight, dnorm_bias, None, dweight
+
+
+class CellGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, c):
+        ctx.save_for_backward(o, c)
+        f = torch.sigmoid(o)
+        c = torch.tanh(o).add_(c).mul_(f)
+        return torch.tanh(c).mul_(f), c
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dc):
+        o, before = ctx.saved_tensors
+        f, t = torch.sigmoid(o), torch.tanh(o)
+        s = t + before
+        q = torch.tanh(f * s)
+        dc = torch.addcmul(dc, dh * f, 1 - q * q)
+        df = torch.addcmul(dh * q, dc, s)
+        dc *= f
+        return torch.addcmul(df * f * (1 - f), dc, 1 - t * t), dc

@@ -25,7 +25,7 @@ class SS2D(nn.Module):
         super().__init__()
         K, Di, N, R = DIRECTIONS, expand * d_model, d_state, math.ceil(d_model / 16)
         self.scan = scan
-        self.splits = (R, N)
+        self.d_state = N
         self.in_proj = nn.Linear(d_model, 2 * Di, bias=False)
         self.conv2d = nn.Conv2d(Di, Di, 3, padding=1, groups=Di)
         self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, Di).uniform_(-(Di**-0.5), Di**-0.5))
@@ -44,25 +44,29 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(Di, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
 
+    def backend(self, x):
+        """The name of the scan back end for maps like x."""
+        return resolve(self.scan, x.device.type, x.dtype, self.d_state)
+
+    def layers(self, x):
+        """The module of the layers around the scan: Triton's where the scan is."""
+        return fused_layers if self.backend(x) == "triton" else recompute
+
     def forward(self, u):
-        K, N = DIRECTIONS, self.splits[1]
-        # Two products, not one and a split: the halves are contiguous, so neither the convolution nor
-        # the gate's backward copies (benchmarks/layers.py, in_proj).
-        to_x, to_z = self.in_proj.weight.chunk(2)
-        x, z = F.linear(u, to_x), F.linear(u, to_z)
-        backend = resolve(self.scan, x.device.type, x.dtype, N)
-        layers = fused_layers if backend == "triton" else recompute
+        layers = self.layers(u)
+        x, z = layers.in_proj(u, self.in_proj.weight)
         x = layers.conv_silu(x, self.conv2d.weight, self.conv2d.bias)
         # x_proj is linear per position: one GEMM in natural order serves all four directions.
-        dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
+        dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))
         y = scan_2d(
             x,
             dbl,
             self.dt_projs_weight,
             self.dt_projs_bias,
-            -torch.exp(self.A_logs).view(K, -1, N),
-            self.Ds.view(K, -1),
-            backend=backend,
+            -torch.exp(self.A_logs).view(DIRECTIONS, -1, self.d_state),
+            self.Ds.view(DIRECTIONS, -1),
+            backend=self.backend(x),
         )
-        y = layers.norm_gate(y, z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
-        return self.dropout(self.out_proj(y))
+        norm = self.out_norm
+        y = layers.norm_gate_linear(y, z, norm.weight, norm.bias, norm.eps, self.out_proj.weight)
+        return self.dropout(y)
