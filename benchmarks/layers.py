@@ -1,7 +1,7 @@
 """Single layers, each way that was tried: what the entries of LOG.md on layers were decided by.
 
     python -m benchmarks.layers
-    python -m benchmarks.layers --device cuda       the pieces around the scan, as torch and as Triton kernels
+    python -m benchmarks.layers --device cuda       the layers around the scan, as torch and as Triton kernels
 
 Every way must agree with the first of its group, gradients too. Interleaved medians, forward and with
 backward, in ms on a CPU; on a GPU in microseconds of the kernels alone, maps in bf16 under autocast, mostly
@@ -16,20 +16,19 @@ import time
 import torch
 import torch.nn.functional as F
 
-from vmrnn import fused_layers
+from vmrnn import fused_layers, recompute
 from vmrnn.errors import UserError
-from vmrnn.recompute import conv_silu, norm_gate
 from vmrnn.runtime import describe_device, run_program
 from vmrnn.scan import fused
 
 ROUNDS = 15
 
 
-def leaf(*shape):
-    """A parameter or, in bf16 on a GPU, a map (B, H, W, C)."""
+def leaf(*shape, single=False):
+    """A parameter or a map (B, H, W, C), which on a GPU is in bf16 unless it is `single`."""
     is_map = len(shape) == 4 and shape[1] == shape[2]
-    on_gpu = torch.get_default_device().type == "cuda"
-    return torch.randn(shape, dtype=torch.bfloat16 if is_map and on_gpu else torch.float32).requires_grad_()
+    half = is_map and not single and torch.get_default_device().type == "cuda"
+    return torch.randn(shape, dtype=torch.bfloat16 if half else torch.float32).requires_grad_()
 
 
 def depthwise(batch, side, channels):
@@ -49,7 +48,7 @@ def depthwise(batch, side, channels):
 
     ways = {
         "permuted view": lambda: convolve(x.permute(0, 3, 1, 2)),
-        "recomputing": lambda: conv_silu(x, weight, bias),
+        "recomputing": lambda: recompute.conv_silu(x, weight, bias),
         "NCHW copy": lambda: convolve(x.permute(0, 3, 1, 2).contiguous()),
         "shifted products": shifted,
     }
@@ -59,20 +58,41 @@ def depthwise(batch, side, channels):
 
 
 def gate(batch, side, channels):
-    """LN(y) * SiLU(z)."""
-    y, z, weight, bias = (
-        leaf(batch, side, side, channels),
-        leaf(batch, side, side, channels),
-        leaf(channels),
-        leaf(channels),
-    )
+    """(LN(y) * SiLU(z)) W."""
+    y, z = leaf(batch, side, side, channels), leaf(batch, side, side, channels)
+    weight, bias, out = leaf(channels), leaf(channels), leaf(channels // 2, channels)
     ways = {
-        "plain": lambda: F.layer_norm(y, (channels,), weight, bias) * F.silu(z),
-        "recomputing": lambda: norm_gate(y, z, weight, bias, 1e-5),
+        "plain": lambda: F.linear(F.layer_norm(y, (channels,), weight, bias) * F.silu(z), out),
+        "recomputing": lambda: recompute.norm_gate_linear(y, z, weight, bias, 1e-5, out),
     }
     if y.is_cuda:
-        ways["Triton"] = lambda: fused_layers.norm_gate(y, z, weight, bias, 1e-5)
-    return ways, (y, z, weight, bias)
+        ways["Triton"] = lambda: fused_layers.norm_gate_linear(y, z, weight, bias, 1e-5, out)
+    return ways, (y, z, weight, bias, out)
+
+
+def norm(batch, side, channels):
+    """LN of a block's input, in the products' type."""
+    C = channels // 2
+    x, weight, bias = leaf(batch, side, side, C, single=True), leaf(C), leaf(C)
+    ways = {"plain": lambda: recompute.norm(x, weight, bias, 1e-5)}
+    if x.is_cuda:
+        ways["Triton"] = lambda: fused_layers.norm(x, weight, bias, 1e-5)
+    return ways, (x, weight, bias)
+
+
+def cell_gate(batch, side, channels):
+    """The cell's gate, in fp32: c + h, so that both are used."""
+    o, c = (leaf(batch, side, side, channels // 2, single=True) for _ in range(2))
+
+    def plain():
+        f = torch.sigmoid(o)
+        after = f * (c + torch.tanh(o))
+        return after + f * torch.tanh(after)
+
+    ways = {"plain": plain, "recomputing": lambda: torch.add(*recompute.cell_gate(o, c))}
+    if o.is_cuda:
+        ways["Triton"] = lambda: torch.add(*fused_layers.cell_gate(o, c))
+    return ways, (o, c)
 
 
 def in_proj(batch, side, channels):
@@ -162,10 +182,16 @@ def main():
         if not ok:
             raise UserError(f"--device cuda: {reason}")
         maps = [(16, 32, 256), (16, 16, 512), (16, 8, 1024)]
-        groups = {depthwise: maps, gate: maps}
+        groups = {depthwise: maps, gate: maps, norm: maps, cell_gate: maps}
     else:
         maps = [(1, 32, 256), (4, 32, 256), (1, 16, 512)]
-        groups = {depthwise: maps, gate: maps, in_proj: maps, head: [(8, 8, 128), (8, 16, 128), (72, 16, 128)]}
+        groups = {
+            depthwise: maps,
+            gate: maps,
+            cell_gate: maps,
+            in_proj: maps,
+            head: [(8, 8, 128), (8, 16, 128), (72, 16, 128)],
+        }
     torch.manual_seed(0)
     torch.set_default_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # or the ways would not agree
