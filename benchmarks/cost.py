@@ -41,8 +41,8 @@ class ScanCount:
     def __init__(self):
         self.projection = self.operations = 0
 
-    def __call__(self, x, dbl, dt_weight, dt_bias, A, D, backend):
-        N, R = A.shape[-1], dt_weight.shape[-1]
+    def __call__(self, x, dbl, dt_weight, dt_bias, A_log, D, backend):
+        N, R = A_log.shape[-1], dt_weight.shape[-1]
         places = x.numel() * DIRECTIONS  # batch, positions, channels, directions
         self.projection += places * R
         self.operations += places * (9 * N + 1)

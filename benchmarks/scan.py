@@ -31,7 +31,7 @@ from vmrnn.scan import cpu, reference
 SHAPES = ((32, 256, 8), (16, 512, 16), (8, 1024, 32))  # H = W, Di, R of network D at 64x64, patch 2
 D_STATE = 16
 DIRECTIONS = 4
-NAMES = ("y", "x", "dbl", "dt_weight", "dt_bias", "A", "D")
+NAMES = ("y", "x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
 LIMITS = {"cpu": 5e-6}  # relative to the largest value; the others: OTHER_LIMIT
 OTHER_LIMIT, BF16_LIMIT = 1e-4, 3e-2
 REFERENCE_BATCH = 1  # larger ones keep gigabytes
@@ -44,7 +44,7 @@ FLOOR = Path(__file__).with_name("floor.cpp")
 
 
 def make_inputs(batch, side, Di, R, device, dtype=torch.float32):
-    """x, dbl and dt_weight of `dtype`, dt_bias, A, D as in a fresh network: dt of 0.001 to 0.1, A = -(1..N)."""
+    """x, dbl and dt_weight of `dtype`, dt_bias, A_log, D as in a fresh network: dt of 0.001 to 0.1, A = -(1..N)."""
     torch.manual_seed(0)
     K, N = DIRECTIONS, D_STATE
     dt = torch.exp(torch.rand(K, Di) * 4.6 - 6.9)
@@ -53,7 +53,7 @@ def make_inputs(batch, side, Di, R, device, dtype=torch.float32):
         torch.randn(batch, side, side, K, R + 2 * N),
         torch.randn(K, Di, R) * R**-0.5,
         dt + torch.log(-torch.expm1(-dt)),
-        -torch.arange(1.0, N + 1).repeat(K, Di, 1),
+        torch.log(torch.arange(1.0, N + 1)).repeat(K, Di, 1),
         torch.randn(K, Di),
     )
     inputs = [t.to(device, dtype if i < 3 else None) for i, t in enumerate(inputs)]

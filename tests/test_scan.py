@@ -10,7 +10,7 @@ from vmrnn import scan
 from vmrnn.errors import UserError
 from vmrnn.scan import reference
 
-NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A", "D")
+NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
 #          B  H  W  Di  N   R
 SHAPES = [(2, 5, 7, 24, 16, 3), (1, 1, 1, 8, 1, 1), (1, 1, 9, 17, 5, 2), (3, 40, 3, 16, 8, 1), (1, 8, 8, 32, 16, 2)]
 
@@ -26,7 +26,7 @@ def scan_inputs(B, H, W, Di, N, R, dtype=torch.float64, device="cpu"):
         normal(B, H, W, 4, R + 2 * N),
         normal(4, Di, R) * R**-0.5,
         normal(4, Di) - 2,
-        -torch.exp(normal(4, Di, N)),
+        normal(4, Di, N),
         normal(4, Di),
     )
     return [t.to(device, dtype).requires_grad_() for t in tensors]
@@ -54,7 +54,7 @@ def test_parity(name, shape):
 
 def test_the_reference_against_four_explicit_walks():
     """An oracle that shares nothing with the reference: positions visited one by one in numpy order."""
-    x, dbl, dt_weight, dt_bias, A, D = (t.detach() for t in scan_inputs(1, 3, 4, 2, 2, 1))
+    x, dbl, dt_weight, dt_bias, A_log, D = (t.detach() for t in scan_inputs(1, 3, 4, 2, 2, 1))
     H, W = 3, 4
     rows = [(i, j) for i in range(H) for j in range(W)]
     columns = [(i, j) for j in range(W) for i in range(H)]
@@ -64,9 +64,9 @@ def test_the_reference_against_four_explicit_walks():
         for i, j in order:
             dt_low, b, c = dbl[0, i, j, k, :1], dbl[0, i, j, k, 1:3], dbl[0, i, j, k, 3:]
             dt = torch.log1p(torch.exp(dt_weight[k] @ dt_low + dt_bias[k]))
-            h = torch.exp(dt[:, None] * A[k]) * h + dt[:, None] * b * x[0, i, j][:, None]
+            h = torch.exp(-dt[:, None] * torch.exp(A_log[k])) * h + dt[:, None] * b * x[0, i, j][:, None]
             y[i, j] += h @ c + D[k] * x[0, i, j]
-    assert relative_error(reference.scan_2d(x, dbl, dt_weight, dt_bias, A, D)[0], y) < 1e-12
+    assert relative_error(reference.scan_2d(x, dbl, dt_weight, dt_bias, A_log, D)[0], y) < 1e-12
 
 
 def test_gradients_of_the_chunked_path_numerically(monkeypatch):

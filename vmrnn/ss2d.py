@@ -63,7 +63,7 @@ class SS2D(nn.Module):
             dbl,
             self.dt_projs_weight,
             self.dt_projs_bias,
-            -torch.exp(self.A_logs).view(DIRECTIONS, -1, self.d_state),
+            self.A_logs.view(DIRECTIONS, -1, self.d_state),
             self.Ds.view(DIRECTIONS, -1),
             backend=self.backend(x),
         )

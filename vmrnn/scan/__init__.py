@@ -1,6 +1,6 @@
 """The one entry point for the 2-D selective scan and the one place that chooses a back end.
 
-Every back end is a module with `scan_2d(x, dbl, dt_weight, dt_bias, A, D) -> y`, the contract of
+Every back end is a module with `scan_2d(x, dbl, dt_weight, dt_bias, A_log, D) -> y`, the contract of
 `reference.scan_2d`, and `can_run(device, dtype, d_state) -> (bool, reason)`.
 """
 
@@ -22,24 +22,24 @@ log = logging.getLogger("vmrnn")
 _logged = set()
 
 
-def scan_2d(x, dbl, dt_weight, dt_bias, A, D, backend="auto"):
+def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D, backend="auto"):
     """Four-direction selective scan of a feature map, summed; see `reference.scan_2d` for shapes.
 
     backend: "auto" or a key of BACKENDS. A named one that cannot run raises UserError and never
     falls back. VMRNN_SCAN in the environment overrides "auto".
     """
-    check_shapes(x, dbl, dt_weight, dt_bias, A, D)
-    name = resolve(backend, x.device.type, x.dtype, A.shape[-1])
-    return BACKENDS[name].scan_2d(x, dbl, dt_weight, dt_bias, A, D)
+    check_shapes(x, dbl, dt_weight, dt_bias, A_log, D)
+    name = resolve(backend, x.device.type, x.dtype, A_log.shape[-1])
+    return BACKENDS[name].scan_2d(x, dbl, dt_weight, dt_bias, A_log, D)
 
 
-def check_shapes(x, dbl, dt_weight, dt_bias, A, D):
+def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
     """ValueError unless the shapes belong together: a kernel would read beyond a tensor's end."""
     *map_shape, Di = x.shape
-    K, N, R = 4, A.shape[-1], dt_weight.shape[-1]
-    expected = {"dbl": (*map_shape, K, R + 2 * N), "dt_weight": (K, Di, R), "dt_bias": (K, Di), "A": (K, Di, N),
+    K, N, R = 4, A_log.shape[-1], dt_weight.shape[-1]
+    expected = {"dbl": (*map_shape, K, R + 2 * N), "dt_weight": (K, Di, R), "dt_bias": (K, Di), "A_log": (K, Di, N),
                 "D": (K, Di)}  # fmt: skip
-    for (name, shape), tensor in zip(expected.items(), (dbl, dt_weight, dt_bias, A, D)):
+    for (name, shape), tensor in zip(expected.items(), (dbl, dt_weight, dt_bias, A_log, D)):
         if x.ndim != 4 or tuple(tensor.shape) != shape:
             raise ValueError(f"scan: {name} is {tuple(tensor.shape)}, x {tuple(x.shape)} (B, H, W, Di) needs {shape}")
 

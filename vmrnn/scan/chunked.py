@@ -17,20 +17,20 @@ def can_run(device, dtype, d_state):
     return True, "runs anywhere torch does, several times slower than a fused kernel"
 
 
-def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
+def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
     """See `reference.scan_2d`. bf16 and fp16 inputs are computed in fp32."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    inputs = [t.to(compute) for t in (x, dbl, dt_weight, dt_bias, A, D)]
+    inputs = [t.to(compute) for t in (x, dbl, dt_weight, dt_bias, A_log, D)]
     with torch.autocast(x.device.type, enabled=False):
         return _scan(*inputs).to(x.dtype)
 
 
-def _scan(x, dbl, dt_weight, dt_bias, A, D):
+def _scan(x, dbl, dt_weight, dt_bias, A_log, D):
     B, H, W, Di = x.shape
-    N, R = A.shape[-1], dt_weight.shape[-1]
+    N, R = A_log.shape[-1], dt_weight.shape[-1]
     dt_low, b, c = dbl.flatten(1, 2).split([R, N, N], dim=-1)  # each (B, L, K, *)
     dt = F.softplus(torch.einsum("blkr,kdr->blkd", dt_low, dt_weight) + dt_bias)
-    y = ChunkedScan.apply(x.flatten(1, 2), dt, A, b, c, scan_order(H, W, x.device))
+    y = ChunkedScan.apply(x.flatten(1, 2), dt, -torch.exp(A_log), b, c, scan_order(H, W, x.device))
     return (y + D.sum(0) * x.flatten(1, 2)).unflatten(1, (H, W))
 
 

@@ -239,6 +239,7 @@ def scan_backward_op(
 connect(scan_op, scan_backward_op)
 
 
-def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
+def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
     """As reference.scan_2d; fp32 arithmetic whatever the inputs, y in x's dtype."""
+    A = -torch.exp(A_log.float())
     return call(scan_op, *(t.float() for t in (x, dbl, dt_weight, dt_bias, A, D))).to(x.dtype)

@@ -120,6 +120,13 @@ def load(base, place, stride, offsets, bound):
 
 
 @jit
+def decay_rates(A_log, mask):
+    """A = -exp(A_log) in units of log(2), so that a step's decay is 2^(dt A). What is masked gets A = -1:
+    a decay of at most 1, of a state that is zero and that nothing is added to."""
+    return tl.exp2(tl.load(A_log, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634) * -1.4426950408889634
+
+
+@jit
 def load_forward(x, dbl, raw, d, r, n, Di, k, first, H: tl.constexpr, W: tl.constexpr,
                  N: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, PROJECT: tl.constexpr):  # fmt: skip
     """x, step sizes, B and C of STEPS steps."""
@@ -171,7 +178,7 @@ def load_backward(dy, x, raw, dbl, d, n, Di, k, i, H: tl.constexpr, W: tl.conste
 
 
 @jit
-def forward_kernel(x, dbl, raw, weight, bias, A, D, y, checkpoints, B, Di,
+def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
                    H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
                    BLOCK_D: tl.constexpr, RR: tl.constexpr, RT: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
                    SPREAD: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
@@ -201,8 +208,7 @@ def forward_kernel(x, dbl, raw, weight, bias, A, D, y, checkpoints, B, Di,
     weights = tl.load(weight + wide(channel) * R + r, mask=wide(d < Di) & (r < R), other=0.0).to(tl.float32)
     biases = tl.load(bias + channel, mask=d < Di, other=0.0).to(tl.float32)
     Ds = tl.load(D + channel, mask=d < Di, other=0.0).to(tl.float32)
-    # In units of log(2), so that a step's decay is 2^(dt A).
-    As = tl.load(A + k * Di * N + state_at, mask=state_mask, other=0.0).to(tl.float32) * 1.4426950408889634
+    As = decay_rates(A_log + k * Di * N + state_at, state_mask)
     h = tl.zeros([NR, BLOCK_D, NT], tl.float32)
 
     # Two sets of registers take turns: one set's inputs are on their way while the other's steps run,
@@ -220,11 +226,11 @@ def forward_kernel(x, dbl, raw, weight, bias, A, D, y, checkpoints, B, Di,
 
 
 @jit
-def backward_kernel(dy, x, dbl, raw, A, D, checkpoints, scratch, dx, dbc, dA, dD, dbias, B, Di,
+def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA_log, dD, dbias, B, Di,
                     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
                     BLOCK_D: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
                     STEPS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """dx (K, B, L, Di), dbc (channel blocks, B, L, K, 2N), dA (B, K, Di, N), dD and dbias (B, K, Di).
+    """dx (K, B, L, Di), dbc (channel blocks, B, L, K, 2N), dA_log (B, K, Di, N), dD and dbias (B, K, Di).
 
     raw (K, B, L, Di), the step sizes before softplus, is replaced by its own gradient.
     scratch (K, B, CHUNK / STEPS, Di, N): the states of the chunk at hand, one every STEPS steps.
@@ -251,7 +257,7 @@ def backward_kernel(dy, x, dbl, raw, A, D, checkpoints, scratch, dx, dbc, dA, dD
 
     channel = k * Di + d
     Ds = tl.load(D + channel, mask=d < Di, other=0.0).to(tl.float32)
-    As = tl.load(A + k * Di * N + state_at, mask=state_mask, other=0.0).to(tl.float32) * 1.4426950408889634
+    As = decay_rates(A_log + k * Di * N + state_at, state_mask)
     dh = tl.zeros([NR, BLOCK_D, NT], tl.float32)  # sent back by the steps after
     dAs = tl.zeros([NR, BLOCK_D, NT], tl.float32)
     dDs = tl.zeros([BLOCK_D], tl.float32)
@@ -316,7 +322,8 @@ def backward_kernel(dy, x, dbl, raw, A, D, checkpoints, scratch, dx, dbc, dA, dD
         tl.debug_barrier()
 
     channel += b * 4 * Di
-    tl.store(dA + (b * 4 + k).to(tl.int64) * Di * N + state_at, dAs, mask=state_mask)
+    dA_logs = dAs * As * 0.6931471805599453
+    tl.store(dA_log + (b * 4 + k).to(tl.int64) * Di * N + state_at, dA_logs, mask=state_mask)
     tl.store(dD + channel, dDs, mask=d < Di)
     tl.store(dbias + channel, dbiases, mask=d < Di)
 
@@ -362,9 +369,9 @@ def backward_blocks(B, Di, N):
     return dict(BLOCK_D=8 if few else 32, NR=NR, NT=NT, STEPS=STEPS_BACK if N <= 32 else 2)
 
 
-def checkpoint_shape(x, A):
+def checkpoint_shape(x, A_log):
     B, H, W, Di = x.shape
-    return DIRECTIONS, B, (H * W - 1) // CHUNK, Di, A.shape[-1]
+    return DIRECTIONS, B, (H * W - 1) // CHUNK, Di, A_log.shape[-1]
 
 
 def raw_step_sizes(dbl, dt_weight, dt_bias):
@@ -378,39 +385,39 @@ T = torch.Tensor
 
 
 @torch.library.custom_op("vmrnn::scan_triton", mutates_args=())
-def scan_op(x: T, dbl: T, dt_weight: T, dt_bias: T, A: T, D: T, save: bool) -> tuple[T, T]:
+def scan_op(x: T, dbl: T, dt_weight: T, dt_bias: T, A_log: T, D: T, save: bool) -> tuple[T, T]:
     """y, and for the backward (if save) the state before every chunk but the first."""
-    x, dbl, dt_weight, dt_bias, A, D = (t.contiguous() for t in (x, dbl, dt_weight, dt_bias, A, D))
+    x, dbl, dt_weight, dt_bias, A_log, D = (t.contiguous() for t in (x, dbl, dt_weight, dt_bias, A_log, D))
     B, H, W, Di = x.shape
-    K, _, N = A.shape
+    K, _, N = A_log.shape
     R = dt_weight.shape[-1]
     dbl = dbl.float()  # once; in the kernel every block of channels would convert it again
     blocks = forward_blocks(B, Di, N, R)
     parts = x.new_empty(K, B, H * W, Di, dtype=torch.float32)
-    checkpoints = x.new_empty(checkpoint_shape(x, A) if save else 0, dtype=torch.float32)
+    checkpoints = x.new_empty(checkpoint_shape(x, A_log) if save else 0, dtype=torch.float32)
     # Autocast would make the product of the step sizes in bf16.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         raw = parts if blocks["PROJECT"] else raw_step_sizes(dbl, dt_weight, dt_bias)[0]  # parts: not read
         forward_kernel[-(-Di // blocks["BLOCK_D"]), B * K](
-            x, dbl, raw, dt_weight, dt_bias, A, D, parts, checkpoints, B, Di,
+            x, dbl, raw, dt_weight, dt_bias, A_log, D, parts, checkpoints, B, Di,
             H=H, W=W, N=N, R=R, CHUNK=CHUNK, SAVE=save, **blocks, **OPTIONS,
         )  # fmt: skip
         return add_up(parts, x.dtype).view(B, H, W, Di), checkpoints
 
 
 @scan_op.register_fake
-def _(x, dbl, dt_weight, dt_bias, A, D, save):
+def _(x, dbl, dt_weight, dt_bias, A_log, D, save):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(checkpoint_shape(x, A) if save else 0, dtype=torch.float32)
+    return y, x.new_empty(checkpoint_shape(x, A_log) if save else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("vmrnn::scan_triton_backward", mutates_args=())
 def scan_backward_op(
-    dy: T, x: T, dbl: T, dt_weight: T, dt_bias: T, A: T, D: T, checkpoints: T
+    dy: T, x: T, dbl: T, dt_weight: T, dt_bias: T, A_log: T, D: T, checkpoints: T
 ) -> tuple[T, T, T, T, T, T]:
-    dy, x, dbl, dt_weight, dt_bias, A, D = (t.contiguous() for t in (dy, x, dbl, dt_weight, dt_bias, A, D))
+    dy, x, dbl, dt_weight, dt_bias, A_log, D = (t.contiguous() for t in (dy, x, dbl, dt_weight, dt_bias, A_log, D))
     B, H, W, Di = x.shape
-    K, _, N = A.shape
+    K, _, N = A_log.shape
     R = dt_weight.shape[-1]
     blocks = backward_blocks(B, Di, N)
     grid = -(-Di // blocks["BLOCK_D"]), B * K
@@ -423,10 +430,10 @@ def scan_backward_op(
         dbl = dbl.float()
         raw, low = raw_step_sizes(dbl, dt_weight, dt_bias)
         dx, dbc = empty(K, B, H, W, Di), empty(grid[0], B, H, W, K, 2 * N)
-        dA, dD, dbias = empty(B, K, Di, N), empty(B, K, Di), empty(B, K, Di)
+        dA_log, dD, dbias = empty(B, K, Di, N), empty(B, K, Di), empty(B, K, Di)
         scratch = empty(K, B, CHUNK // blocks["STEPS"], Di, N)
         backward_kernel[grid](
-            dy, x, dbl, raw, A, D, checkpoints, scratch, dx, dbc, dA, dD, dbias, B, Di,
+            dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA_log, dD, dbias, B, Di,
             H=H, W=W, N=N, R=R, CHUNK=CHUNK, **blocks, **OPTIONS,
         )  # fmt: skip
         draw = raw  # the kernel has put its gradient there
@@ -437,7 +444,7 @@ def scan_backward_op(
             torch.cat((dlow, add_up(dbc, torch.float32)), -1).to(dbl_dtype),
             dweight.to(dt_weight.dtype),
             add_up(dbias, dt_bias.dtype),
-            add_up(dA, A.dtype),
+            add_up(dA_log, A_log.dtype),
             add_up(dD, D.dtype),
         )
 
@@ -445,6 +452,6 @@ def scan_backward_op(
 connect(scan_op, scan_backward_op)
 
 
-def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
+def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
     """As reference.scan_2d; fp32 arithmetic whatever the inputs' types, y in x's type."""
-    return call(scan_op, x, dbl, dt_weight, dt_bias, A, D)
+    return call(scan_op, x, dbl, dt_weight, dt_bias, A_log, D)

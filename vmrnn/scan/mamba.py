@@ -40,11 +40,11 @@ def can_run(device, dtype, d_state):
     return True, f"selective_scan_cuda from {getattr(module, '__file__', 'mamba-ssm')}"
 
 
-def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
+def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
     """See `reference.scan_2d`; computed in fp32, as the published code does."""
     H, W, Di = x.shape[1:]
     K, _, R = dt_weight.shape
-    N = A.shape[-1]
+    N = A_log.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
         xs, dbl, dt_weight = x.float().flatten(1, 2), dbl.float().flatten(1, 2), dt_weight.float()
         xs = torch.stack(split_directions(xs.unsqueeze(2).expand(-1, -1, K, -1), H, W), 1)
@@ -54,7 +54,7 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
         y = SelectiveScan.apply(
             xs.mT.flatten(1, 2).contiguous(),
             dt.flatten(1, 2).contiguous(),
-            A.float().flatten(0, 1).contiguous(),
+            -torch.exp(A_log.float()).flatten(0, 1).contiguous(),
             b.mT.contiguous(),
             c.mT.contiguous(),
             D.float().flatten().contiguous(),

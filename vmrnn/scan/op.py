@@ -1,7 +1,8 @@
 """What the kernels' torch.library ops share.
 
-scan_op(x, dbl, dt_weight, dt_bias, A, D, save) -> (y, checkpoints) and
-backward_op(dy, x, dbl, dt_weight, dt_bias, A, D, checkpoints) -> the six gradients.
+scan_op(x, dbl, dt_weight, dt_bias, A_log, D, save) -> (y, checkpoints) and
+backward_op(dy, x, dbl, dt_weight, dt_bias, A_log, D, checkpoints) -> the six gradients;
+the cpu back end's have A in place of A_log.
 """
 
 import torch

@@ -28,14 +28,14 @@ def merge_directions(ys, H, W):
     return (rows + rows_back.flip(1)).unflatten(1, (H, W)) + columns.unflatten(1, (W, H)).transpose(1, 2)
 
 
-def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
+def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
     """Selective scan of a feature map in four directions, summed (arXiv 2401.10166, section 4).
 
     x          (B, H, W, Di)       feature map, channels last
     dbl        (B, H, W, K, R+2N)  per direction and position: low-rank step size (R), B (N), C (N)
     dt_weight  (K, Di, R)          expands the low-rank step size
     dt_bias    (K, Di)
-    A          (K, Di, N)          negative
+    A_log      (K, Di, N)          A = -exp(A_log), negative
     D          (K, Di)
     returns y  (B, H, W, Di)
 
@@ -49,7 +49,8 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A, D):
     """
     B, H, W, Di = x.shape
     K, _, R = dt_weight.shape
-    N = A.shape[-1]
+    N = A_log.shape[-1]
+    A = -torch.exp(A_log)
     xs = split_directions(x.flatten(1, 2).unsqueeze(2).expand(-1, -1, K, -1), H, W)
     dbls = split_directions(dbl.flatten(1, 2), H, W)
     ys = []
