@@ -27,7 +27,7 @@ except ImportError:
 
 DIRECTIONS = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 64  # steps between the states that the forward keeps for the backward
+CHUNK = 128  # steps between the states that the forward keeps for the backward
 STEPS = 2  # of the forward, loaded together
 STEPS_BACK = 4  # of the backward, whose states are in registers together; it divides CHUNK
 MAX_RANK_INSIDE = 16  # up to which the forward kernel makes the step sizes from their low rank
