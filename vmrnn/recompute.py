@@ -21,7 +21,7 @@ def norm(x, weight, bias, eps):
 def product_dtype(x):
     """What autocast, where it is on, makes the inputs of a product; x's own type elsewhere."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = not x.is_meta and torch.is_autocast_enabled(device)  # which has no answer for shapes alone
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
@@ -102,8 +102,9 @@ class CellGate(torch.autograd.Function):
     def forward(ctx, o, c):
         ctx.save_for_backward(o, c)
         f = torch.sigmoid(o)
-        c = torch.tanh(o).add_(c).mul_(f)
-        return torch.tanh(c).mul_(f), c
+        # Not in place: torch 2.11's compiler drops the gradient of what a Function so returns.
+        c = torch.tanh(o).add_(c) * f
+        return torch.tanh(c) * f, c
 
     @staticmethod
     @once_differentiable
