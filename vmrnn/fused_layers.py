@@ -75,7 +75,7 @@ def conv_kernel(x, weight, bias, y, step, H, W, C,
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = load_weights(weight, channel, C, TRANSPOSED)
     biases = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
     x += image * step
-    y += image * C
+    y += (image + (first - 2) * W + j) * C + channel  # two rows above the first: what is done lags by one
     above = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # what is there already of the row above the one at hand
     here = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # and of that one
     for i in range(first - 1, tl.minimum(first + ROWS, H) + 1):
@@ -87,7 +87,8 @@ def conv_kernel(x, weight, bias, y, step, H, W, C,
             done += biases
             done *= sigmoid(done)
         mask = (channel < C) & (j < tl.where(i > first, W, 0))
-        tl.store(y + ((i - 1) * W + j) * C + channel, done.to(y.dtype.element_ty), mask=mask)
+        tl.store(y, done.to(y.dtype.element_ty), mask=mask)
+        y += W * C
 
 
 @jit

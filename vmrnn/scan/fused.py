@@ -322,8 +322,9 @@ def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA
         tl.debug_barrier()
 
     channel += b * 4 * Di
-    dA_logs = dAs * As * 0.6931471805599453
-    tl.store(dA_log + (b * 4 + k).to(tl.int64) * Di * N + state_at, dA_logs, mask=state_mask)
+    As = decay_rates(A_log + k * Di * N + state_at, state_mask)  # again: kept, it spills at N = 64 (Triton 3.6)
+    dAs *= As * 0.6931471805599453
+    tl.store(dA_log + (b * 4 + k).to(tl.int64) * Di * N + state_at, dAs, mask=state_mask)
     tl.store(dD + channel, dDs, mask=d < Di)
     tl.store(dbias + channel, dbiases, mask=d < Di)
 
