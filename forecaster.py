@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dataset import DATASETS
-from functions import build_model, pad_frames
+from functions import GraphedForward, build_model, pad_frames
 from vmrnn import config as configuration
 from vmrnn.checkpoint import load_weights, read_checkpoint
 from vmrnn.clips import to_unit_range
@@ -31,15 +31,18 @@ class Forecaster:
     config      a TOML file over that configuration; a published file needs one, such as configs/moving_mnist_d.toml
     device      auto, cpu, cuda, cuda:1, mps
     scan        scan back end, see vmrnn.scan
+    cuda_graph  on a CUDA GPU: record a frame's kernels once and replay them; worth it for a stream, since launching
+                them one by one takes longer than they do
 
     Frames are in the units of the data: the data range of the configuration becomes [0, 1] and back. Without one,
     floats are taken as they are, [0, 1], and uint8 as 0 to 255. NaN, and the configuration's missing values, are
     missing pixels, which the network sees as 0. Any height and width will do, but the same in every frame: what the
     patches do not divide is padded with the last row and column, and cut off again.
-    UserError: a file that is missing, damaged or does not fit, no configuration, a device that is not there.
+    UserError: a file that is missing, damaged or does not fit, no configuration, a device that is not there, a graph on
+    another device than a CUDA GPU.
     """
 
-    def __init__(self, checkpoint, config=None, device="auto", scan="auto"):
+    def __init__(self, checkpoint, config=None, device="auto", scan="auto", cuda_graph=False):
         content = read_checkpoint(checkpoint)
         if content["config"] is None and config is None:
             raise UserError(f"{checkpoint}: holds weights alone; name the network's configuration with config")
@@ -48,6 +51,9 @@ class Forecaster:
         self.model = build_model(**self.config.network_options)
         load_weights(self.model, content["model"])
         self.model.to(self.device).eval()
+        if cuda_graph and self.device.type != "cuda":
+            raise UserError(f"cuda_graph is for a CUDA GPU, and the device is {self.device}: leave it out")
+        self._advance = GraphedForward(self.model) if cuda_graph else self.model
         self.data_range = self.config.data_range or DATASETS[self.config.dataset].data_range
         self.reset()
 
@@ -55,7 +61,7 @@ class Forecaster:
         """Forgets every frame, for another stream."""
         self.shape = None  # of the stream's frames, as given
         self.observed_range = None  # (low, high): the values that are 0 and 1 to the network
-        self._features = self._states = None
+        self._coming = self._states = None  # the frame after the last that was observed
 
     @torch.inference_mode()
     def observe(self, frame):
@@ -77,22 +83,21 @@ class Forecaster:
         values = to_unit_range(frame, *self.observed_range, self.config.missing_value)
         values = torch.from_numpy(values).view(*frame.shape[:2], channels).permute(2, 0, 1)[None]
         values = torch.where(values.isnan(), 0, values).to(self.device)
-        tokens = self.model.encode(pad_frames(values, self.model.patch_size * 2**self.model.levels))
-        self._features, self._states = self.model.advance(tokens, self._states)
+        values = pad_frames(values, self.model.patch_size * 2**self.model.levels)
+        self._coming, self._states = self._advance(values, self._states)
 
     @torch.inference_mode()
     def forecast(self, horizon):
         """The next `horizon` frames, float32 (horizon, H, W) or (horizon, H, W, C) as the frames are observed, in
         their units. What has been observed stays as it is. UserError: before the first frame, or horizon below 1."""
-        if self._features is None:
+        if self._coming is None:
             raise UserError("forecast() before observe(): there is nothing to go on from")
         if horizon < 1:
             raise UserError(f"a forecast of {horizon} frames: ask for 1 or more")
-        frames, features, states = [], self._features, self._states
-        for t in range(horizon):
-            if t > 0:
-                features, states = self.model.advance(self.model.encode(frames[-1]), states)
-            frames.append(self.model.decode(features))
+        frames, states = [self._coming], self._states
+        for _ in range(horizon - 1):
+            frame, states = self._advance(frames[-1], states)
+            frames.append(frame)
         height, width = self.shape[:2]
         found = torch.cat(frames)[..., :height, :width].permute(0, 2, 3, 1)
         low, high = self.observed_range

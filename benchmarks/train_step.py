@@ -6,7 +6,7 @@
 
 A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), a scan
 back end (default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published ones (64x64,
-patch 2, width 128), 10 + 10 frames. The frame is a stream's: batch 1 whatever the case's. Each case runs in
+patch 2, width 128), 10 + 10 frames. The frame is a stream's, as vmrnn.Forecaster has it: batch 1 whatever the case's. Each case runs in
 a process of its own, so that its peak memory is its own; rounds go over all cases in turn, so that a machine
 whose speed drifts treats them alike. Medians over rounds; a human table, then one JSON line. The
 golden tests of every back end used must pass first.
@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from functions import GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
+from functions import GraphedForward, GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
 from vmrnn import scan
 from vmrnn.optim import make_optimizer
 from vmrnn.runtime import describe_device, pick_device, run_program
@@ -91,23 +91,13 @@ def measure(case, device, steps=STEPS - 1, frames=15):
         return result
     model.eval()
     with torch.inference_mode(), mixed_precision(device, precision):
+        forward = GraphedForward(model) if "graph" in rest else model
         frame = inputs[:1, 0]
-        _, states = model(frame)
+        _, states = forward(frame)
         for _ in range(3):
-            model(frame, states)
-        result["frame"] = seconds(recorded(lambda: model(frame, states), device, "graph" in rest), device, frames)
+            forward(frame, states)
+        result["frame"] = seconds(lambda: forward(frame, states), device, frames)
     return result
-
-
-def recorded(function, device, as_graph):
-    """`function`, or the replay of a CUDA graph of its kernels."""
-    if not as_graph:
-        return function
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def profile(case, device):

@@ -62,6 +62,21 @@ def test_a_stream_is_a_rollout(trained, model, size):
     assert np.abs(got[0] - got[2]).max() > 1e-3  # the test could not fail on frames that stand still
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_stream_on_a_graph_is_the_same_stream(trained):
+    """Frames, forecasts between them, another stream of another size, and the first size again."""
+    _, path = trained(model="VMRNN-D")
+    plain, graphed = (vmrnn.Forecaster(path, device="cuda", cuda_graph=on) for on in (False, True))
+    for size in ((16, 16), (24, 16), (16, 16)):
+        for frame in np.random.default_rng(0).random((4, *size), dtype=np.float32):
+            for stream in (plain, graphed):
+                stream.observe(frame)
+            close(graphed.forecast(3), plain.forecast(3))
+            close(graphed.forecast(1), plain.forecast(1))
+        plain.reset()
+        graphed.reset()
+
+
 def test_frames_are_in_the_units_of_the_data(trained):
     _, path = trained(data_range=[-40.0, 60.0], missing_value=[-999.0])
     frames = np.random.default_rng(0).integers(-40, 61, (4, 16, 16)).astype(np.int16)
@@ -129,6 +144,8 @@ def test_what_a_stream_refuses(trained, tmp_path):
     stream.observe(np.zeros((16, 16, 2)))
     with pytest.raises(UserError, match=r"\(16, 18, 2\) after frames of \(16, 16, 2\)"):
         stream.observe(np.zeros((16, 18, 2)))
+    with pytest.raises(UserError, match="cuda_graph is for a CUDA GPU, and the device is cpu"):
+        vmrnn.Forecaster(path, device="cpu", cuda_graph=True)
     with pytest.raises(UserError, match="0 frames"):
         stream.forecast(0)
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
