@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vmrnn.recompute import once_differentiable, product_dtype
 from vmrnn.scan.fused import jit, tl
@@ -254,11 +255,9 @@ def stepped(t):
 # The backward ops give the gradients of their parameters as one tensor, since no two results of an op may
 # share memory; what registers them takes it apart.
 
-T = torch.Tensor
-
 
 @torch.library.custom_op("vmrnn::conv_silu", mutates_args=())
-def conv_silu(x: T, weight: T, bias: T) -> T:
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As recompute.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
     weight, bias, y = weight.contiguous(), bias.contiguous(), alike(x)
     flat, step = stepped(x)
@@ -269,7 +268,7 @@ def conv_silu(x: T, weight: T, bias: T) -> T:
 
 
 @torch.library.custom_op("vmrnn::conv_silu_backward", mutates_args=())
-def conv_silu_backward_op(dy: T, x: T, weight: T, bias: T) -> tuple[T, T]:
+def conv_silu_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dy, weight, bias = (t.contiguous() for t in (dy, weight, bias))
     ds, dx = alike(x), alike(x)
     flat, step = stepped(x)
@@ -314,27 +313,29 @@ def launch_norm_backward(dout, y, z, weight, bias, eps):
 
 
 @torch.library.custom_op("vmrnn::norm", mutates_args=())
-def norm_op(x: T, weight: T, bias: T, eps: float, dtype: torch.dtype) -> T:
+def norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return launch_norm(x, None, weight, bias, alike(x, dtype), eps)
 
 
 @torch.library.custom_op("vmrnn::norm_backward", mutates_args=())
-def norm_backward_op(du: T, x: T, weight: T, bias: T, eps: float) -> tuple[T, T]:
+def norm_backward_op(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return launch_norm_backward(du, x, None, weight, bias, eps)[:2]
 
 
 @torch.library.custom_op("vmrnn::norm_gate", mutates_args=())
-def norm_gate_op(y: T, z: T, weight: T, bias: T, eps: float) -> T:
+def norm_gate_op(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return launch_norm(y, z, weight, bias, alike(z), eps)
 
 
 @torch.library.custom_op("vmrnn::norm_gate_backward", mutates_args=())
-def norm_gate_backward_op(dout: T, y: T, z: T, weight: T, bias: T, eps: float) -> tuple[T, T, T, T]:
+def norm_gate_backward_op(
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch_norm_backward(dout, y, z, weight, bias, eps)
 
 
 @torch.library.custom_op("vmrnn::cell_gate", mutates_args=())
-def cell_gate(o: T, c: T) -> tuple[T, T]:
+def cell_gate(o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """As recompute.cell_gate."""
     o, c = o.contiguous(), c.contiguous()
     h, after = alike(o), alike(c)
@@ -344,7 +345,7 @@ def cell_gate(o: T, c: T) -> tuple[T, T]:
 
 
 @torch.library.custom_op("vmrnn::cell_gate_backward", mutates_args=())
-def cell_gate_backward_op(dh: T, dafter: T, o: T, c: T) -> tuple[T, T]:
+def cell_gate_backward_op(dh: Tensor, dafter: Tensor, o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     dh, dafter, o, c = (t.contiguous() for t in (dh, dafter, o, c))
     do, dc = alike(o), alike(c)
     with torch.cuda.device_of(o):

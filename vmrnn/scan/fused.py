@@ -10,6 +10,7 @@ once per program and added by `sum_kernel` in a fixed order: no atomics, so resu
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from vmrnn.scan.op import call, connect
 
@@ -382,11 +383,10 @@ def raw_step_sizes(dbl, dt_weight, dt_bias):
     return torch.baddbmm(dt_bias.float()[:, None], low, dt_weight.float().mT), low
 
 
-T = torch.Tensor
-
-
 @torch.library.custom_op("vmrnn::scan_triton", mutates_args=())
-def scan_op(x: T, dbl: T, dt_weight: T, dt_bias: T, A_log: T, D: T, save: bool) -> tuple[T, T]:
+def scan_op(
+    x: Tensor, dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, save: bool
+) -> tuple[Tensor, Tensor]:
     """y, and for the backward (if save) the state before every chunk but the first."""
     x, dbl, dt_weight, dt_bias, A_log, D = (t.contiguous() for t in (x, dbl, dt_weight, dt_bias, A_log, D))
     B, H, W, Di = x.shape
@@ -414,8 +414,15 @@ def _(x, dbl, dt_weight, dt_bias, A_log, D, save):
 
 @torch.library.custom_op("vmrnn::scan_triton_backward", mutates_args=())
 def scan_backward_op(
-    dy: T, x: T, dbl: T, dt_weight: T, dt_bias: T, A_log: T, D: T, checkpoints: T
-) -> tuple[T, T, T, T, T, T]:
+    dy: Tensor,
+    x: Tensor,
+    dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    checkpoints: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dy, x, dbl, dt_weight, dt_bias, A_log, D = (t.contiguous() for t in (dy, x, dbl, dt_weight, dt_bias, A_log, D))
     B, H, W, Di = x.shape
     K, _, N = A_log.shape
