@@ -5,6 +5,7 @@ between the CPUs, whatever carries the gradients: they neither wait for a GPU no
 """
 
 import os
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -36,6 +37,8 @@ def processes(device):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Two hours: one process may decode a data set while the others wait.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
+    # The filters' (C, 1, 3, 3): strides of an axis of length 1, which mean nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
         yield device
     finally:
