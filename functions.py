@@ -243,7 +243,8 @@ class GraphedForward:
     """model(frame, states) -> (frame, states) as one CUDA graph, for a stream: a frame's few hundred kernels take
     longer to launch than to run.
 
-    The first frame, without states, is not recorded; frames of another shape are recorded anew.
+    The first frame, without states, is not recorded; frames of another shape are recorded anew. Under autocast only
+    within one context of it: the recorded kernels read its copies of the weights.
     """
 
     def __init__(self, model):

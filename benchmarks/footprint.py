@@ -9,7 +9,7 @@ fake tensors, which have shapes and types and no numbers, with the Triton kernel
 kept         MiB that the forward leaves for the backward, weights included
 peak         the most at one time, with the gradients; inside an operation only its results count, so a GPU needs
              somewhat more, and its allocator rounds up
-operations   that launch kernels: all but views and allocations. One of ours counts as one and launches up to nine.
+operations   that launch kernels: all but views and allocations. One of ours counts as one and launches up to twelve.
 
 Under bf16 and fp16 the rules are those of autocast on a CPU, which leaves a few norms in half precision: network D keeps
 2 % less than on a GPU. A table, then one JSON line.
@@ -46,7 +46,7 @@ class Ledger(TorchDispatchMode):
         results = operation(*args, **(kwargs or {}))
         name = operation.name().removeprefix("aten::")
         is_view = any(r.alias_info and not r.alias_info.is_write for r in operation._schema.returns)
-        if not (is_view or "view" in name or "empty" in name or name.startswith(("prim::", "detach"))):
+        if not (is_view or "view" in name or "empty" in name or name.startswith(("prim::", "detach", "promote_types"))):
             self.operations[name] += 1
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
@@ -62,8 +62,8 @@ class Ledger(TorchDispatchMode):
             self.peak = max(self.peak, self.bytes)
             weakref.finalize(storage, self.remove, storage._cdata, size)
 
-    def remove(self, storage, size):
-        self.live.discard(storage)
+    def remove(self, address, size):
+        self.live.discard(address)
         self.bytes -= size
 
 

@@ -16,7 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from vmrnn import fused_layers, recompute
+from vmrnn import fused_layers, layers
 from vmrnn.errors import UserError
 from vmrnn.runtime import describe_device, run_program
 from vmrnn.scan import fused
@@ -48,7 +48,7 @@ def depthwise(batch, side, channels):
 
     ways = {
         "permuted view": lambda: convolve(x.permute(0, 3, 1, 2)),
-        "recomputing": lambda: recompute.conv_silu(x, weight, bias),
+        "recomputing": lambda: layers.conv_silu(x, weight, bias),
         "NCHW copy": lambda: convolve(x.permute(0, 3, 1, 2).contiguous()),
         "shifted products": shifted,
     }
@@ -63,7 +63,7 @@ def gate(batch, side, channels):
     weight, bias, out = leaf(channels), leaf(channels), leaf(channels // 2, channels)
     ways = {
         "plain": lambda: F.linear(F.layer_norm(y, (channels,), weight, bias) * F.silu(z), out),
-        "recomputing": lambda: recompute.norm_gate_linear(y, z, weight, bias, 1e-5, out),
+        "recomputing": lambda: layers.norm_gate_linear(y, z, weight, bias, 1e-5, out),
     }
     if y.is_cuda:
         ways["Triton"] = lambda: fused_layers.norm_gate_linear(y, z, weight, bias, 1e-5, out)
@@ -74,7 +74,7 @@ def norm(batch, side, channels):
     """LN of a block's input, in the products' type."""
     C = channels // 2
     x, weight, bias = leaf(batch, side, side, C, single=True), leaf(C), leaf(C)
-    ways = {"plain": lambda: recompute.norm(x, weight, bias, 1e-5)}
+    ways = {"plain": lambda: layers.norm(x, weight, bias, 1e-5)}
     if x.is_cuda:
         ways["Triton"] = lambda: fused_layers.norm(x, weight, bias, 1e-5)
     return ways, (x, weight, bias)
@@ -89,7 +89,7 @@ def cell_gate(batch, side, channels):
         after = f * (c + torch.tanh(o))
         return after + f * torch.tanh(after)
 
-    ways = {"plain": plain, "recomputing": lambda: torch.add(*recompute.cell_gate(o, c))}
+    ways = {"plain": plain, "recomputing": lambda: torch.add(*layers.cell_gate(o, c))}
     if o.is_cuda:
         ways["Triton"] = lambda: torch.add(*fused_layers.cell_gate(o, c))
     return ways, (o, c)

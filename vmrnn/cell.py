@@ -54,11 +54,11 @@ class VMRNNCell(nn.Module):
 
     def forward(self, x, state=None):
         # Under autocast a coarser level's input is bf16, and would make its blocks' sums, gate and state so.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(torch.promote_types(x.dtype, self.VSBs[0].ln_1.weight.dtype))
         # A zero h still passes through the layer norm, whose bias then counts.
         h, c = state if state is not None else (torch.zeros_like(x), torch.zeros_like(x))
         o = self.VSBs[0](x, h)
         for block in self.VSBs[1:]:
             o = block(o)
-        h, c = self.VSBs[0].self_attention.layers(o).cell_gate(o, c)
+        h, c = self.VSBs[0].self_attention.layers(o).cell_gate(o, c.expand_as(o))
         return h, (h, c)

@@ -1,6 +1,7 @@
-"""The layers of recompute.py as Triton kernels: one launch where torch has two to six, and less memory moved.
+"""The layers of layers.py as Triton kernels: one launch forward where torch has two to six, up to three backward
+instead of four to eighteen, and less memory moved.
 
-What they are and must equal is in recompute.py; everything but loads and stores is fp32. Like the
+What they are and must equal is in layers.py; everything but loads and stores is fp32. Like the
 autograd functions there they keep their inputs alone for the backward pass. Sums over positions are
 made per program and added by torch in a fixed order: no atomics, so results repeat bit for bit.
 SS2D and the cell use them where the scan runs in Triton.
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmrnn.recompute import once_differentiable, product_dtype
+from vmrnn.layers import once_differentiable, product_dtype
 from vmrnn.scan.fused import jit, tl
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
@@ -258,7 +259,7 @@ def stepped(t):
 
 @torch.library.custom_op("vmrnn::conv_silu", mutates_args=())
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As recompute.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
+    """As layers.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
     weight, bias, y = weight.contiguous(), bias.contiguous(), alike(x)
     flat, step = stepped(x)
     programs, _, blocks = conv_blocks(x.shape, ROWS)
@@ -336,7 +337,7 @@ def norm_gate_backward_op(
 
 @torch.library.custom_op("vmrnn::cell_gate", mutates_args=())
 def cell_gate(o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As recompute.cell_gate."""
+    """As layers.cell_gate."""
     o, c = o.contiguous(), c.contiguous()
     h, after = alike(o), alike(c)
     with torch.cuda.device_of(o):
@@ -405,17 +406,17 @@ cell_gate.register_autograd(
 
 
 def norm(x, weight, bias, eps):
-    """As recompute.norm."""
+    """As layers.norm."""
     return norm_op(x, weight, bias, eps, product_dtype(x))
 
 
 def in_proj(u, weight):
-    """As recompute.in_proj, but one product, whose halves the kernels take as they are."""
+    """As layers.in_proj, but one product, whose halves the kernels take as they are."""
     return F.linear(u, weight).chunk(2, -1)
 
 
 def norm_gate_linear(y, z, norm_weight, norm_bias, eps, weight):
-    """As recompute.norm_gate_linear, the product in z's type."""
+    """As layers.norm_gate_linear, the product in z's type."""
     return NormGateLinear.apply(y, z, norm_weight, norm_bias, eps, weight)
 
 

