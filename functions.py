@@ -196,6 +196,20 @@ class Step:
             parameter.grad = None
 
 
+def record(function, device):
+    """(CUDA graph of the kernels that function() launches, what it returned). It is called four times."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is built or chosen at a first call must not be recorded
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on, such as the loader's that pins memory.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        return graph, function()
+
+
 class GraphedStep(Step):
     """Step as one CUDA graph: all kernels of a rollout and its backward are recorded once, then replayed.
 
@@ -219,16 +233,9 @@ class GraphedStep(Step):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         random_state = torch.cuda.get_rng_state(self.device)
         self.inputs, self.targets = inputs.clone(), targets.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what is built or chosen at a first call must not be recorded
-                super().__call__(self.inputs, self.targets)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on, such as the loader's that pins memory.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = super().__call__(self.inputs, self.targets)
+        self.graph, self.loss = record(
+            lambda: super(GraphedStep, self).__call__(self.inputs, self.targets), self.device
+        )
         torch.cuda.set_rng_state(random_state, self.device)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad.copy_(gradient)
@@ -263,15 +270,7 @@ class GraphedForward:
     def record(self, frame, states):
         self.graph = self.outputs = None  # their memory serves the next
         self.inputs = tree_map(torch.clone, (frame, states))
-        stream = torch.cuda.Stream(frame.device)
-        stream.wait_stream(torch.cuda.current_stream(frame.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what is built or chosen at a first call must not be recorded
-                self.model(*self.inputs)
-        torch.cuda.current_stream(frame.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.model(*self.inputs)
+        self.graph, self.outputs = record(lambda: self.model(*self.inputs), frame.device)
 
 
 def train_one_epoch(
