@@ -90,7 +90,9 @@ def interpret():
     return answers
 
 
-needs_triton = pytest.mark.skipif(fused.triton is None, reason=f"Triton is not installed: {fused.INSTALL}")
+needs_triton = pytest.mark.skipif(
+    fused.triton is None or fused.triton_version() < fused.OLDEST, reason=f"no Triton of {fused.OLDEST} or newer"
+)
 
 
 def run_interpreter(file):
@@ -256,6 +258,9 @@ def test_can_run_says_why_not(monkeypatch):
     assert fused.can_run("cuda", torch.bfloat16, 16) == (True, "fused Triton kernels, Triton 3.9")
     assert "convert to float32" in fused.can_run("cuda", torch.float64, 16)[1]
     assert "d_state" in fused.can_run("cuda", torch.float32, 65)[1]
+    monkeypatch.setattr(fused.triton, "__version__", "3.2.0")
+    ok, reason = fused.can_run("cuda", torch.float32, 16)
+    assert not ok and "Triton 3.2.0 cannot compile" in reason and "pip install --upgrade torch" in reason
 
 
 def test_imports_without_triton():

@@ -40,6 +40,12 @@ OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 SUM_OPTIONS = OPTIONS | {"num_warps": 4}
 
 INSTALL = "pip install triton (torch's CUDA builds for Linux bring it)"
+OLDEST = (3, 3)
+UPDATE = "pip install --upgrade torch (2.7 and newer bring 3.3 and newer)"
+
+
+def triton_version():
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def can_run(device, dtype, d_state):
@@ -47,6 +53,8 @@ def can_run(device, dtype, d_state):
         return False, f"the Triton kernels run on CUDA only, the device is {device}"
     if triton is None:
         return False, f"Triton is not installed: {INSTALL}"
+    if triton_version() < OLDEST:
+        return False, f"Triton {triton.__version__} cannot compile functions that give several values: {UPDATE}"
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA GPU"
     if dtype not in DTYPES:
