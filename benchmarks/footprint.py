@@ -11,8 +11,8 @@ peak         the most at one time, with the gradients; inside an operation only 
              somewhat more, and its allocator rounds up
 operations   that launch kernels: all but views and allocations. One of ours counts as one and launches up to twelve.
 
-Under bf16 and fp16 the rules are those of autocast on a CPU, which leaves a few norms in half precision: network D keeps
-2 % less than on a GPU. A table, then one JSON line.
+Under bf16 and fp16 the rules are those of autocast on a CPU, which leaves a few norms in half precision that a GPU has in
+fp32. A table, then one JSON line.
 """
 
 import json
