@@ -25,7 +25,7 @@ part() { # part SECONDS COMMAND...
     "$python" -c "import timm, torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'timm', timm.__version__, 'Python', sys.version.split()[0])"
 } | tee "$result"
 part 110 "$python" -m pytest -q -rs tests/test_scan.py tests/test_networks.py tests/test_scan_triton.py \
-    tests/test_fused_layers.py tests/test_training.py tests/test_predict.py
+    tests/test_fused_layers.py tests/test_training.py tests/test_predict.py::test_a_stream_on_a_graph_is_the_same_stream
 part 80 "$python" -m benchmarks.scan --device cuda --rounds 1
 part 30 "$python" -m benchmarks.layers --device cuda
 published=$("$python" -c "from vmrnn.scan import mamba; print('D:16:bf16:mamba D:16:mamba' if mamba.can_run('cuda', None, 16)[0] else '')")
