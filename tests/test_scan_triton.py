@@ -22,18 +22,20 @@ from vmrnn.scan import fused, reference
 
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
 
-# name: ((B, H, W, Di, N, R), channels of a warp). The interpreter takes about 30 ms a step of a
-# program, and a program is a batch item, a direction and a block of channels.
+# name: ((B, H, W, Di, N, R), what the sequence is split into, forward and backward: see `lengths`). The interpreter
+# takes about 30 ms a step of a program, and a program is a batch item, a direction, a block of channels and a part.
 CASES = {
-    "1x1": ((1, 1, 1, 8, 2, 1), 32),
-    "rows and columns differ": ((1, 3, 5, 9, 16, 3), 32),
-    "a block and a part": ((1, 2, 5, 40, 4, 2), 32),
-    "one row": ((1, 1, 11, 5, 5, 1), 32),
-    "one column, one state": ((2, 9, 1, 8, 1, 1), 32),
-    "rank outside": ((1, 3, 3, 8, 16, 17), 32),
-    "many states": ((1, 2, 3, 3, 33, 2), 32),
-    "few channels": ((1, 3, 4, 12, 16, 3), 8),
-    "few channels, rank outside": ((1, 2, 2, 3, 2, 17), 8),
+    "1x1": ((1, 1, 1, 8, 2, 1), (1, 1)),
+    "rows and columns differ": ((1, 3, 5, 9, 16, 3), (1, 1)),
+    "a block and a part": ((1, 2, 5, 40, 4, 2), (1, 1)),
+    "one row": ((1, 1, 11, 5, 5, 1), (1, 1)),
+    "one column, one state": ((2, 9, 1, 8, 1, 1), (1, 1)),
+    "rank outside": ((1, 3, 3, 8, 16, 17), (1, 1)),
+    "many states": ((1, 2, 3, 3, 33, 2), (1, 1)),
+    "split in the backward alone": ((1, 3, 7, 12, 4, 3), (1, 2)),
+    "split, with chunks in a part": ((1, 5, 7, 5, 2, 1), (3, 3)),
+    "split, batch, blocks and rank outside": ((2, 8, 4, 33, 1, 17), (4, 4)),
+    "split, many states": ((1, 4, 9, 3, 33, 2), (3, 3)),
 }
 HALF = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
 EXTREMES = (-80.0, -20.0, 20.5, 80.0)  # dt_bias
@@ -52,11 +54,15 @@ def errors_of(function, inputs, dtype=torch.float32, oracle=reference.scan_2d):
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    fused.CHUNK = 8  # several chunks on small maps
+    fused.CHUNK = fused.SHORTEST = 8  # several chunks and parts on small maps
     answers = {}
-    for name, (shape, channels) in CASES.items():
-        fused.MANY_CHANNELS = 0 if channels == 32 else 1 << 62
-        answers[name] = errors_of(fused.scan_2d, scan_inputs(*shape))
+    for name, (shape, parts) in CASES.items():
+        fused.WARPS = 1 << 30 if max(parts) > 1 else 0
+        inputs = scan_inputs(*shape)
+        steps = shape[1] * shape[2]
+        assert tuple(-(-steps // part) for part in fused.lengths(inputs[0], *shape[4:])[:2]) == parts, name
+        answers[name] = errors_of(fused.scan_2d, inputs)
+    fused.WARPS = 0
     for name, dtype in HALF.items():
         answers[name] = errors_of(fused.scan_2d, scan_inputs(1, 3, 3, 8, 16, 2), dtype)
     for bias in EXTREMES:
@@ -70,7 +76,8 @@ def interpret():
     inputs = scan_inputs(1, 3, 4, 8, 4, 2)
     answers["chained"] = errors_of(twice(fused.scan_2d), inputs, oracle=twice(reference.scan_2d))
 
-    inputs = [t.detach().float() for t in scan_inputs(1, 3, 3, 4, 4, 2)]
+    fused.WARPS = 1 << 30  # four parts; without gradients the forward keeps their starts alone
+    inputs = [t.detach().float() for t in scan_inputs(1, 4, 8, 4, 4, 2)]
     turned = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
     leaves = [t.clone().requires_grad_() for t in inputs]
     y = fused.scan_2d(*inputs)
@@ -81,6 +88,7 @@ def interpret():
     compiled = torch.compile(fused.scan_2d, fullgraph=True, backend="aot_eager")
     got, expected = (outputs_and_gradients(f, leaves) for f in (compiled, fused.scan_2d))
     answers["exact"] |= {f"compiled {name}": relative_error(got[name], t) for name, t in expected.items()}
+    fused.WARPS = 0
 
     leaves = [t.detach().float().requires_grad_() for t in scan_inputs(1, 2, 1, 3, 2, 1)]
     torch.library.opcheck(fused.scan_op, (*leaves, True))
@@ -178,12 +186,28 @@ ARCHITECTURES = (80, 90, 120)
 def kernels_of(build, N=16):
     """{name: (kernel, constants, options)} as scan_op and scan_backward_op launch them."""
     B, H, Di, R = BUILDS[build]
-    fixed = dict(H=H, W=H, N=N, R=R, CHUNK=fused.CHUNK)
-    forward = fused.forward_blocks(B, Di, N, R)
-    return {
-        f"forward {build}": (fused.forward_kernel, fixed | forward | dict(SAVE=True), fused.OPTIONS),
-        f"backward {build}": (fused.backward_kernel, fixed | fused.backward_blocks(B, Di, N), fused.OPTIONS),
+    part, part_back, chunk = fused.lengths(torch.empty(B, H, H, Di, device="meta"), N, R)
+    fixed = dict(H=H, W=H, N=N, R=R)
+    blocks = fixed | fused.forward_blocks(N, R)
+    kernels = {
+        f"forward {build}": (fused.forward_kernel, blocks | dict(PART=part, CHUNK=chunk, SAVE=True)),
+        f"backward {build}": (
+            fused.backward_kernel,
+            fixed | fused.backward_blocks(N) | dict(PART=part_back, CHUNK=chunk),
+        ),
     }
+    if part < H * H:
+        shape = dict(PARTS=(H * H - 1) // part, N=N, STRIDE=part // chunk, SLOTS=(H * H - 1) // chunk)
+        kernels |= {
+            f"ends {build}": (fused.ends_kernel, blocks | dict(PART=part, STRIDE=part // chunk, BACK=False)),
+            f"ends, back {build}": (
+                fused.ends_kernel,
+                blocks | dict(PART=part_back, STRIDE=1, BACK=True, PROJECT=False),
+            ),
+            f"chain {build}": (fused.chain_kernel, shape | dict(BLOCK=fused.CHAIN_BLOCK, BACK=False)),
+        }
+    few = {fused.chain_kernel: fused.SUM_OPTIONS}
+    return {name: (*kernel, few.get(kernel[0], fused.OPTIONS)) for name, kernel in kernels.items()}
 
 
 def sum_of_four():
@@ -200,7 +224,7 @@ def resources(kernel, constants, options, dtype, arch):
     if not tool.exists():
         pytest.skip(f"this Triton brings no cuobjdump: {tool}")
     types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names}
-    maps = ("x", "y", "z", "dx", "dy", "dz", "out", "dout", "ds", "total")
+    maps = ("x", "y", "z", "dx", "dy", "dz", "out", "dout", "ds", "total", "source")
     if kernel in (fused.forward_kernel, fused.backward_kernel):  # whose results are parts, in fp32
         maps = ("x", "dy")
     types |= {name: f"*{dtype}" for name in maps if name in types}
@@ -245,6 +269,18 @@ def test_sum_compiled_without_spills(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     registers, stack, _ = resources(*sum_of_four(), "bf16", arch)
     assert stack == 0 and registers <= 64
+
+
+@pytest.mark.parametrize("B", [1, 3, 8, 64])
+def test_parts_of_the_sequence_fit_together(B):
+    """Every step is in one part, parts are whole chunks, and no launch has far more programs than asked for."""
+    for H, W, Di in [(1, 1, 8), (5, 7, 24), (8, 8, 1024), (32, 32, 256), (127, 129, 96), (128, 128, 128)]:
+        for N, R in ((16, 8), (33, 17)):
+            *parts, chunk = fused.lengths(torch.empty(B, H, W, Di, device="meta"), N, R)
+            for part, block in zip(parts, (fused.forward_blocks(N, R), fused.backward_blocks(N)), strict=True):
+                assert part % chunk == 0 and chunk % block["STEPS"] == 0 and part % (2 * fused.STEPS) == 0
+                pieces = -(-H * W // part)
+                assert pieces == 1 or (part >= fused.SHORTEST and pieces * B * 4 * (Di // 32) <= fused.WARPS)
 
 
 def test_can_run_says_why_not(monkeypatch):

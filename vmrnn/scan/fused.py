@@ -32,8 +32,11 @@ CHUNK = 128  # steps between the states that the forward keeps for the backward
 STEPS = 2  # of the forward, loaded together
 STEPS_BACK = 4  # of the backward, whose states are in registers together; it divides CHUNK
 MAX_RANK_INSIDE = 16  # up to which the forward kernel makes the step sizes from their low rank
-# A warp takes 32 channels if that makes a warp for half of an H200's 528 schedulers, else 8.
-MANY_CHANNELS = 264 * 32  # B K Di
+# Where there are few channels and batch items the sequence is split, too.
+WARPS = 1056  # that a launch would have: two for each of an H200's 528 schedulers
+SHORTEST = 32  # steps of a part of the sequence
+WORTH, WORTH_BACK = 4, 2  # parts from which it pays: their ends cost a forward again, a fifth of a backward
+CHAIN_BLOCK = 128
 SUM_BLOCK = 1024
 # One warp meets no barrier of others and leaves more programs. FMA is Triton's default up to 3.9 only.
 OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
@@ -156,15 +159,25 @@ def load_forward(x, dbl, raw, d, r, n, Di, k, first, H: tl.constexpr, W: tl.cons
 
 
 @jit
+def step_sizes(step, weights, biases, PROJECT: tl.constexpr):
+    """From their low rank (PROJECT), or from what they are before softplus."""
+    return softplus(tl.sum(tl.sum(weights * step, 2), 0) + biases if PROJECT else step)
+
+
+@jit
+def load_state(checkpoints, chunk, Di, N: tl.constexpr, state_at, n, state_mask):
+    """The state before a chunk: zero before the first."""
+    return tl.load(checkpoints + (chunk - 1) * Di * N + state_at,
+                   mask=state_mask & (n < tl.where(chunk > 0, N, 0)), other=0.0)  # fmt: skip
+
+
+@jit
 def run_forward(loaded, h, As, Ds, weights, biases, y, d, Di, k, first, H: tl.constexpr, W: tl.constexpr,
                 STEPS: tl.constexpr, PROJECT: tl.constexpr):  # fmt: skip
     """The state after STEPS steps; stores their y."""
     us, steps, bs, cs = loaded
     for j in tl.static_range(STEPS):
-        if PROJECT:
-            dt = softplus(tl.sum(tl.sum(weights * steps[j], 2), 0) + biases)
-        else:
-            dt = softplus(steps[j])
+        dt = step_sizes(steps[j], weights, biases, PROJECT)
         h = tl.exp2(wide(dt) * As) * h + wide(dt * us[j]) * bs[j]
         out = tl.sum(tl.sum(h * cs[j], 2), 0) + Ds * us[j]
         tl.store(y + place_of(k, first + j, H, W) * Di + d, out, mask=d < within(first + j, Di, H, W))
@@ -187,12 +200,102 @@ def load_backward(dy, x, raw, dbl, d, n, Di, k, i, H: tl.constexpr, W: tl.conste
 
 
 @jit
+def run_end(loaded, v, total, As, weights, biases, d, Di, first, H: tl.constexpr, W: tl.constexpr,
+            STEPS: tl.constexpr, PROJECT: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """The state, or its gradient if BACK, after STEPS steps, and the sum of their step sizes."""
+    us, steps, bs, cs = loaded
+    for j in tl.static_range(STEPS - 1 if BACK else 0, -1 if BACK else STEPS, -1 if BACK else 1):
+        dt = step_sizes(steps[j], weights, biases, PROJECT)
+        if BACK:  # the last part may go beyond the map
+            inside = d < within(first + j, Di, H, W)
+            dt = tl.where(inside, dt, 0.0)
+            v = tl.exp2(wide(dt) * As) * (wide(tl.where(inside, us[j], 0.0)) * cs[j] + v)
+        else:
+            v = tl.exp2(wide(dt) * As) * v + wide(dt * us[j]) * bs[j]
+        total += dt
+    return v, total
+
+
+@jit
+def ends_kernel(source, dbl, raw, weight, bias, A_log, ends, totals, B, Di,
+                H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+                BLOCK_D: tl.constexpr, RR: tl.constexpr, RT: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
+                SPREAD: tl.constexpr, STEPS: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr,
+                PROJECT: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """What each part of the sequence makes of a state of zero: ends (K, B, slots, Di, N), of which this part's slot is
+    every STRIDE-th; and the sum of its step sizes, totals (K, B, parts - 1, Di).
+
+    The last part's state is not asked for. BACK: what each part but the first makes of the gradient of its states,
+    from the last step to the first; source is then dy, otherwise x.
+    """
+    L: tl.constexpr = H * W
+    ROW: tl.constexpr = R + 2 * N
+    b = tl.program_id(1) // 4
+    k = tl.program_id(1) % 4
+    slot = tl.program_id(2)
+    parts = tl.num_programs(2)
+    begin = (slot + (1 if BACK else 0)) * PART
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = state_index(RR, RT, SPREAD)
+    n = state_index(NR, NT, SPREAD)
+    state_mask = wide(d < Di) & (n < N)
+    state_at = wide(d) * N + n
+
+    source += b.to(tl.int64) * L * Di
+    dbl += b.to(tl.int64) * L * 4 * ROW + k * ROW
+    raw += (k * B + b).to(tl.int64) * L * Di
+    slot += (k * B + b) * parts
+
+    channel = k * Di + d
+    weights = tl.load(weight + wide(channel) * R + r, mask=wide(d < Di) & (r < R), other=0.0).to(tl.float32)
+    biases = tl.load(bias + channel, mask=d < Di, other=0.0).to(tl.float32)
+    As = decay_rates(A_log + k * Di * N + state_at, state_mask)
+    v = tl.zeros([NR, BLOCK_D, NT], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+
+    towards: tl.constexpr = -STEPS if BACK else STEPS
+    first = begin + (PART - STEPS if BACK else 0)
+    these = load_forward(source, dbl, raw, d, r, n, Di, k, first, H, W, N, R, STEPS, PROJECT)
+    for _ in range(0, PART, 2 * STEPS):
+        middle = first + towards
+        those = load_forward(source, dbl, raw, d, r, n, Di, k, middle, H, W, N, R, STEPS, PROJECT)
+        v, total = run_end(these, v, total, As, weights, biases, d, Di, first, H, W, STEPS, PROJECT, BACK)
+        first = middle + towards
+        these = load_forward(source, dbl, raw, d, r, n, Di, k, tl.maximum(first, 0), H, W, N, R, STEPS, PROJECT)
+        v, total = run_end(those, v, total, As, weights, biases, d, Di, middle, H, W, STEPS, PROJECT, BACK)
+    tl.store(ends + ((slot + 1) * STRIDE - 1).to(tl.int64) * Di * N + state_at, v, mask=state_mask)
+    tl.store(totals + slot.to(tl.int64) * Di + d, total, mask=d < Di)
+
+
+@jit
+def chain_kernel(ends, totals, A_log, B, Di, N: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+                 SLOTS: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """ends and totals of ends_kernel, PARTS of SLOTS slots: each end, in place, becomes what it is with all parts
+    before it (BACK: after it), one by one."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < Di * N
+    rates = decay_rates(A_log + tl.program_id(1) // B * Di * N + at, mask)
+    ends += tl.program_id(1).to(tl.int64) * SLOTS * Di * N + at
+    totals += tl.program_id(1).to(tl.int64) * PARTS * Di + at // N
+    own = ()  # all loads before the first store, which none may overtake
+    sums = ()
+    for part in tl.static_range(PARTS):
+        own = own + (tl.load(ends + ((part + 1) * STRIDE - 1) * Di * N, mask=mask, other=0.0),)
+        sums = sums + (tl.load(totals + part * Di, mask=mask, other=0.0),)
+    v = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS - 1 if BACK else 0, -1 if BACK else PARTS, -1 if BACK else 1):
+        v = tl.exp2(rates * sums[part]) * v + own[part]
+        tl.store(ends + ((part + 1) * STRIDE - 1) * Di * N, v, mask=mask)
+
+
+@jit
 def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
                    H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
                    BLOCK_D: tl.constexpr, RR: tl.constexpr, RT: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
-                   SPREAD: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+                   SPREAD: tl.constexpr, STEPS: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr,
                    PROJECT: tl.constexpr, SAVE: tl.constexpr):  # fmt: skip
-    """y (K, B, L, Di), a part for each direction; checkpoints (K, B, chunks - 1, Di, N) if SAVE.
+    """y (K, B, L, Di), a part for each direction; checkpoints (K, B, chunks - 1, Di, N), the state before each chunk
+    but the first: read where a part of the sequence begins, written within it if SAVE.
 
     PROJECT: step sizes are made here from their low rank; otherwise raw (K, B, L, Di) holds them
     before softplus.
@@ -201,6 +304,7 @@ def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
     ROW: tl.constexpr = R + 2 * N
     b = tl.program_id(1) // 4
     k = tl.program_id(1) % 4
+    begin = tl.program_id(2) * PART
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = state_index(RR, RT, SPREAD)
     n = state_index(NR, NT, SPREAD)
@@ -218,14 +322,14 @@ def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
     biases = tl.load(bias + channel, mask=d < Di, other=0.0).to(tl.float32)
     Ds = tl.load(D + channel, mask=d < Di, other=0.0).to(tl.float32)
     As = decay_rates(A_log + k * Di * N + state_at, state_mask)
-    h = tl.zeros([NR, BLOCK_D, NT], tl.float32)
+    h = load_state(checkpoints, begin // CHUNK, Di, N, state_at, n, state_mask)
 
     # Two sets of registers take turns: one set's inputs are on their way while the other's steps run,
     # since there are few warps to hide a load.
-    these = load_forward(x, dbl, raw, d, r, n, Di, k, 0, H, W, N, R, STEPS, PROJECT)
-    for first in range(0, L, 2 * STEPS):
+    these = load_forward(x, dbl, raw, d, r, n, Di, k, begin, H, W, N, R, STEPS, PROJECT)
+    for first in range(begin, tl.minimum(begin + PART, L), 2 * STEPS):
         if SAVE:
-            if first % CHUNK == 0 and first > 0:
+            if first % CHUNK == 0 and first > begin:
                 tl.store(checkpoints + (first // CHUNK - 1) * Di * N + state_at, h, mask=state_mask)
         middle = first + STEPS
         those = load_forward(x, dbl, raw, d, r, n, Di, k, middle, H, W, N, R, STEPS, PROJECT)
@@ -235,20 +339,23 @@ def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
 
 
 @jit
-def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA_log, dD, dbias, B, Di,
+def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, starts, scratch, dx, dbc, dA_log, dD, dbias, B, Di,
                     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
                     BLOCK_D: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
-                    STEPS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """dx (K, B, L, Di), dbc (channel blocks, B, L, K, 2N), dA_log (B, K, Di, N), dD and dbias (B, K, Di).
+                    STEPS: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """dx (K, B, L, Di), dbc (channel blocks, B, L, K, 2N), dA_log (parts, B, K, Di, N), dD and dbias (parts, B, K, Di).
 
     raw (K, B, L, Di), the step sizes before softplus, is replaced by its own gradient.
-    scratch (K, B, CHUNK / STEPS, Di, N): the states of the chunk at hand, one every STEPS steps.
+    starts (K, B, parts - 1, Di, N): the gradient of the state after each part of the sequence but the last.
+    scratch (parts, K, B, CHUNK / STEPS, Di, N): the states of the chunk at hand, one every STEPS steps.
     """
     L: tl.constexpr = H * W
     ROW: tl.constexpr = R + 2 * N
-    CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
     b = tl.program_id(1) // 4
     k = tl.program_id(1) % 4
+    part = tl.program_id(2) if PART < L else 0
+    parts = tl.num_programs(2)
+    last_chunk = (tl.minimum((part + 1) * PART, L) - 1) // CHUNK
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = state_index(NR, NT, True)
     state_mask = wide(d < Di) & (n < N)
@@ -261,23 +368,25 @@ def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA
     raw += map_at
     dx += map_at
     dbc += (tl.program_id(0) * B + b).to(tl.int64) * L * 4 * 2 * N + k * 2 * N
-    checkpoints += (k * B + b).to(tl.int64) * (CHUNKS - 1) * Di * N
-    scratch += (k * B + b).to(tl.int64) * (CHUNK // STEPS) * Di * N
+    checkpoints += (k * B + b).to(tl.int64) * ((L - 1) // CHUNK) * Di * N
+    starts += (k * B + b).to(tl.int64) * (parts - 1) * Di * N
+    scratch += ((part * 4 + k) * B + b).to(tl.int64) * (CHUNK // STEPS) * Di * N
 
     channel = k * Di + d
     Ds = tl.load(D + channel, mask=d < Di, other=0.0).to(tl.float32)
     As = decay_rates(A_log + k * Di * N + state_at, state_mask)
-    dh = tl.zeros([NR, BLOCK_D, NT], tl.float32)  # sent back by the steps after
+    dh = tl.load(
+        starts + part * Di * N + state_at, mask=state_mask & (n < tl.where(part + 1 < parts, N, 0)), other=0.0
+    )  # from the steps after
     dAs = tl.zeros([NR, BLOCK_D, NT], tl.float32)
     dDs = tl.zeros([BLOCK_D], tl.float32)
     dbiases = tl.zeros([BLOCK_D], tl.float32)
 
-    for i in range(CHUNKS):
-        chunk = CHUNKS - 1 - i
+    for i in range(last_chunk - part * (PART // CHUNK) + 1):
+        chunk = last_chunk - i
         begin = chunk * CHUNK
         groups = (tl.minimum(CHUNK, L - begin) + STEPS - 1) // STEPS
-        saved = checkpoints + (chunk - 1) * Di * N + state_at
-        h = tl.load(saved, mask=state_mask & (n < tl.where(chunk > 0, N, 0)), other=0.0)
+        h = load_state(checkpoints, chunk, Di, N, state_at, n, state_mask)
         tl.store(scratch + state_at, h, mask=state_mask)
         for s in range(1, groups):
             first = begin + (s - 1) * STEPS
@@ -310,15 +419,14 @@ def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA
                 n_mask = n < within(first + j, N, H, W)
                 dt = tl.where(d_mask, softplus(raw_j), 0.0)
                 a = tl.exp2(wide(dt) * As)
-                decayed = a * hs[j]
-                h = decayed + wide(dt * u) * b_j
+                after = a * hs[j] + wide(dt * u) * b_j if j == STEPS - 1 else hs[j + 1]
                 g = wide(dy_j) * c_j + dh
-                g_decayed = g * decayed
                 dh = a * g
+                q = dh * hs[j]
                 db = tl.sum(g * wide(dt * u), 1, keep_dims=True)
-                dc = tl.sum(wide(dy_j) * h, 1, keep_dims=True)
-                dAs += g_decayed * wide(dt)
-                from_a = tl.sum(tl.sum(g_decayed * As, 0), 1)
+                dc = tl.sum(wide(dy_j) * after, 1, keep_dims=True)
+                dAs += q * wide(dt)
+                from_a = tl.sum(tl.sum(q * As, 0), 1)
                 from_b = tl.sum(tl.sum(g * b_j, 0), 1)
                 draw = (from_a * 0.6931471805599453 + from_b * u) * sigmoid(raw_j)
                 dDs += dy_j * u
@@ -330,6 +438,7 @@ def backward_kernel(dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA
                 tl.store(raw + place * Di + d, draw, mask=d_mask)
         tl.debug_barrier()
 
+    b += part * B
     channel += b * 4 * Di
     As = decay_rates(A_log + k * Di * N + state_at, state_mask)  # again: kept, it spills at N = 64 (Triton 3.6)
     dAs *= As * 0.6931471805599453
@@ -358,14 +467,17 @@ def add_up(parts, dtype):
     return total
 
 
+def padded(n):
+    return 1 << (n - 1).bit_length()
+
+
 def split(n):
     """An axis of n, padded to a power of two, as (the rest, up to four neighbours)."""
-    padded = 1 << (n - 1).bit_length()
-    return padded // min(padded, 4), min(padded, 4)
+    return padded(n) // min(padded(n), 4), min(padded(n), 4)
 
 
-def forward_blocks(B, Di, N, R):
-    spread = B * DIRECTIONS * Di < MANY_CHANNELS or N > 32
+def forward_blocks(N, R):
+    spread = N > 32  # the states of a channel would not fit a lane
     order = -1 if spread else 1
     RR, RT = split(R)[::order]
     NR, NT = split(N)[::order]
@@ -373,15 +485,48 @@ def forward_blocks(B, Di, N, R):
     return shape | dict(STEPS=STEPS, PROJECT=R <= MAX_RANK_INSIDE)
 
 
-def backward_blocks(B, Di, N):
+def backward_blocks(N):
     NT, NR = split(N)
-    few = B * DIRECTIONS * Di < MANY_CHANNELS or N > 16
-    return dict(BLOCK_D=8 if few else 32, NR=NR, NT=NT, STEPS=STEPS_BACK if N <= 32 else 2)
+    return dict(BLOCK_D=32 if N <= 16 else 8, NR=NR, NT=NT, STEPS=STEPS_BACK if N <= 32 else 2)
 
 
-def checkpoint_shape(x, A_log):
+def part_length(x, BLOCK_D, worth):
+    """Steps that a program walks, a power of two: all of them, or so few that WARPS programs have work, if that makes
+    `worth` parts of the sequence."""
     B, H, W, Di = x.shape
-    return DIRECTIONS, B, (H * W - 1) // CHUNK, Di, A_log.shape[-1]
+    parts = min(WARPS // (B * DIRECTIONS * -(-Di // BLOCK_D)), H * W // SHORTEST)
+    return padded(max(-(-H * W // (parts if parts >= worth else 1)), SHORTEST))
+
+
+def lengths(x, N, R):
+    """(steps of a program of the forward, of the backward, between the states kept for the backward), each of which
+    divides those before it or is divided by them."""
+    forward = part_length(x, forward_blocks(N, R)["BLOCK_D"], WORTH)
+    backward = part_length(x, backward_blocks(N)["BLOCK_D"], WORTH_BACK)
+    return forward, backward, min(forward, backward, CHUNK)
+
+
+def checkpoint_shape(x, A_log, dt_weight):
+    B, H, W, Di = x.shape
+    N = A_log.shape[-1]
+    return DIRECTIONS, B, (H * W - 1) // lengths(x, N, dt_weight.shape[-1])[2], Di, N
+
+
+def ends_of_parts(source, dbl, raw, dt_weight, dt_bias, A_log, ends, part, chunk, blocks, back):
+    """The state before each part of `part` steps but the first, written to ends (K, B, slots, Di, N), one slot for
+    `chunk` steps; back: the gradient of the state after each part but the last."""
+    B, H, W, Di = source.shape
+    K, _, N = A_log.shape
+    parts = (H * W - 1) // part
+    totals = ends.new_empty(K, B, parts, Di)
+    ends_kernel[-(-Di // blocks["BLOCK_D"]), B * K, parts](
+        source, dbl, raw, dt_weight, dt_bias, A_log, ends, totals, B, Di,
+        H=H, W=W, N=N, R=dt_weight.shape[-1], PART=part, STRIDE=part // chunk, BACK=back, **blocks, **OPTIONS,
+    )  # fmt: skip
+    chain_kernel[-(-Di * N // CHAIN_BLOCK), B * K](
+        ends, totals, A_log, B, Di, N=N, PARTS=parts, STRIDE=part // chunk, SLOTS=ends.shape[2], BLOCK=CHAIN_BLOCK,
+        BACK=back, **SUM_OPTIONS,
+    )  # fmt: skip
 
 
 def raw_step_sizes(dbl, dt_weight, dt_bias):
@@ -401,23 +546,27 @@ def scan_op(
     K, _, N = A_log.shape
     R = dt_weight.shape[-1]
     dbl = dbl.float()  # once; in the kernel every block of channels would convert it again
-    blocks = forward_blocks(B, Di, N, R)
-    parts = x.new_empty(K, B, H * W, Di, dtype=torch.float32)
-    checkpoints = x.new_empty(checkpoint_shape(x, A_log) if save else 0, dtype=torch.float32)
+    blocks = forward_blocks(N, R)
+    part, _, chunk = lengths(x, N, R)
+    chunk = chunk if save else part
+    ys = x.new_empty(K, B, H * W, Di, dtype=torch.float32)
+    checkpoints = x.new_empty(K, B, (H * W - 1) // chunk, Di, N, dtype=torch.float32)
     # Autocast would make the product of the step sizes in bf16.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        raw = parts if blocks["PROJECT"] else raw_step_sizes(dbl, dt_weight, dt_bias)[0]  # parts: not read
-        forward_kernel[-(-Di // blocks["BLOCK_D"]), B * K](
-            x, dbl, raw, dt_weight, dt_bias, A_log, D, parts, checkpoints, B, Di,
-            H=H, W=W, N=N, R=R, CHUNK=CHUNK, SAVE=save, **blocks, **OPTIONS,
+        raw = ys if blocks["PROJECT"] else raw_step_sizes(dbl, dt_weight, dt_bias)[0]  # ys: not read
+        if part < H * W:
+            ends_of_parts(x, dbl, raw, dt_weight, dt_bias, A_log, checkpoints, part, chunk, blocks, back=False)
+        forward_kernel[-(-Di // blocks["BLOCK_D"]), B * K, -(-H * W // part)](
+            x, dbl, raw, dt_weight, dt_bias, A_log, D, ys, checkpoints, B, Di,
+            H=H, W=W, N=N, R=R, PART=part, CHUNK=chunk, SAVE=save, **blocks, **OPTIONS,
         )  # fmt: skip
-        return add_up(parts, x.dtype).view(B, H, W, Di), checkpoints
+        return add_up(ys, x.dtype).view(B, H, W, Di), checkpoints if save else checkpoints.new_empty(0)
 
 
 @scan_op.register_fake
 def _(x, dbl, dt_weight, dt_bias, A_log, D, save):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(checkpoint_shape(x, A_log) if save else 0, dtype=torch.float32)
+    return y, x.new_empty(checkpoint_shape(x, A_log, dt_weight) if save else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("vmrnn::scan_triton_backward", mutates_args=())
@@ -435,8 +584,10 @@ def scan_backward_op(
     B, H, W, Di = x.shape
     K, _, N = A_log.shape
     R = dt_weight.shape[-1]
-    blocks = backward_blocks(B, Di, N)
-    grid = -(-Di // blocks["BLOCK_D"]), B * K
+    blocks = backward_blocks(N)
+    _, part, chunk = lengths(x, N, R)
+    parts = -(-H * W // part)
+    grid = -(-Di // blocks["BLOCK_D"]), B * K, parts
     dbl_dtype = dbl.dtype
 
     def empty(*shape):
@@ -446,11 +597,15 @@ def scan_backward_op(
         dbl = dbl.float()
         raw, low = raw_step_sizes(dbl, dt_weight, dt_bias)
         dx, dbc = empty(K, B, H, W, Di), empty(grid[0], B, H, W, K, 2 * N)
-        dA_log, dD, dbias = empty(B, K, Di, N), empty(B, K, Di), empty(B, K, Di)
-        scratch = empty(K, B, CHUNK // blocks["STEPS"], Di, N)
+        dA_log, dD, dbias = empty(parts * B, K, Di, N), empty(parts * B, K, Di), empty(parts * B, K, Di)
+        scratch = empty(parts, K, B, chunk // blocks["STEPS"], Di, N)
+        starts = empty(K, B, parts - 1, Di, N)
+        if parts > 1:
+            shape = forward_blocks(N, R) | dict(PROJECT=False)
+            ends_of_parts(dy, dbl, raw, dt_weight, dt_bias, A_log, starts, part, part, shape, back=True)
         backward_kernel[grid](
-            dy, x, dbl, raw, A_log, D, checkpoints, scratch, dx, dbc, dA_log, dD, dbias, B, Di,
-            H=H, W=W, N=N, R=R, CHUNK=CHUNK, **blocks, **OPTIONS,
+            dy, x, dbl, raw, A_log, D, checkpoints, starts, scratch, dx, dbc, dA_log, dD, dbias, B, Di,
+            H=H, W=W, N=N, R=R, PART=part, CHUNK=chunk, **blocks, **OPTIONS,
         )  # fmt: skip
         draw = raw  # the kernel has put its gradient there
         dlow = torch.bmm(draw, dt_weight.float()).view(K, B, H, W, R).movedim(0, 3)
