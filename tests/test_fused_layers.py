@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 from conftest import relative_error
-from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, resources, run_interpreter
+from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, run_interpreter
 
+from benchmarks.machine_code import build
 from vmrnn import fused_layers, layers
 from vmrnn.cell import VMRNNCell
 from vmrnn.fused_layers import conv_blocks
@@ -202,7 +203,7 @@ def kernels():
 def test_compiled_without_spills(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, (kernel, constants) in kernels().items():
-        registers, stack, shared = resources(kernel, constants, fused_layers.OPTIONS, "bf16", arch)
+        registers, stack, shared, _ = build(kernel, constants, fused_layers.OPTIONS, "bf16", arch)
         assert stack == 0, f"{name}: {stack} bytes of spills"
         assert registers <= 168 and shared <= 8192, f"{name}: {registers} registers, {shared} bytes shared"
 

@@ -1,23 +1,21 @@
 """The Triton scan: against the reference in float64, and what the compiler makes of it.
 
 No GPU is needed. Numbers come from Triton's interpreter, in one process of its own, since
-TRITON_INTERPRET must be set before triton is imported; registers and spills from compiling ahead of
-time. The table of vmrnn/scan/README.md: PYTHONPATH=. python tests/test_scan_triton.py
+TRITON_INTERPRET must be set before triton is imported; registers and spills from compiling ahead of time, as
+benchmarks/machine_code.py does.
 """
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, relative_error
 from test_scan import SHAPES, outputs_and_gradients, scan_inputs
 
+from benchmarks.machine_code import SHAPES as SHAPES_OF_D, build, kernels_of
 from vmrnn.scan import fused, reference
 
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
@@ -173,85 +171,17 @@ def test_parity_on_a_gpu(shape):
         assert torch.equal(t, second[name]), name
 
 
-# name: (B, H = W, Di, R) of network D, what the kernels are compiled for.
-BUILDS = {
-    "32x32": (16, 32, 256, 8),
-    "16x16": (16, 16, 512, 16),
-    "8x8": (16, 8, 1024, 32),
-    "32x32, B=1": (1, 32, 256, 8),
-}
 ARCHITECTURES = (80, 90, 120)
-
-
-def kernels_of(build, N=16):
-    """{name: (kernel, constants, options)} as scan_op and scan_backward_op launch them."""
-    B, H, Di, R = BUILDS[build]
-    part, part_back, chunk = fused.lengths(torch.empty(B, H, H, Di, device="meta"), N, R)
-    fixed = dict(H=H, W=H, N=N, R=R)
-    blocks = fixed | fused.forward_blocks(N, R)
-    kernels = {
-        f"forward {build}": (fused.forward_kernel, blocks | dict(PART=part, CHUNK=chunk, SAVE=True)),
-        f"backward {build}": (
-            fused.backward_kernel,
-            fixed | fused.backward_blocks(N) | dict(PART=part_back, CHUNK=chunk),
-        ),
-    }
-    if part < H * H:
-        shape = dict(PARTS=(H * H - 1) // part, N=N, STRIDE=part // chunk, SLOTS=(H * H - 1) // chunk)
-        kernels |= {
-            f"ends {build}": (fused.ends_kernel, blocks | dict(PART=part, STRIDE=part // chunk, BACK=False)),
-            f"ends, back {build}": (
-                fused.ends_kernel,
-                blocks | dict(PART=part_back, STRIDE=1, BACK=True, PROJECT=False),
-            ),
-            f"chain {build}": (fused.chain_kernel, shape | dict(BLOCK=fused.CHAIN_BLOCK, BACK=False)),
-        }
-    few = {fused.chain_kernel: fused.SUM_OPTIONS}
-    return {name: (*kernel, few.get(kernel[0], fused.OPTIONS)) for name, kernel in kernels.items()}
-
-
-def sum_of_four():
-    return fused.sum_kernel, dict(PARTS=4, BLOCK=fused.SUM_BLOCK), fused.SUM_OPTIONS
-
-
-def resources(kernel, constants, options, dtype, arch):
-    """Registers, bytes of stack (where spills go) and of shared memory of one compiled kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"this Triton brings no cuobjdump: {tool}")
-    types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names}
-    maps = ("x", "y", "z", "dx", "dy", "dz", "out", "dout", "ds", "total", "source")
-    if kernel in (fused.forward_kernel, fused.backward_kernel):  # whose results are parts, in fp32
-        maps = ("x", "dy")
-    types |= {name: f"*{dtype}" for name in maps if name in types}
-    types |= {
-        name: "i32" for name in ("B", "Di", "size", "step", "H", "W", "C") if name in types and name not in constants
-    }
-    types |= {name: "fp32" for name in ("eps",) if name in types}
-    # What a launch finds out by itself: pointers, channels, steps and sizes are multiples of 16.
-    multiples = ("Di", "C", "step", "size")
-    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in multiples]
-    source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK"))
-    return registers, stack, compiled.metadata.shared
 
 
 @needs_triton
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("build", BUILDS)
-def test_compiled_without_spills(build, arch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch, side", [(16, "32x32"), (16, "16x16"), (16, "8x8"), (1, "32x32")])
+def test_compiled_without_spills(batch, side, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    dtype = "bf16" if build == "16x16" else "fp32"  # both, in half the time that both of each take
-    for name, kernel in kernels_of(build).items():
-        registers, stack, shared = resources(*kernel, dtype, arch)
+    dtype = "bf16" if side == "16x16" else "fp32"  # both, in half the time that both of each take
+    for name, kernel in kernels_of(SHAPES_OF_D[side], batch).items():
+        registers, stack, shared, _ = build(*kernel, dtype, arch)
         assert stack == 0, f"{name}: {stack} bytes of spills"
         assert registers <= 255 and shared <= 1024, f"{name}: {registers} registers, {shared} bytes shared"
 
@@ -259,16 +189,8 @@ def test_compiled_without_spills(build, arch, tmp_path, monkeypatch):
 @needs_triton
 def test_many_states_compiled_without_spills(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name, kernel in kernels_of("32x32", N=64).items():
-        assert resources(*kernel, "fp32", 90)[1] == 0, name
-
-
-@needs_triton
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_sum_compiled_without_spills(arch, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    registers, stack, _ = resources(*sum_of_four(), "bf16", arch)
-    assert stack == 0 and registers <= 64
+    for name, kernel in kernels_of(SHAPES_OF_D["32x32"], 16, N=64).items():
+        assert build(*kernel, "fp32", 90)[1] == 0, name
 
 
 @pytest.mark.parametrize("B", [1, 3, 8, 64])
@@ -311,24 +233,8 @@ print(fused.can_run("cuda", torch.float32, 16))
     assert done.returncode == 0 and "pip install triton" in done.stdout, done.stdout + done.stderr
 
 
-def print_table():
-    """Registers / shared memory, and spills where there are any."""
-    columns = [(dtype, arch) for dtype in ("fp32", "bf16") for arch in ARCHITECTURES]
-    print("| kernel | " + " | ".join(f"{dtype} sm_{arch}" for dtype, arch in columns) + " |")
-    print("|---" * (1 + len(columns)) + "|")
-    kernels = {name: k for build in BUILDS for name, k in kernels_of(build).items()} | {"sum": sum_of_four()}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        for name, kernel in kernels.items():
-            cells = []
-            for dtype, arch in columns:
-                registers, stack, shared = resources(*kernel, dtype, arch)
-                cells.append(f"{registers} / {shared}" + (f" ({stack} SPILLED)" if stack else ""))
-            print(f"| {name} | " + " | ".join(cells) + " |")
-
-
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
         print(json.dumps(interpret()))
     else:
-        print_table()
+        sys.exit("run by pytest")
