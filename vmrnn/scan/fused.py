@@ -304,7 +304,7 @@ def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
     ROW: tl.constexpr = R + 2 * N
     b = tl.program_id(1) // 4
     k = tl.program_id(1) % 4
-    begin = tl.program_id(2) * PART
+    begin = tl.program_id(2) * PART if PART < L else 0
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = state_index(RR, RT, SPREAD)
     n = state_index(NR, NT, SPREAD)
@@ -327,7 +327,7 @@ def forward_kernel(x, dbl, raw, weight, bias, A_log, D, y, checkpoints, B, Di,
     # Two sets of registers take turns: one set's inputs are on their way while the other's steps run,
     # since there are few warps to hide a load.
     these = load_forward(x, dbl, raw, d, r, n, Di, k, begin, H, W, N, R, STEPS, PROJECT)
-    for first in range(begin, tl.minimum(begin + PART, L), 2 * STEPS):
+    for first in range(begin, tl.minimum(begin + PART, L) if PART < L else L, 2 * STEPS):
         if SAVE:
             if first % CHUNK == 0 and first > begin:
                 tl.store(checkpoints + (first // CHUNK - 1) * Di * N + state_at, h, mask=state_mask)

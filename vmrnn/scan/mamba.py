@@ -12,7 +12,7 @@ import torch
 
 from vmrnn.scan.reference import merge_directions, split_directions
 
-INSTALL = "pip install --no-build-isolation -r requirements-cuda.txt (needs nvcc of torch's CUDA version)"
+INSTALL = "pip install --no-build-isolation --no-deps -r requirements-cuda.txt (needs nvcc of torch's CUDA version; see there)"
 
 
 @functools.cache
