@@ -1,7 +1,7 @@
 """The 2-D scan: every back end that runs here, and the arithmetic's floor, at the networks' shapes.
 
     python -m benchmarks.scan                 batch 1, 4 and 16
-    python -m benchmarks.scan --quick         batch 1
+    python -m benchmarks.scan --batches 1     batch 1
     python -m benchmarks.scan --device cuda   fp32 and bf16; mamba is the published path, its copies included
 
 Each back end must first agree with the reference in float64 (the CPU kernel to 5e-6, y and every
@@ -215,7 +215,7 @@ def describe(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="batch 1 only")
+    parser.add_argument("--batches", type=int, nargs="+", help="default: 1, 4 and 16; on a GPU 1, 8, 16 and 64")
     parser.add_argument("--rounds", type=int)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -232,8 +232,7 @@ def main():
     titles = "".join(f"{c:>10}" for c in COLUMNS) + "".join(f"{c:>8}" for c in COLUMNS) * 2
     print(f"{'map':>6} {'Di':>5} {'batch':>5} {'type':<4}  {'back end':<10}{titles} error   peak")
     records = []
-    batches = (1,) if args.quick else (1, 8, 16, 64) if on_gpu else (1, 4, 16)
-    for batch in batches:
+    for batch in args.batches or ((1, 8, 16, 64) if on_gpu else (1, 4, 16)):
         for shape in SHAPES:
             for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
                 rounds = args.rounds or (7 if batch == 1 and not on_gpu else 3)

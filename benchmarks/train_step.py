@@ -133,21 +133,33 @@ def main():
         gate = [sys.executable, "-m", "pytest", "-q", "tests/test_networks.py", "-k", f"golden and {back_end}"]
         if subprocess.run(gate, capture_output=True).returncode:
             sys.exit(f"{' '.join(gate[1:])} fails: no figure from a step that computes something else")
-    results = {case: [] for case in args.cases}
-    for _ in range(args.rounds):
-        for case in args.cases:
-            command = [sys.executable, "-m", "benchmarks.train_step", "--one", case, "--device", args.device]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            results[case].append(json.loads(done.stdout.splitlines()[-1]))
-
     print(f"{describe_device(device)}; {args.rounds} rounds, medians; {FRAMES} + {FRAMES} frames")
-    print(f"{'case':26}{'step [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}")
-    medians = {}
-    for case, rounds in results.items():
-        medians[case] = m = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        rate = int(case.split(":")[1]) * 2 * FRAMES / m["step"]
-        print(f"{case:26}{m['step']:10.2f}{rate:10.1f}{m['peak']:12.0f}{1e3 * m['frame']:20.1f}")
-    print(json.dumps({"device": describe_device(device), "medians": medians}))
+    print(f"{'case':30}{'step [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}", flush=True)
+    results, failed = {case: [] for case in args.cases}, {}
+    for last in (n == args.rounds - 1 for n in range(args.rounds)):
+        for case, rounds in results.items():
+            command = [sys.executable, "-m", "benchmarks.train_step", "--one", case, "--device", args.device]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:  # out of memory, say: the others go on
+                failed[case] = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+                print(f"{case:30}  failed: {failed[case]}", flush=True)
+                continue
+            rounds.append(json.loads(done.stdout.splitlines()[-1]))
+            if last:  # row by row: what stops this program later loses none of them
+                print(row(case, medians_of(rounds)), flush=True)
+    medians = {case: medians_of(rounds) for case, rounds in results.items() if rounds}
+    print(json.dumps({"device": describe_device(device), "medians": medians, "failed": failed}))
+    sys.exit(1 if failed else 0)
+
+
+def medians_of(rounds):
+    return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+
+
+def row(case, medians):
+    rate = int(case.split(":")[1]) * 2 * FRAMES / medians["step"]
+    figures = f"{medians['step']:10.3f}{rate:10.1f}{medians['peak']:12.0f}{1e3 * medians['frame']:20.2f}"
+    return f"{case:30}{figures}"
 
 
 if __name__ == "__main__":

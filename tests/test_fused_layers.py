@@ -165,6 +165,7 @@ def test_in_a_cell_and_the_same_bits_in_the_interpreter(interpreted):
     assert_small(interpreted["cell"], 1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason=NO_GPU)
 @pytest.mark.parametrize("shape", MAPS_GPU, ids=str)
 @pytest.mark.parametrize("case", LAYERS)

@@ -21,7 +21,7 @@ OWN = Path(__file__).parent / "golden"  # the reference in float64, made by make
 
 
 BACK_ENDS = [
-    pytest.param(device, name, id=f"{device}-{name}")
+    pytest.param(device, name, id=f"{device}-{name}", marks=[pytest.mark.gpu] * (device == "cuda"))
     for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     for name, (ok, _) in scan.available(device).items()
     if ok
@@ -142,15 +142,18 @@ def test_checkpointed_gradients_are_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_compiled_steps_are_one_graph_and_the_same_numbers():
-    if scan.resolve("auto", "cpu") != "cpu":
-        pytest.skip("torch.compile on a CPU needs the C++ compiler that is not here")
-    model = B(8, 2, 1, 16, [1], drop_path_rate=0.0)
-    inputs, targets = torch.rand(1, 2, 1, 8, 8), torch.rand(1, 2, 1, 8, 8)
+@pytest.mark.parametrize("device, name", [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)])
+def test_compiled_steps_are_one_graph_and_the_same_numbers(device, name):
+    ok, reason = scan.BACKENDS[name].can_run(device, torch.float32, 16)
+    if not ok:
+        pytest.skip(f"torch.compile with the scan of {name}: {reason}")
+    device = torch.device(device)
+    model = B(8, 2, 1, 16, [1], drop_path_rate=0.0, scan=name).to(device)
+    inputs, targets = torch.rand(2, 1, 2, 1, 8, 8).to(device)
     outputs, gradients = [], []
     for compiled in (False, True):
         if compiled:
-            compile_model(model, torch.device("cpu"))  # fullgraph: a graph break raises
+            compile_model(model, device)  # fullgraph: a graph break raises
         model.zero_grad()
         outputs.append(rollout(model, inputs, 2))
         rollout_loss(outputs[-1], inputs, targets).backward()

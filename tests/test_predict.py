@@ -62,6 +62,7 @@ def test_a_stream_is_a_rollout(trained, model, size):
     assert np.abs(got[0] - got[2]).max() > 1e-3  # the test could not fail on frames that stand still
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_stream_on_a_graph_is_the_same_stream(trained):
     """Frames, forecasts between them, another stream of another size, and the first size again."""

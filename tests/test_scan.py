@@ -39,9 +39,15 @@ def outputs_and_gradients(function, inputs):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [n for n in scan.BACKENDS if n != "reference"])
-def test_parity(name, shape):
-    device = "cuda" if name in ("mamba", "triton") else "cpu"
+@pytest.mark.parametrize(
+    "name, device",
+    [
+        ("cpu", "cpu"),
+        ("torch", "cpu"),
+        *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ("mamba", "triton", "torch")),
+    ],
+)
+def test_parity(name, device, shape):
     ok, reason = scan.BACKENDS[name].can_run(device, torch.float32, shape[4])
     if not ok or (device == "cuda" and not torch.cuda.is_available()):
         pytest.skip(f"{name}: {reason if not ok else 'no CUDA device'}")

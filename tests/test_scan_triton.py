@@ -156,6 +156,7 @@ def test_same_bits_in_the_interpreter(interpreted):
 GPU, NO_GPU = fused.can_run("cuda", torch.float32, 16)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason=NO_GPU)
 @pytest.mark.parametrize(
     "shape", [*SHAPES, (1, 32, 32, 256, 16, 8), (16, 16, 16, 512, 16, 16), (16, 8, 8, 1024, 16, 32)], ids=str

@@ -182,6 +182,7 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     torch.testing.assert_close(last["ema"][key], average)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_graph_replays_the_same_steps():
     """Losses, gradients and stochastic depth of four updates of two parts, recorded and not."""
