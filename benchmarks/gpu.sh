@@ -14,7 +14,7 @@ failed=0
 
 part() { # part SECONDS COMMAND...
     echo "\$ ${*:2}" | tee -a "$result"
-    timeout "$1" "${@:2}" 2>&1 | tee -a "$result"
+    timeout -s INT -k 10 "$1" "${@:2}" 2>&1 | tee -a "$result"
     [ "${PIPESTATUS[0]}" -eq 0 ] || { failed=1; echo "failed or out of time ($1 s)" | tee -a "$result"; }
 }
 
@@ -31,7 +31,7 @@ has() { # has MODULE
 
 # A test is mostly the compiler's time: with pytest-xdist in several processes.
 # shellcheck disable=SC2046  # several words, or none
-part 110 "$python" -m pytest -q -rs -m gpu $(has xdist && echo -n 8)
+part 110 "$python" -m pytest -q -rs -m gpu $(has xdist && echo "-n 8")
 # The kernels of all batches, compiled side by side into Triton's cache; what is timed then finds them there.
 for batch in 1 8 16 64; do
     timeout 45 "$python" -m benchmarks.scan --device cuda --rounds 1 --batches $batch >/dev/null 2>&1 &

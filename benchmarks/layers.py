@@ -11,11 +11,11 @@ from its 60 MB cache. A human table, then one JSON line.
 import argparse
 import json
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.timing import seconds
 from vmrnn import fused_layers, layers
 from vmrnn.errors import UserError
 from vmrnn.runtime import describe_device, run_program
@@ -134,28 +134,13 @@ def head(batch, side, channels):
     }, (x, weight, bias)
 
 
-def timed(function):
-    """Milliseconds; on a GPU those of the kernels alone."""
-    if torch.get_default_device().type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(10_000_000)  # about 5 ms, in which all launches are queued
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(ways, leaves):
     """{way: (forward, forward + backward)} in ms; AssertionError if two ways differ."""
     first = next(iter(ways.values()))()
     gradient = torch.randn_like(first)
     expected = [first.detach(), *torch.autograd.grad(first, leaves, gradient)]
     tolerance = 0.02 if first.is_cuda else 1e-4  # of the largest: bf16 has 8 bits
-    times = {name: ([], []) for name in ways}
+    times, device = {name: ([], []) for name in ways}, first.device
     for name, way in ways.items():
         result = way()
         got = [result.detach(), *torch.autograd.grad(result, leaves, gradient.to(result.dtype))]
@@ -164,8 +149,8 @@ def measure(ways, leaves):
     for _ in range(ROUNDS):
         for name, way in ways.items():
             with torch.no_grad():
-                times[name][0].append(timed(way))
-            times[name][1].append(timed(lambda way=way: backward(way(), leaves, gradient)))
+                times[name][0].append(1e3 * seconds(way, device))
+            times[name][1].append(1e3 * seconds(lambda way=way: backward(way(), leaves, gradient), device))
     return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
 
 

@@ -64,10 +64,11 @@ def kernels_of(shape, batch, N=D_STATE):
     ):
         if length < H * H:
             parts = (H * H - 1) // length
-            kernels[name] = fused.ends_kernel, forward | dict(PART=length, STRIDE=stride) | rest
+            slots = dict(STRIDE=stride, SLOTS=(H * H - 1) // chunk if stride > 1 else parts)
+            kernels[name] = fused.ends_kernel, forward | dict(PART=length) | slots | rest
             kernels[f"chain of {name}"] = (
                 fused.chain_kernel,
-                dict(N=N, PARTS=parts, STRIDE=stride, SLOTS=parts * stride, BLOCK=fused.CHAIN_BLOCK, BACK=rest["BACK"]),
+                slots | dict(N=N, PARTS=parts, BLOCK=fused.CHAIN_BLOCK, BACK=rest["BACK"]),
             )
     kernels["sum"] = fused.sum_kernel, dict(PARTS=4, BLOCK=fused.SUM_BLOCK)
     wide = (fused.chain_kernel, fused.sum_kernel)

@@ -19,11 +19,11 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import seconds
 from vmrnn import scan
 from vmrnn.runtime import cpu_name
 from vmrnn.scan import cpu, reference
@@ -37,7 +37,6 @@ OTHER_LIMIT, BF16_LIMIT = 1e-4, 3e-2
 REFERENCE_BATCH = 1  # larger ones keep gigabytes
 REFERENCE_ROUNDS = 3  # slow enough to be steady
 QUICK_SECONDS, QUICK_REPEATS = 0.05, 4  # what is quick runs more often in a round
-GPU_QUICK_SECONDS, GPU_CALLS = 0.02, 20
 CHECKED_BATCH = 8  # larger ones run the same kernels, and the float64 reference for them takes minutes
 COLUMNS = ("infer", "forward", "both")
 FLOOR = Path(__file__).with_name("floor.cpp")
@@ -81,23 +80,6 @@ def relative_error(actual, expected):
         name: ((a.double() - e).abs().max() / e.abs().max()).item()
         for name, a, e in zip(NAMES, actual, expected, strict=True)
     }
-
-
-def seconds(function, device):
-    """Of one call. On a GPU what is quick is called several times, so that it has work while the next is prepared."""
-
-    def timed(calls):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
-
-    once = timed(1)
-    return timed(GPU_CALLS) if device.type == "cuda" and once < GPU_QUICK_SECONDS else once
 
 
 def peak_mib(function):
@@ -160,6 +142,8 @@ def measure(back_ends, shape, batch, device, rounds, dtype=torch.float32):
             lambda f=function: f(*inputs),
             lambda f=function: outputs_and_gradients(f, inputs, dy),
         )
+        for function in runs[name]:  # what is compiled at a first call is not timed
+            function()
         if device.type == "cuda":
             results[name]["peak"] = peak_mib(runs[name][-1])
     if device.type == "cuda" and (floor := gpu_floor(inputs, device)):

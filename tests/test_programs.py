@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torch.cuda._utils import _get_device_index
 
 import test as test_program
 import train
@@ -18,7 +19,7 @@ from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint, save_weights
 from vmrnn.errors import UserError
 from vmrnn.pictures import read_log
-from vmrnn.runtime import run_program
+from vmrnn.runtime import pick_device, run_program
 
 TINY = [
     "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "1", "--d_state", "4",
@@ -192,6 +193,18 @@ def test_train_refuses_bad_input(arguments, complaint, tmp_path, capsys, monkeyp
     line = fails(train, [*TINY, "--res_dir", tmp_path / "x", *arguments], capsys)
     assert re.search(complaint, line), line
     assert not (tmp_path / "x").exists()  # not even an empty folder
+
+
+@pytest.mark.parametrize("name, index", [("cuda", 1), ("cuda:0", 0), ("auto", 1)])
+def test_a_gpu_has_an_index(name, index, monkeypatch):
+    """torch.cuda.set_device takes no other; two GPUs are pretended, of which the second is the current one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert pick_device(name) == torch.device("cuda", index)
+    assert chosen == ([] if name == "auto" else [index])
 
 
 def test_a_run_is_never_overwritten_by_accident(trained, tmp_path, capsys):

@@ -54,8 +54,9 @@ def test_parity(name, device, shape):
     expected = outputs_and_gradients(reference.scan_2d, scan_inputs(*shape))
     inputs = scan_inputs(*shape, dtype=torch.float32, device=device)
     got = outputs_and_gradients(lambda *t: scan.scan_2d(*t, backend=name), inputs)
+    steps = shape[1] * shape[2] if device == "cuda" else 0  # see test_scan_triton.py
     for key, value in got.items():
-        assert relative_error(value.cpu(), expected[key]) <= 5e-6, key
+        assert relative_error(value.cpu(), expected[key]) <= 5e-6 + steps * 2**-24, key
 
 
 def test_the_reference_against_four_explicit_walks():

@@ -32,6 +32,7 @@ CASES = {
     "many states": ((1, 2, 3, 3, 33, 2), (1, 1)),
     "split in the backward alone": ((1, 3, 7, 12, 4, 3), (1, 2)),
     "split, with chunks in a part": ((1, 5, 7, 5, 2, 1), (3, 3)),
+    "split, the last part longer than a chunk": ((1, 6, 10, 3, 2, 1), (4, 4)),
     "split, batch, blocks and rank outside": ((2, 8, 4, 33, 1, 17), (4, 4)),
     "split, many states": ((1, 4, 9, 3, 33, 2), (3, 3)),
 }
@@ -159,11 +160,15 @@ GPU, NO_GPU = fused.can_run("cuda", torch.float32, 16)
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason=NO_GPU)
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, (1, 32, 32, 256, 16, 8), (16, 16, 16, 512, 16, 16), (16, 8, 8, 1024, 16, 32)], ids=str
+    "shape",
+    [*SHAPES, (1, 32, 32, 256, 16, 8), (8, 32, 32, 256, 16, 8), (16, 16, 16, 512, 16, 16), (16, 8, 8, 1024, 16, 32)],
+    ids=str,
 )
 def test_parity_on_a_gpu(shape):
     inputs = scan_inputs(*shape, device="cuda")
-    assert_small(errors_of(fused.scan_2d, inputs), TOLERANCE)
+    # A GPU's exp2 is right to 2 units of the last place, and off to one side for a state that hardly decays: the
+    # product of all steps' decays is then off by as many times that.
+    assert_small(errors_of(fused.scan_2d, inputs), TOLERANCE + shape[1] * shape[2] * 2**-24)
     assert_small(errors_of(fused.scan_2d, inputs, torch.bfloat16), torch.finfo(torch.bfloat16).eps)
     first, second = (
         outputs_and_gradients(fused.scan_2d, [t.float().detach().requires_grad_() for t in inputs]) for _ in "ab"
@@ -228,6 +233,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from vmrnn.scan import fused
+import vmrnn.ss2d
 print(fused.can_run("cuda", torch.float32, 16))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -29,9 +29,9 @@ from vmrnn.optim import make_optimizer, parameter_groups, rate_factor
 from vmrnn.pictures import read_log
 
 
-def small(model="VMRNN-B", img_size=16, depths=(1,), drop_path_rate=0.0):
+def small(model="VMRNN-B", img_size=16, depths=(1,), drop_path_rate=0.0, embed_dim=16):
     return build_model(
-        model, img_size=img_size, patch_size=4, in_chans=1, embed_dim=16, depths=list(depths), depths_down=[1],
+        model, img_size=img_size, patch_size=4, in_chans=1, embed_dim=embed_dim, depths=list(depths), depths_down=[1],
         depths_up=[1], d_state=4, drop_path_rate=drop_path_rate,
     )  # fmt: skip
 
@@ -184,12 +184,15 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_graph_replays_the_same_steps():
+def test_a_graph_replays_the_same_steps(monkeypatch):
     """Losses, gradients and stochastic depth of four updates of two parts, recorded and not."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     device, found = torch.device("cuda"), []
     for kind in (Step, GraphedStep):
         torch.manual_seed(3)
-        model = small(drop_path_rate=0.2, depths=(2,)).to(device)
+        # Two channels a group of the head's norm: with one the bias before it has rounding for a gradient, which Adam
+        # makes as large as any other.
+        model = small(drop_path_rate=0.2, depths=(2,), embed_dim=32).to(device)
         loader = [(frames[:, :3], frames[:, 3:]) for frames in torch.rand(24, 5, 1, 16, 16).split(3)]
         step = kind(Rollout(model), device, "bf16", parts=2)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)

@@ -82,6 +82,7 @@ def pick_device(name):
             raise RuntimeError("not one of cpu, cuda, mps")
         torch.empty(1, device=device)
         if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)  # what asks for the current one gets this one
     except (RuntimeError, AssertionError) as error:  # not compiled in, no driver, no such index
         reason = str(error).splitlines()[0]

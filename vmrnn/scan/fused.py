@@ -20,7 +20,7 @@ try:
 
     jit = triton.jit
 except ImportError:
-    triton = None
+    triton = tl = None
 
     def jit(function):
         return function
@@ -34,7 +34,7 @@ STEPS_BACK = 4  # of the backward, whose states are in registers together; it di
 MAX_RANK_INSIDE = 16  # up to which the forward kernel makes the step sizes from their low rank
 # Where there are few channels and batch items the sequence is split, too.
 WARPS = 1056  # that a launch would have: two for each of an H200's 528 schedulers
-SHORTEST = 32  # steps of a part of the sequence
+SHORTEST, MOST = 32, 32  # steps of a part of the sequence, and parts, whose ends a lane holds together
 WORTH, WORTH_BACK = 4, 2  # parts from which it pays: their ends cost a forward again, a fifth of a backward
 CHAIN_BLOCK = 128
 SUM_BLOCK = 1024
@@ -221,8 +221,8 @@ def ends_kernel(source, dbl, raw, weight, bias, A_log, ends, totals, B, Di,
                 H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
                 BLOCK_D: tl.constexpr, RR: tl.constexpr, RT: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
                 SPREAD: tl.constexpr, STEPS: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr,
-                PROJECT: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
-    """What each part of the sequence makes of a state of zero: ends (K, B, slots, Di, N), of which this part's slot is
+                SLOTS: tl.constexpr, PROJECT: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """What each part of the sequence makes of a state of zero: ends (K, B, SLOTS, Di, N), of which this part's slot is
     every STRIDE-th; and the sum of its step sizes, totals (K, B, parts - 1, Di).
 
     The last part's state is not asked for. BACK: what each part but the first makes of the gradient of its states,
@@ -244,7 +244,8 @@ def ends_kernel(source, dbl, raw, weight, bias, A_log, ends, totals, B, Di,
     source += b.to(tl.int64) * L * Di
     dbl += b.to(tl.int64) * L * 4 * ROW + k * ROW
     raw += (k * B + b).to(tl.int64) * L * Di
-    slot += (k * B + b) * parts
+    ends += ((k * B + b).to(tl.int64) * SLOTS + (slot + 1) * STRIDE - 1) * Di * N
+    totals += ((k * B + b).to(tl.int64) * parts + slot) * Di
 
     channel = k * Di + d
     weights = tl.load(weight + wide(channel) * R + r, mask=wide(d < Di) & (r < R), other=0.0).to(tl.float32)
@@ -263,8 +264,8 @@ def ends_kernel(source, dbl, raw, weight, bias, A_log, ends, totals, B, Di,
         first = middle + towards
         these = load_forward(source, dbl, raw, d, r, n, Di, k, tl.maximum(first, 0), H, W, N, R, STEPS, PROJECT)
         v, total = run_end(those, v, total, As, weights, biases, d, Di, middle, H, W, STEPS, PROJECT, BACK)
-    tl.store(ends + ((slot + 1) * STRIDE - 1).to(tl.int64) * Di * N + state_at, v, mask=state_mask)
-    tl.store(totals + slot.to(tl.int64) * Di + d, total, mask=d < Di)
+    tl.store(ends + state_at, v, mask=state_mask)
+    tl.store(totals + d, total, mask=d < Di)
 
 
 @jit
@@ -494,7 +495,7 @@ def part_length(x, BLOCK_D, worth):
     """Steps that a program walks, a power of two: all of them, or so few that WARPS programs have work, if that makes
     `worth` parts of the sequence."""
     B, H, W, Di = x.shape
-    parts = min(WARPS // (B * DIRECTIONS * -(-Di // BLOCK_D)), H * W // SHORTEST)
+    parts = min(WARPS // (B * DIRECTIONS * -(-Di // BLOCK_D)), H * W // SHORTEST, MOST)
     return padded(max(-(-H * W // (parts if parts >= worth else 1)), SHORTEST))
 
 
@@ -521,7 +522,8 @@ def ends_of_parts(source, dbl, raw, dt_weight, dt_bias, A_log, ends, part, chunk
     totals = ends.new_empty(K, B, parts, Di)
     ends_kernel[-(-Di // blocks["BLOCK_D"]), B * K, parts](
         source, dbl, raw, dt_weight, dt_bias, A_log, ends, totals, B, Di,
-        H=H, W=W, N=N, R=dt_weight.shape[-1], PART=part, STRIDE=part // chunk, BACK=back, **blocks, **OPTIONS,
+        H=H, W=W, N=N, R=dt_weight.shape[-1], PART=part, STRIDE=part // chunk, SLOTS=ends.shape[2],
+        BACK=back, **blocks, **OPTIONS,
     )  # fmt: skip
     chain_kernel[-(-Di * N // CHAIN_BLOCK), B * K](
         ends, totals, A_log, B, Di, N=N, PARTS=parts, STRIDE=part // chunk, SLOTS=ends.shape[2], BLOCK=CHAIN_BLOCK,
