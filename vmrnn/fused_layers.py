@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmrnn.layers import once_differentiable, product_dtype
-from vmrnn.scan.fused import jit, tl
+from vmrnn.scan.fused import padded
+from vmrnn.scan.fused_kernels import jit, tl
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 ELEMENTS = 512  # of a row of the map that a program of the convolution holds: 4 a thread
@@ -223,10 +224,6 @@ def cell_gate_backward_kernel(dh, dafter, o, c, do, dc, size, BLOCK: tl.constexp
     dv = f * ((1.0 - f) * (gh * q + g * s) + g * (1.0 - t * t))
     tl.store(do + at, dv.to(do.dtype.element_ty), mask=at < size)
     tl.store(dc + at, (g * f).to(dc.dtype.element_ty), mask=at < size)
-
-
-def padded(n):
-    return 1 << (n - 1).bit_length()
 
 
 def conv_blocks(shape, rows):
