@@ -5,7 +5,7 @@
     python -m benchmarks.scan --device cuda   fp32 and bf16; mamba is the published path, its copies included
 
 Each back end must first agree with the reference in float64 (the CPU kernel to 5e-6, y and every
-gradient); one that does not gets no figure and the program fails. Then rounds go over all back ends
+gradient); one that does not gets no figure and the program fails at its end. Then rounds go over all back ends
 in turn, so that a machine whose speed drifts treats them alike. Medians over rounds; a human table,
 then one JSON line. infer: forward under no_grad; forward: with the graph for a backward. peak: MiB of
 GPU memory that forward and backward take beside their inputs. floor, on a CPU: as many exp and
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.timing import seconds
 from vmrnn import scan
-from vmrnn.runtime import cpu_name
+from vmrnn.runtime import cpu_name, pick_device, run_program
 from vmrnn.scan import cpu, reference
 
 SHAPES = ((32, 256, 8), (16, 512, 16), (8, 1024, 32))  # H = W, Di, R of network D at 64x64, patch 2
@@ -134,9 +134,10 @@ def measure(back_ends, shape, batch, device, rounds, dtype=torch.float32):
             errors = relative_error(outputs_and_gradients(function, inputs, dy), expected)
             limit = BF16_LIMIT if dtype == torch.bfloat16 else LIMITS.get(name, OTHER_LIMIT)
             wrong = {key: f"{e:.1e}" for key, e in errors.items() if not e <= limit}
-            if wrong:
-                sys.exit(f"{name} differs from the float64 reference at {shape}, batch {batch}: {wrong}")
             results[name]["error"] = max(errors.values())
+            if wrong:
+                results[name]["wrong"] = f"{name} differs from the float64 reference at {shape}, batch {batch}: {wrong}"
+                continue
         runs[name] = (
             lambda f=function: no_grad(f, inputs),
             lambda f=function: f(*inputs),
@@ -169,6 +170,9 @@ def print_results(shape, batch, results, dtype):
     side, Di, _ = shape
     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     for name, r in results.items():
+        if "wrong" in r:
+            print(r["wrong"], flush=True)
+            continue
         cells = [f"{side:>3}x{side:<2} {Di:>5} {batch:>5} {kind}  {name:<10}"]
         cells += [f"{1e3 * r[column]:>9.2f}" for column in COLUMNS]
         for other, ratio in (("reference", lambda a, b: b / a), ("floor", lambda a, b: a / b)):
@@ -202,13 +206,13 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1, 4 and 16; on a GPU 1, 8, 16 and 64")
     parser.add_argument("--rounds", type=int)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     on_gpu = device.type == "cuda"
     modules = {"reference": reference, **scan.BACKENDS, "cpu": cpu}
     back_ends = {
         name: module.scan_2d
         for name, module in modules.items()
-        if (name == "reference" and not on_gpu) or module.can_run(device.type, torch.float32, D_STATE)[0]
+        if (not on_gpu if name == "reference" else module.can_run(device.type, torch.float32, D_STATE)[0])
     }
     environment = describe(device)
     print("  ".join(f"{key} {value}" for key, value in environment.items()))
@@ -226,7 +230,8 @@ def main():
                 fixed = {"side": side, "Di": Di, "R": R, "batch": batch, "dtype": str(dtype)}
                 records += [{**fixed, "name": n, **r} for n, r in results.items()]
     print(json.dumps({"benchmark": "scan", "environment": environment, "results": records}))
+    sys.exit(1 if any("wrong" in r for r in records) else 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
