@@ -30,7 +30,7 @@ SHAPES = {"32x32": (32, 256, 8), "16x16": (16, 512, 16), "8x8": (8, 1024, 32)}  
 D_STATE = 16
 
 # An H200
-SCHEDULERS, CLOCK, REGISTERS = 528, 1.98e9, 16384  # registers of 32 lanes for each scheduler: 512 times 32 lanes
+SCHEDULERS, CLOCK, REGISTERS = 528, 1.98e9, 16384  # registers of all lanes of a scheduler's warps
 
 # Clocks until a result is there, by instruction; the rest of what a warp waits for by name. Loads are from the L2.
 LATENCY = {"LDG": 300, "LDS": 31, "SHFL": 25, "MUFU": 22, "LDC": 40, "S2R": 30, "BAR": 20}
@@ -38,14 +38,14 @@ OTHER_LATENCY, READ = 20, 12  # READ: until a store or a shuffle has read its re
 # Clocks for which a warp's instruction keeps its unit: 32 lanes of multiply-adds, 16 of integers, 4 of special functions,
 # and a quarter of the SM's 32 lanes of loads, stores and shuffles.
 UNITS = {"fma": 1, "multiply": 2, "integer": 2, "special": 8, "memory": 4, "uniform": 2, "control": 1}
-UNIT_OF = {
+NAMES = {
     "fma": "FFMA FMUL FADD",
     "multiply": "IMAD",
     "special": "MUFU F2F I2F F2I",
-    "memory": "LDG STG LDS STS LDL STL LDC SHFL S2R",
+    "memory": "LDG STG LDS STS LDSM LDL STL LDC SHFL S2R",
     "control": "BRA NOP BAR EXIT BSSY BSYNC WARPSYNC DEPBAR",
 }
-UNIT_OF = {name: unit for unit, names in UNIT_OF.items() for name in names.split()}
+UNIT_OF = {name: unit for unit, names in NAMES.items() for name in names.split()}
 
 
 def kernels_of(shape, batch, N=D_STATE):
@@ -178,7 +178,7 @@ def cycles(loop, warps, rounds=8):
 
 
 def measure(name, kernel, constants, options, dtype, arch, programs):
-    """What the table shows of one kernel; the loops alone walk the sequence, so the sum and the chain have no cycles."""
+    """What the table shows of one kernel; the sum and the chain do not walk the sequence and have no loops in it."""
     registers, stack, shared, cubin = build(kernel, constants, options, dtype, arch)
     found = {"kernel": name, "registers": registers, "spilled": stack, "shared": shared, "loops": []}
     if "STEPS" not in constants:

@@ -177,7 +177,7 @@ def print_results(shape, batch, results, dtype):
         cells += [f"{1e3 * r[column]:>9.2f}" for column in COLUMNS]
         for other, ratio in (("reference", lambda a, b: b / a), ("floor", lambda a, b: a / b)):
             cells += [
-                f"{ratio(r[column], results[other][column]):>7.1f}" if other in results else f"{'-':>7}"
+                f"{ratio(r[column], results[other][column]):>7.1f}" if column in results.get(other, {}) else f"{'-':>7}"
                 for column in COLUMNS
             ]
         cells += [f"{r['error']:.1e}" if "error" in r else "", f"{r['peak']:8.0f}" if "peak" in r else ""]

@@ -102,8 +102,8 @@ def part_length(x, BLOCK_D, worth):
 
 
 def lengths(x, N, R):
-    """(steps of a program of the forward, of the backward, between the states kept for the backward), each of which
-    divides those before it or is divided by them."""
+    """(steps of a program of the forward, of the backward, between the states kept for the backward): powers of two, so
+    that the states before all parts are among those kept."""
     forward = part_length(x, forward_blocks(N, R)["BLOCK_D"], WORTH)
     backward = part_length(x, backward_blocks(N)["BLOCK_D"], WORTH_BACK)
     return forward, backward, min(forward, backward, CHUNK)
