@@ -22,6 +22,7 @@ from vmrnn.errors import UserError
 from vmrnn.runtime import pick_device
 
 UNIT_RANGE, BYTE_RANGE = (0.0, 1.0), (0.0, 255.0)
+ROUNDING = 1e-3  # how far outside [0, 1] a value may be
 
 
 class Forecaster:
@@ -35,7 +36,7 @@ class Forecaster:
                 them one by one takes longer than they do
 
     Frames are in the units of the data: the data range of the configuration becomes [0, 1] and back. Without one,
-    floats are taken as they are, [0, 1], and uint8 as 0 to 255. NaN, and the configuration's missing values, are
+    uint8 is 0 to 255, and all other types must be in [0, 1] already. NaN, and the configuration's missing values, are
     missing pixels, which the network sees as 0. Any height and width will do, but the same in every frame: what the
     patches do not divide is padded with the last row and column, and cut off again.
     UserError: a file that is missing, damaged or does not fit, no configuration, a device that is not there, a graph on
@@ -67,7 +68,8 @@ class Forecaster:
     def observe(self, frame):
         """Takes the next frame: an array (H, W) or (H, W, C) of any real type, in the units of the data.
 
-        UserError: another shape than the frames before, or another number of channels than the network's.
+        UserError: another shape than the frames before, another number of channels than the network's, or, where the
+        network knows no data range, values outside [0, 1] that are not uint8.
         """
         frame = np.asarray(frame)
         channels = frame.shape[2] if frame.ndim == 3 else 1
@@ -77,9 +79,15 @@ class Forecaster:
             raise UserError(
                 f"a frame of shape {frame.shape} after frames of {self.shape}: reset() starts another stream"
             )
-        self.shape = frame.shape
-        if self.observed_range is None:
-            self.observed_range = self.data_range or (BYTE_RANGE if frame.dtype == np.uint8 else UNIT_RANGE)
+        value_range = self.data_range or (BYTE_RANGE if frame.dtype == np.uint8 else UNIT_RANGE)
+        if self.observed_range not in (None, value_range):
+            raise UserError(f"a frame of {frame.dtype} after others: uint8 and other types have different ranges here")
+        if value_range is UNIT_RANGE and ((frame < -ROUNDING) | (frame > 1 + ROUNDING)).any():
+            raise UserError(
+                f"a frame of {frame.dtype} with values from {np.nanmin(frame):g} to {np.nanmax(frame):g}: the network "
+                "knows no data range of its own; give uint8 (0 to 255), or values in [0, 1]"
+            )
+        self.shape, self.observed_range = frame.shape, value_range
         values = to_unit_range(frame, *self.observed_range, self.config.missing_value)
         values = torch.from_numpy(values).view(*frame.shape[:2], channels).permute(2, 0, 1)[None]
         values = torch.where(values.isnan(), 0, values).to(self.device)

@@ -110,10 +110,16 @@ def test_without_a_range_bytes_are_0_to_255_and_floats_0_to_1(trained):
         stream.observe(frame)
         unit.observe(frame / 255)
     close(stream.forecast(2) / 255, unit.forecast(2))
+    with pytest.raises(UserError, match="uint8 after others"):
+        unit.observe(frames[0])
     unit.reset()
     for frame in frames:
         unit.observe(frame)
     close(unit.forecast(2), stream.forecast(2))
+    unit.reset()
+    for wrong in (frames[0].astype(np.int64), frames[0].astype(np.float32), frames[0] / -255):
+        with pytest.raises(UserError, match=f"{wrong.dtype} with values from .* knows no data range"):
+            unit.observe(wrong)
 
 
 def test_memory_does_not_grow_with_the_stream(trained):
