@@ -70,7 +70,7 @@ class Position:
     epoch: int = 1
     step: int = 0
     loss: float = 0.0  # summed over the epoch's updates
-    window: list[float] = field(default_factory=list)  # losses since the last line of log.jsonl
+    window: list[float] = field(default_factory=list)  # losses since the last train_loss of log.jsonl
     seconds: float = 0.0  # of training and validation, over all starts of the run
     best_mse: float = math.inf
     log_size: int = 0  # bytes of log.jsonl
@@ -287,7 +287,7 @@ def train(config, weights, resumed, device, signals):
                 position.step = update.step
                 position.loss += update.loss
                 position.window.append(update.loss)
-                if update.step % config.log_train == 0:
+                if update.step % config.log_train == 0 or update.step == updates:
                     record(
                         update.step, train_loss=sum(position.window) / len(position.window),
                         grad_norm=update.grad_norm, lr=learning_rate(before + update.step - 1),
@@ -336,7 +336,7 @@ def train(config, weights, resumed, device, signals):
                 raise UserError(
                     f"the validation loss of epoch {epoch} is {results['loss']}: lower --lr or set --clip_grad 1"
                 )
-            record(updates, train_loss=loss, valid_loss=results["loss"], **metrics)
+            record(updates, epoch_loss=loss, valid_loss=results["loss"], **metrics)
             is_best = metrics["mse"] < position.best_mse
             position.best_mse = min(position.best_mse, metrics["mse"])  # in this order nan is not the best
             if rank == 0:

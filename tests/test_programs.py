@@ -42,7 +42,7 @@ def fails(program, arguments, capsys):
 def trained(tmp_path_factory, run):
     """A run folder made by a real process."""
     folder = tmp_path_factory.mktemp("run") / "x"
-    done = run("train.py", *TINY, "--epochs", 2, "--res_dir", folder, "--tensorboard", "--log_train", 2)
+    done = run("train.py", *TINY, "--epochs", 2, "--res_dir", folder, "--tensorboard", "--log_train", 3)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -52,8 +52,10 @@ def test_training_says_what_runs_and_leaves_a_whole_run_folder(trained):
     for word in ("device     cpu", "scan  ", "parameters", "16 sequences", "effective batch 4", "MSE"):
         assert word in printed, printed
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [(e["epoch"], e["step"]) for e in entries] == [(1, 2), (1, 4), (1, 4), (2, 2), (2, 4), (2, 4)]
-    assert {"mse", "ssim", "ssim_dr2", "psnr", "psnr_uint8", "valid_loss", "train_loss"} <= entries[-1].keys()
+    assert [(e["epoch"], e["step"]) for e in entries] == [(1, 3), (1, 4), (1, 4), (2, 3), (2, 4), (2, 4)]
+    assert {"mse", "ssim", "ssim_dr2", "psnr", "psnr_uint8", "valid_loss", "epoch_loss"} <= entries[-1].keys()
+    for three, one, epoch in (entries[:3], entries[3:]):  # the curve has every update once
+        assert (3 * three["train_loss"] + one["train_loss"]) / 4 == pytest.approx(epoch["epoch_loss"])
     assert configuration.resolve(folder / "config.toml", {}).embed_dim == 16
     assert read_checkpoint(folder / "best.safetensors")["config"]["depths"] == [1]
     assert read_checkpoint(folder / "last.pt")["position"]["epoch"] == 3
@@ -106,7 +108,7 @@ def test_weights_to_start_from(trained, tmp_path):
 
 def test_training_lowers_the_loss(tmp_path):
     train.main([*TINY, "--epochs", "3", "--lr", "1e-2", "--train_sequences", "64", "--res_dir", str(tmp_path / "x")])
-    losses = [entry["train_loss"] for entry in read_log(tmp_path / "x" / "log.jsonl")]
+    losses = [entry["epoch_loss"] for entry in read_log(tmp_path / "x" / "log.jsonl") if "epoch_loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -233,7 +235,7 @@ def test_a_resumed_run_takes_lr_from_the_command_line_and_the_rest_from_the_chec
     assert [g["weight_decay"] for g in after["optimizer"]["param_groups"]] == [0.5, 0]
     assert all(torch.equal(before["model"][key], after["model"][key]) for key in before["model"])  # lr 0
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [(e["epoch"], e["step"]) for e in entries[-4:]] == [(2, 4), (3, 2), (3, 4), (3, 4)]
+    assert [(e["epoch"], e["step"]) for e in entries[-4:]] == [(2, 4), (3, 3), (3, 4), (3, 4)]
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):

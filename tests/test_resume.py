@@ -280,4 +280,4 @@ def test_a_run_goes_on_in_another_folder(whole, stopped, tmp_path):
     a, b = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole[0], tmp_path / "other"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     entries = without_time(read_log(whole[0] / "log.jsonl"))
-    assert without_time(read_log(tmp_path / "other" / "log.jsonl")) == entries[2:]
+    assert without_time(read_log(tmp_path / "other" / "log.jsonl")) == entries[3:]

@@ -99,7 +99,7 @@ class Config:
     )
     epoch_valid: int = option(5, "epochs between validations")
     save_every: str = option("10m", "updates (500) or minutes (10m) between saves of last.pt; every epoch's end too")
-    log_train: int = option(200, "updates between lines of training loss in log.jsonl")
+    log_train: int = option(200, "updates between lines of training loss in log.jsonl; one at every epoch's end too")
     log_valid: int = option(200, "validation batches between saved pictures (the first batch always)")
     tensorboard: bool = option(False, "write curves and forecasts for TensorBoard too")
     seed: int = option(1234, "seed of weights, data and dropout")

@@ -96,7 +96,7 @@ def save_curve(path, log_file):
     for name, label, marker in (("train_loss", "training", ""), ("valid_loss", "validation", ".")):
         points = [(e["samples"], e[name]) for e in entries if name in e]
         axis.plot(*zip(*points), marker=marker, label=label)
-    axis.set(xlabel="samples seen", ylabel="MSE + L1", yscale="log")
+    axis.set(xlabel="samples seen", ylabel="loss", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     save(figure, path)
