@@ -26,10 +26,10 @@ class VMRNN(nn.Module):
     def __init__(self, img_size, patch_size, in_chans, embed_dim, depths, drop_rate=0.0, attn_drop_rate=0.0,
                  drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
         super().__init__()
-        self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, levels=0)
+        self.in_chans, self.stride = in_chans, patch_size  # stride: pixels of a frame to one of the coarsest map
+        self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
         check_depths(depths=depths)
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        self.patch_size, self.in_chans, self.levels = patch_size, in_chans, 0
         self.ST = nn.Module()  # the published name of everything below
         self.ST.patch_embed = patch_embed(patch_size, in_chans, embed_dim)
         self.ST.dropout = nn.Dropout(drop_rate)
@@ -40,7 +40,7 @@ class VMRNN(nn.Module):
 
     def encode(self, frame):
         """(B, in_chans, H, W) -> tokens (B, H/p, W/p, C)."""
-        check_frame(frame.shape, self.in_chans, self.patch_size, self.levels)
+        check_frame(frame.shape, self.in_chans, self.stride)
         return self.ST.dropout(self.ST.patch_embed(frame))
 
     def advance(self, tokens, states=None):

@@ -44,13 +44,10 @@ class VMRNN(nn.Module):
         check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
         n = len(depths_downsample)
         if len(depths_upsample) != n:
-            raise UserError(
-                f"depths_downsample {depths_downsample} and depths_upsample {depths_upsample}: "
-                "give as many levels up as down"
-            )
+            raise UserError(f"depths down {depths_downsample} and up {depths_upsample}: give as many levels up as down")
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, levels=n)
-        self.patch_size, self.in_chans, self.levels = patch_size, in_chans, n
+        self.in_chans, self.stride = in_chans, patch_size * 2**n  # stride: pixels of a frame to one of the coarsest map
+        self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
 
         def cells(widths, depths, rates):
             return nn.ModuleList(
@@ -76,7 +73,7 @@ class VMRNN(nn.Module):
 
     def encode(self, frame):
         """(B, in_chans, H, W) -> tokens (B, H/p, W/p, C)."""
-        check_frame(frame.shape, self.in_chans, self.patch_size, self.levels)
+        check_frame(frame.shape, self.in_chans, self.stride)
         return self.Downsample.dropout(self.Downsample.patch_embed(frame))
 
     def advance(self, tokens, states=None):

@@ -126,7 +126,7 @@ def build_dataset(
     num_frames_input=10,
     num_frames_output=10,
     input_channels=1,
-    img_size=(64, 64),
+    input_size=(64, 64),
     frame_fit="resize",
     data_range=(),
     missing_value=(),
@@ -135,7 +135,7 @@ def build_dataset(
     valid_fraction=0.1,
     test_fraction=0.1,
     digits_split="all",
-    num_digits=2,
+    num_objects=2,
     digit_size=28,
     step_length=0.1,
     seed=0,
@@ -145,7 +145,7 @@ def build_dataset(
 
     train is drawn anew each epoch, `length` sequences of it; valid and test are the same in every epoch, and seed
     moves train alone. valid is at most `length` sequences, evenly spaced; so is test of your own data, while the test
-    set of a published data set is used whole. img_size: (H, W) or an int. The other options are those of vmrnn.config.
+    set of a published data set is used whole. input_size: (H, W) or an int. The other options are those of vmrnn.config.
     UserError: an unknown name, a bad file, sizes that do not fit, too few frames.
     """
     if dataset not in DATASETS:
@@ -153,7 +153,7 @@ def build_dataset(
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     spec = DATASETS[dataset]
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     frames = (num_frames_input, num_frames_output)
     if spec.find and input_channels != spec.shape[0]:
         raise UserError(f"input_channels is {input_channels}, but {dataset} has {spec.shape[0]}; change it")
@@ -172,7 +172,7 @@ def build_dataset(
             return standard_test_file(test_data_dir, *frames, size, array_key)
         digits = select_digits(load_digits(train_data_dir, download_dir), split, digits_split)
         return MovingMNIST(
-            digits, length, *frames, size, num_digits, digit_size, step_length, draw_seed,
+            digits, length, *frames, size, num_objects, digit_size, step_length, draw_seed,
             same_every_epoch=split != "train",
         )  # fmt: skip
 
@@ -215,7 +215,7 @@ def standard_test_file(path, num_frames_input, num_frames_output, size, array_ke
     height, width = data.frames.shape[2:]
     if (height, width) != size:
         raise UserError(
-            f"{path}: frames of {height}x{width}, but img_size is {size[0]}x{size[1]}; name another file or img_size"
+            f"{path}: frames of {height}x{width}, but input_size is {size[0]}x{size[1]}; name another file or input_size"
         )
     return data
 

@@ -91,7 +91,7 @@ class Forecaster:
         values = to_unit_range(frame, *self.observed_range, self.config.missing_value)
         values = torch.from_numpy(values).view(*frame.shape[:2], channels).permute(2, 0, 1)[None]
         values = torch.where(values.isnan(), 0, values).to(self.device)
-        values = pad_frames(values, self.model.patch_size * 2**self.model.levels)
+        values = pad_frames(values, self.model.stride)
         self._coming, self._states = self._advance(values, self._states)
 
     @torch.inference_mode()

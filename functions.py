@@ -78,7 +78,7 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
         return model.advance(tokens, states)
 
     B, T, _, H, W = inputs.shape
-    inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.patch_size * 2**model.levels)
+    inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.stride)
     tokens = model.encode(inputs.flatten(0, 1)).unflatten(0, (B, T)).unbind(1)
     warm_up, frames, states = [], [], None
     for t in range(T - 1):

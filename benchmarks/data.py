@@ -55,7 +55,7 @@ def main():
             "num_frames_input": 5,
             "num_frames_output": 5,
             "canvas": (32, 32),
-            "num_digits": 1,
+            "num_objects": 1,
             "digit_size": 14,
         },
     }.items():

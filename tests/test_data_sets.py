@@ -40,7 +40,7 @@ def own(tmp_path):
     def build(split, **options):
         defaults = dict(
             cache_dir=tmp_path / "cache", train_data_dir=tmp_path / "data", num_frames_input=2, num_frames_output=1,
-            img_size=(8, 10),
+            input_size=(8, 10),
         )  # fmt: skip
         return build_dataset(split, **(defaults | options))
 
@@ -121,7 +121,7 @@ def test_kth_real_clips(tmp_path):
         for action in ("handclapping", "jogging"):
             source = shared(f"kth/person01_{action}_d1_uncomp.avi")
             os.symlink(source, tmp_path / f"person{person}_{action}_d1_uncomp.avi")
-    options = dict(dataset="kth", train_data_dir=tmp_path, cache_dir=tmp_path / "cache", img_size=(128, 128))
+    options = dict(dataset="kth", train_data_dir=tmp_path, cache_dir=tmp_path / "cache", input_size=(128, 128))
     train_set = build_dataset("train", length=10**6, **options)
     assert len(train_set) == (378 - 19) + (415 - 19)
     inputs, targets = train_set[2, 5]
@@ -355,9 +355,9 @@ def test_nothing_is_loaded_whole(own, tmp_path):
         (dict(dataset="array"), {"a.npy": np.zeros((40, 8, 10)), "b.npy": np.zeros((40, 8, 9))}, r"b\.npy: frames of"),
         (dict(dataset="array"), {"a.npy": np.eye(10)[:2].reshape(2, 2, 5)}, "2 frames in 1 clips leave no train"),
         (dict(dataset="array", array_key="snow"), {"a.npz": np.zeros((40, 8, 10))}, "no array 'snow'"),
-        (dict(dataset="array", frame_fit="crop", img_size=(9, 9)), {"a.npy": np.eye(8)[None]}, "no train sequence"),
+        (dict(dataset="array", frame_fit="crop", input_size=(9, 9)), {"a.npy": np.eye(8)[None]}, "no train sequence"),
         (
-            dict(dataset="array", frame_fit="crop", img_size=9),
+            dict(dataset="array", frame_fit="crop", input_size=9),
             {"a.npy": np.ones((40, 8, 10)).cumsum(0)},
             "8x10 cannot be cropped",
         ),

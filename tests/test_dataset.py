@@ -142,7 +142,7 @@ def test_ranks_share_the_order(length, world, start, shuffle):
 
 
 def test_validation_is_the_same_in_every_epoch():
-    sizes = dict(length=5, img_size=24, digit_size=9, num_digits=1)
+    sizes = dict(length=5, input_size=24, digit_size=9, num_objects=1)
     train, valid, test = (build_dataset(split, **sizes) for split in ("train", "valid", "test"))
     assert torch.equal(valid[0, 2][0], valid[7, 2][0])
     assert not torch.equal(train[0, 2][0], train[7, 2][0])
@@ -201,7 +201,7 @@ def test_frames_equal_the_slow_oracle(data):
 
 def test_speed_and_reflection():
     """A digit moves 0.1 of the free canvas a frame, and turns round at the walls only."""
-    data = small(canvas=(509, 1009), num_frames_input=150, num_frames_output=150, num_digits=1, length=30)
+    data = small(canvas=(509, 1009), num_frames_input=150, num_frames_output=150, num_objects=1, length=30)
     which, corners = data.trajectories(np.zeros(30, int), np.arange(30))
     place = corners[:, :, 0] / np.array([1000, 500])  # back to [0, 1], within a pixel
     assert place.min() == 0 and place.max() == 1 and which.max() < len(data.digits)
@@ -459,8 +459,8 @@ def test_standard_test_file_baselines():
         (dict(split="dev"), "dev"),
         (dict(digits_split="half"), "half"),
         (dict(digits_split="published"), "13000.*1797"),
-        (dict(img_size=(64, 20)), "28 pixels.*64x20"),
-        (dict(num_digits=0), "num_digits is 0"),
+        (dict(input_size=(64, 20)), "28 pixels.*64x20"),
+        (dict(num_objects=0), "num_objects is 0"),
         (dict(length=0), "length is 0"),
         (dict(num_frames_output=0), "num_frames_output is 0"),
         (dict(digit_size=0), "digit_size is 0"),

@@ -46,7 +46,7 @@ def close(got, expected):
 def test_a_stream_is_a_rollout(trained, model, size):
     """Frame by frame, at any moment, and as if no forecast had been asked for before."""
     network, path = trained(model=model, input_channels=2)
-    unit = 2 * 2**network.levels
+    unit = network.stride
     inputs = torch.rand(1, 5, 2, *size)
     padded = inputs.numpy()
     padded = np.pad(padded, ((0, 0),) * 3 + tuple((0, -n % unit) for n in size), "edge")

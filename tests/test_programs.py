@@ -152,7 +152,7 @@ def test_defaults_then_file_then_flags(tmp_path):
         ("epochs = 0", "epochs = 0: must be at least 1"),
         ("drop_path_rate = 1.0", "must be in"),
         ("lr = nan", "finite"),
-        ("input_size = [1, 2, 3]", "input_size"),
+        ("input_size = [64, 64, 64]", "one side or height and width"),
         ("epochs", "not a TOML file"),
     ],
 )

@@ -240,7 +240,7 @@ def test_a_run_on_frames_that_do_not_fit(tmp_path):
 def test_sides_that_do_not_fit_are_padded_and_cut(model, size):
     model = small(model, drop_path_rate=0.0).eval()
     inputs = torch.rand(2, 3, 1, *size)
-    unit = model.patch_size * 2**model.levels
+    unit = model.stride
     padded = pad_frames(inputs, unit)
     assert padded.shape[-2] % unit == padded.shape[-1] % unit == 0
     assert torch.equal(padded[..., : size[0], : size[1]], inputs)

@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrnn.errors import UserError
-
-INF = float("inf")
 
 
 def option(default, help, choices=None):
@@ -120,9 +119,8 @@ class Config:
         for key in at_least_one:
             if getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be at least 1")
-        for value in self.thresholds:
-            if not -INF < value < INF:
-                raise UserError(f"thresholds = {self.thresholds}: must be finite")
+        if not all(map(math.isfinite, self.thresholds)):
+            raise UserError(f"thresholds = {self.thresholds}: must be finite")
         for key in ("drop_rate", "attn_drop_rate", "drop_path_rate", "ema"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} = {getattr(self, key)}: must be in [0, 1)")
@@ -137,7 +135,7 @@ class Config:
             "num_workers",
             "seed",
         ):
-            if not 0 <= getattr(self, key) < float("inf"):
+            if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
         if not re.fullmatch(r"[1-9]\d*m?", self.save_every):
             raise UserError(f"save_every = {self.save_every!r}: give updates (500) or minutes (10m)")
@@ -147,14 +145,15 @@ class Config:
             raise UserError(
                 f"valid_fraction = {self.valid_fraction}, test_fraction = {self.test_fraction}: zero or more, together below 1"
             )
-        if self.data_range and not (len(self.data_range) == 2 and -INF < self.data_range[0] < self.data_range[1] < INF):
+        low_high = self.data_range
+        if low_high and not (len(low_high) == 2 and low_high[0] < low_high[1] and all(map(math.isfinite, low_high))):
             raise UserError(f"data_range = {self.data_range}: give a low and a higher number, or nothing")
-        if not all(-INF < value < INF for value in self.missing_value):
+        if not all(map(math.isfinite, self.missing_value)):
             raise UserError(f"missing_value = {self.missing_value}: give finite numbers; NaN is missing anyway")
-        if min(self.input_size) < 7:
-            raise UserError(f"input_size = {self.input_size}: frames must be 7 pixels or more, the window of SSIM")
         if len(self.input_size) not in (1, 2):
             raise UserError(f"input_size = {self.input_size}: give one side or height and width")
+        if min(self.input_size) < 7:
+            raise UserError(f"input_size = {self.input_size}: frames must be 7 pixels or more, the window of SSIM")
         for f in dataclasses.fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
                 raise UserError(
@@ -185,14 +184,15 @@ class Config:
         """The arguments of dataset.build_dataset that the splits share."""
         keys = ["dataset", "train_data_dir", "valid_data_dir", "test_data_dir", "cache_dir", "digits_split", "split_by",
                 "valid_fraction", "test_fraction", "array_key", "data_range", "missing_value", "num_frames_input",
-                "num_frames_output", "input_channels", "frame_fit", "digit_size", "step_length", "seed"]  # fmt: skip
-        options = {key: getattr(self, key) for key in keys}
-        return options | {"img_size": self.frame_size, "num_digits": self.num_objects}
+                "num_frames_output", "input_channels", "frame_fit", "num_objects", "digit_size", "step_length",
+                "seed"]  # fmt: skip
+        return {key: getattr(self, key) for key in keys} | {"input_size": self.frame_size}
 
     def to_dict(self):
         return dataclasses.asdict(self)
 
 
+GROUPS = {"model": "network", "dataset": "data", "epochs": "training", "scan": "machine"}  # by a group's first key
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 LISTS = {list[int]: int, list[float]: float}  # type of a key -> type of its elements
 
@@ -211,17 +211,20 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser):
     """A flag for every key of Config; one that is not given leaves no trace in the parsed arguments."""
+    parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
     for f in FIELDS.values():
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         is_list = f.type in LISTS
         shown = " ".join(map(str, default)) if is_list else default
         text = f"{f.metadata['help']} (default: {shown if shown != '' else 'none'})".replace("%", "%%")
         if f.type is bool:
-            parser.add_argument(
+            group.add_argument(
                 f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
             continue
-        parser.add_argument(
+        group.add_argument(
             f"--{f.name}",
             type=LISTS.get(f.type, f.type),
             nargs=("+" if default else "*") if is_list else None,

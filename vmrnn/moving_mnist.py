@@ -150,7 +150,7 @@ class MovingMNIST(Dataset):
         num_frames_input=10,
         num_frames_output=10,
         canvas=(64, 64),
-        num_digits=2,
+        num_objects=2,
         digit_size=28,
         step_length=0.1,
         seed=0,
@@ -160,7 +160,7 @@ class MovingMNIST(Dataset):
             "length": length,
             "num_frames_input": num_frames_input,
             "num_frames_output": num_frames_output,
-            "num_digits": num_digits,
+            "num_objects": num_objects,
             "digit_size": digit_size,
             "digits": len(digits),
         }
@@ -180,7 +180,7 @@ class MovingMNIST(Dataset):
         self.num_frames_input = num_frames_input
         self.num_frames_output = num_frames_output
         self.canvas = tuple(canvas)
-        self.num_digits = num_digits
+        self.num_objects = num_objects
         self.step_length = step_length
         self.seed = seed
         self.same_every_epoch = same_every_epoch
@@ -192,7 +192,7 @@ class MovingMNIST(Dataset):
         frames = f"{self.num_frames_input}+{self.num_frames_output} frames"
         return (
             f"{self.length} generated sequences of {frames}, {self.canvas[0]}x{self.canvas[1]}, "
-            f"{self.num_digits} of {len(self.digits)} digits, seed {self.seed}"
+            f"{self.num_objects} of {len(self.digits)} digits, seed {self.seed}"
         )
 
     def __getitem__(self, key):
@@ -212,14 +212,14 @@ class MovingMNIST(Dataset):
         """Which digits, (B, K), and where: pixel offsets (B, T, K, 2) as (x, y) of the corner."""
         height, width = self.canvas
         size = self.digits.shape[1]
-        draws = uniform_draws(self.seed, epochs, indices, 4 * self.num_digits)
-        draws = draws.reshape(len(indices), self.num_digits, 4)  # digit, x, y, direction
+        draws = uniform_draws(self.seed, epochs, indices, 4 * self.num_objects)
+        draws = draws.reshape(len(indices), self.num_objects, 4)  # digit, x, y, direction
         which = (draws[..., 0] * len(self.digits)).astype(np.int64)
         position = draws[..., 1:3].copy()
         angle = draws[..., 3] * (2 * np.pi)
         step = self.step_length * np.stack((np.cos(angle), np.sin(angle)), axis=-1)
         total = self.num_frames_input + self.num_frames_output
-        corners = np.empty((len(indices), total, self.num_digits, 2), np.int64)
+        corners = np.empty((len(indices), total, self.num_objects, 2), np.int64)
         for t in range(total):
             position += step  # in the first frame, too: the published generator moves, then draws
             step = np.where((position <= 0) | (position >= 1), -step, step)
@@ -234,7 +234,7 @@ class MovingMNIST(Dataset):
         frames = np.zeros((batch, total, *self.canvas), np.uint8)
         # A view of every place that a digit can take: one indexed assignment draws all frames.
         places = sliding_window_view(frames, (size, size), axis=(2, 3), writeable=True)
-        for k in range(self.num_digits):
+        for k in range(self.num_objects):
             x, y = corners[:, :, k, 0], corners[:, :, k, 1]
             at = (np.arange(batch)[:, None], np.arange(total), y, x)
             digit = self.digits[which[:, k], None]  # (B, 1, size, size)

@@ -8,7 +8,7 @@ from timm.layers import PatchEmbed
 from vmrnn.errors import UserError
 
 
-def check_network(img_size, patch_size, in_chans, embed_dim, levels):
+def check_network(img_size, patch_size, in_chans, embed_dim, stride):
     """(H, W) from an int or a pair; raises UserError, with the reason, for a network that cannot be built."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2:
@@ -22,23 +22,21 @@ def check_network(img_size, patch_size, in_chans, embed_dim, levels):
         raise UserError(
             f"embed_dim {embed_dim}: with patch_size {patch_size} the head's GroupNorm needs a multiple of 16"
         )
-    check_frame_size(H, W, patch_size, levels)
+    check_frame_size(H, W, stride)
     return H, W
 
 
-def check_frame(shape, in_chans, patch_size, levels):
-    """UserError unless frames of `shape` (B, C, H, W) fit a network of in_chans channels."""
+def check_frame(shape, in_chans, stride):
+    """UserError unless frames of `shape` (B, C, H, W) fit a network of in_chans channels and that stride."""
     if shape[1] != in_chans:
         raise UserError(f"frames of {shape[1]} channels, but the network takes {in_chans}; set --input_channels")
-    check_frame_size(*shape[2:], patch_size, levels)
+    check_frame_size(*shape[2:], stride)
 
 
-def check_frame_size(H, W, patch_size, levels):
-    unit = patch_size * 2**levels
-    if H % unit or W % unit:
+def check_frame_size(H, W, stride):
+    if H % stride or W % stride:
         raise UserError(
-            f"frames of {H}x{W}: height and width must be multiples of {unit} "
-            f"(patch_size {patch_size}, {levels} merging levels)"
+            f"frames of {H}x{W}: height and width must be multiples of {stride}, patch_size doubled by each merging level"
         )
 
 
