@@ -266,9 +266,6 @@ def kill_workers():
             process.kill()
 
 
-atexit.register(kill_workers)
-
-
 def make_loader(
     dataset,
     batch_size,
@@ -287,6 +284,8 @@ def make_loader(
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size {batch_size}, num_workers {num_workers}: they must be at least 1 and 0")
+    if num_workers:
+        atexit.register(kill_workers)
     return DataLoader(
         dataset,
         batch_size,

@@ -30,8 +30,8 @@ from functions import build_model, compile_model, mixed_precision, rollout
 from vmrnn import config as configuration
 from vmrnn.cell import VMRNNCell
 from vmrnn.runtime import describe_device, pick_device, run_program
+from vmrnn.scan import DIRECTIONS
 
-DIRECTIONS = 4
 ROUNDS = 3
 
 

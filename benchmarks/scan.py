@@ -26,11 +26,10 @@ import torch
 from benchmarks.timing import seconds
 from vmrnn import scan
 from vmrnn.runtime import cpu_name, pick_device, run_program
-from vmrnn.scan import cpu, reference
+from vmrnn.scan import DIRECTIONS, cpu, reference
 
 SHAPES = ((32, 256, 8), (16, 512, 16), (8, 1024, 32))  # H = W, Di, R of network D at 64x64, patch 2
 D_STATE = 16
-DIRECTIONS = 4
 NAMES = ("y", "x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
 LIMITS = {"cpu": 5e-6}  # relative to the largest value; the others: OTHER_LIMIT
 OTHER_LIMIT, BF16_LIMIT = 1e-4, 3e-2

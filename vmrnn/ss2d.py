@@ -7,9 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from vmrnn import fused_layers, layers
-from vmrnn.scan import resolve, scan_2d
+from vmrnn.scan import DIRECTIONS, resolve, scan_2d
 
-DIRECTIONS = 4
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # the range of step sizes at initialisation
 
 

@@ -5,13 +5,14 @@ Every back end is a module with `scan_2d(x, dbl, dt_weight, dt_bias, A_log, D) -
 """
 
 import logging
-import os
+from functools import cache
 
 import torch
 
 from vmrnn.errors import UserError
 from vmrnn.scan import chunked, cpu, fused, mamba, reference
 
+DIRECTIONS = reference.DIRECTIONS
 BACKENDS = {"mamba": mamba, "triton": fused, "cpu": cpu, "torch": chunked, "reference": reference}
 
 # What `auto` tries, first to last; change it only on numbers from benchmarks/.
@@ -26,7 +27,7 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D, backend="auto"):
     """Four-direction selective scan of a feature map, summed; see `reference.scan_2d` for shapes.
 
     backend: "auto" or a key of BACKENDS. A named one that cannot run raises UserError and never
-    falls back. VMRNN_SCAN in the environment overrides "auto".
+    falls back.
     """
     check_shapes(x, dbl, dt_weight, dt_bias, A_log, D)
     name = resolve(backend, x.device.type, x.dtype, A_log.shape[-1])
@@ -36,7 +37,7 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D, backend="auto"):
 def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
     """ValueError unless the shapes belong together: a kernel would read beyond a tensor's end."""
     *map_shape, Di = x.shape
-    K, N, R = 4, A_log.shape[-1], dt_weight.shape[-1]
+    K, N, R = DIRECTIONS, A_log.shape[-1], dt_weight.shape[-1]
     expected = {"dbl": (*map_shape, K, R + 2 * N), "dt_weight": (K, Di, R), "dt_bias": (K, Di), "A_log": (K, Di, N),
                 "D": (K, Di)}  # fmt: skip
     for (name, shape), tensor in zip(expected.items(), (dbl, dt_weight, dt_bias, A_log, D)):
@@ -47,12 +48,15 @@ def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
 # The choice is made while tracing, from constants, so a compiled graph holds the kernel alone.
 @torch.compiler.assume_constant_result
 def resolve(backend, device, dtype=torch.float32, d_state=16):
-    """The name of the back end that `backend` means on `device` ("cpu", "cuda", ...).
+    """The name of the back end that `backend` means on `device` ("cpu", "cuda", ...); asked once, then remembered.
 
     Raises UserError for a name that does not exist or cannot run, with the reason.
     """
-    if backend == "auto":
-        backend = os.environ.get("VMRNN_SCAN", "auto")
+    return choose(backend, device, dtype, d_state)
+
+
+@cache  # every block asks at every frame: without it a tenth of a small network's frame
+def choose(backend, device, dtype, d_state):
     if backend == "auto":
         return _first_that_runs(device, dtype, d_state)
     if backend not in BACKENDS:

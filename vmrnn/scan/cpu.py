@@ -20,6 +20,7 @@ import torch
 
 from vmrnn.errors import UserError
 from vmrnn.scan.op import call, connect
+from vmrnn.scan.reference import DIRECTIONS
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # No -ffast-math: it folds away the rounding trick in exp2 and drops NaN.
@@ -32,7 +33,6 @@ ISA_FLAGS = {
     "default": (),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIRECTIONS = 4
 # Tasks the backward makes of one batch item's channels, at most, or of a small batch: enough for a
 # laptop's cores, few enough that the gradient of dbl, which exists once per range of channels,
 # stays small. Independent of the number of threads, so that the result is too.

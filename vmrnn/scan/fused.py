@@ -18,8 +18,8 @@ from vmrnn.scan.fused_kernels import (
     triton,
 )
 from vmrnn.scan.op import call, connect
+from vmrnn.scan.reference import DIRECTIONS
 
-DIRECTIONS = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 128  # steps between the states that the forward keeps for the backward
 STEPS = 2  # of the forward, loaded together

@@ -7,6 +7,8 @@ Di inner channels, N state size (d_state), R rank of the step-size projection.
 import torch
 import torch.nn.functional as F
 
+DIRECTIONS = 4
+
 
 def split_directions(t, H, W):
     """(B, L, K, *) in natural order, one entry a direction -> list of K (B, L, *) in scan order.
