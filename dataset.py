@@ -279,6 +279,7 @@ def make_loader(
 ):
     """Batches (inputs, targets) of (B, T, C, H, W), the same at any num_workers.
 
+    rank, world: this process' samples are every world-th. pin_memory: for copies to a CUDA GPU that do not wait.
     `loader.sampler.epoch = e` chooses the epoch of the next pass, `.start` its first sample.
     drop_last is for training only: an evaluation counts every sample.
     """

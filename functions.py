@@ -22,9 +22,10 @@ from vmrnn.scan.cpu import find_compiler
 
 def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
-    """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up).
+    """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up), on the CPU.
 
-    img_size: of the data; what the patches do not divide, `rollout` pads.
+    img_size: (H, W) of the data, or an int; what the patches do not divide, `rollout` pads. The others as in
+    VMRNN_B.py and VMRNN_D.py. UserError: sizes that cannot work.
     """
     unit = patch_size * 2 ** (len(depths_down) if model == "VMRNN-D" else 0)
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -119,10 +120,10 @@ def mixed_precision(device, precision):
 def rollout_loss(outputs, inputs, targets, l1_weight=1.0):
     """MSE + l1_weight * L1 over all outputs against the frames that follow (paper section 3.4: 1); a scalar.
 
-    L1 is least at the median: it keeps what is black black, but where a digit may or may not be that is
-    black too, and the squared error suffers.
-    A NaN in those frames is a missing pixel: a sample's loss is the mean over its others, and all
-    samples weigh the same, however they are batched.
+    outputs (B, T_in - 1 + T_out, C, H, W) as `rollout` gives them, inputs (B, T_in, C, H, W), targets
+    (B, T_out, C, H, W), in [0, 1]. A NaN in inputs or targets is a missing pixel: a sample's loss is the mean
+    over its others, and all samples weigh the same, however they are batched.
+    L1 is minimised by the median, so with a large weight an uncertain pixel becomes black, which costs MSE.
     """
     truth = torch.cat([inputs[:, 1:], targets], dim=1)
     missing = truth.isnan()
@@ -157,7 +158,7 @@ class Update:
 
     step: int  # in its epoch, from 1
     loss: float  # mean over the samples of the update, on all devices
-    grad_norm: float  # before clipping
+    grad_norm: float  # of the unscaled gradients, before clipping
 
 
 class NonFinite(Exception):
@@ -170,7 +171,8 @@ class NonFinite(Exception):
 
 
 class Step:
-    """Forward and backward of one micro-batch: adds to the gradients, gives its part of the update's loss.
+    """Forward and backward of one micro-batch: step(inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) adds to
+    the gradients and gives its part of the update's loss, a scalar on the device.
 
     network     Rollout, or DistributedDataParallel around one
     parts       micro-batches of an update (gradient accumulation)
@@ -321,10 +323,10 @@ def train_one_epoch(
 def evaluate(model, loader, device, metrics, precision="fp32", l1_weight=1.0, baselines=False, on_batch=None, title=""):
     """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
-    With `baselines` also "black" (a black frame) and "last" (the last input frame, repeated).
-    loader: any sequence of batches. on_batch(step, inputs, targets, forecast) sees every batch of this
-    process. With several processes each has its own samples in `loader`, and all get the results over
-    all samples.
+    loader: any sequence of batches (inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) in [0, 1], NaN where a pixel
+    is missing; "loss" is rollout_loss, the mean over samples. With `baselines` also "black" (a black frame) and "last"
+    (the last input frame, repeated). on_batch(step, inputs, targets, forecast) sees every batch of this process.
+    With several processes each has its own samples in `loader`, and all get the results over all samples.
     """
     model.eval()
     total, meters = 0.0, {name: Metrics(metrics) for name in (("model", "black", "last") if baselines else ("model",))}

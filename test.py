@@ -33,7 +33,7 @@ LABELS = {"model": "forecast", "black": "black frame", "last": "last input frame
 
 
 def parse_arguments(argv=None):
-    """(checkpoint content, Config, run folder, number of strips)."""
+    """(path of the checkpoint, its content, Config, output folder, number of strips)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="weights to test")

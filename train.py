@@ -109,7 +109,9 @@ def parse_arguments(argv=None):
     config.data_range = config.data_range or before.data_range  # a TOML may leave it to the data
     changed = {key for key, value in config.to_dict().items() if value != getattr(before, key)} - FREE_ON_RESUME
     if changed:
-        raise UserError(f"--resume {resume}: the run has other {', '.join(sorted(changed))}; leave them or start anew")
+        raise UserError(
+            f"--resume {resume}: a resumed run cannot change {', '.join(sorted(changed))}; leave them out or start anew"
+        )
     return config, weights, (state, source)
 
 
@@ -139,7 +141,9 @@ def train(config, weights, resumed, device, signals):
     log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
     if config.cuda_graph and (device.type != "cuda" or world > 1 or config.grad_checkpoint):
-        raise UserError("--cuda_graph is for one CUDA GPU, without --grad_checkpoint: leave one of them out")
+        raise UserError(
+            "--cuda_graph needs a CUDA GPU, one process and no --grad_checkpoint: leave it or the other out"
+        )
     seed_everything(config.seed)
 
     # Data

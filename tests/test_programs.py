@@ -177,7 +177,7 @@ def test_wrong_configurations(tmp_path, text, complaint):
         (["--device", "meta"], "--device meta: not there"),
         (["--seed", str(2**64)], "below 2"),
         (["--input_size", "4"], "7 pixels or more"),
-        (["--cuda_graph"], "--cuda_graph is for one CUDA GPU"),
+        (["--cuda_graph"], "--cuda_graph needs a CUDA GPU"),
         (["--save_every", "often"], "save_every = 'often': give updates"),
         (["--accumulate", "3"], "train_batch_size 4 does not divide among 1 processes with 3 parts"),
         (["--scan", "mamba"], "'mamba' cannot run on cpu"),
@@ -223,7 +223,7 @@ def test_a_resumed_run_takes_lr_from_the_command_line_and_the_rest_from_the_chec
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
     resume = ["--res_dir", str(folder), "--resume", "auto"]
-    assert "other embed_dim, num_objects; leave them" in fails(
+    assert "cannot change embed_dim, num_objects; leave them" in fails(
         train, [*resume, "--num_objects", "2", "--embed_dim", "32"], capsys
     )
     assert "already holds a run" in fails(train, ["--res_dir", folder, "--resume", trained[0] / "last.pt"], capsys)

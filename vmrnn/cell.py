@@ -13,6 +13,7 @@ class VSB(nn.Module):
 
     x, h (B, H, W, C) -> (B, H, W, C). `mixes_hidden` says whether it is a cell's first block: the
     others own no `linear`, which the published code builds for all of them and never trains.
+    drop_path: rate of dropping the whole SS2D of a sample; dropout: after SS2D; scan: see vmrnn.scan.
     """
 
     def __init__(self, dim, mixes_hidden, drop_path=0.0, dropout=0.0, d_state=16, scan="auto"):

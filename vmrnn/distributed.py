@@ -17,7 +17,7 @@ from vmrnn.errors import UserError
 
 @contextmanager
 def processes(device):
-    """Inside, this process is one of torchrun's: gives its device, `device` or cuda:LOCAL_RANK where that is a GPU."""
+    """The process group, if torchrun started this process; yields its device, cuda:LOCAL_RANK where `device` is a GPU."""
     if "LOCAL_RANK" not in os.environ:  # some clusters set WORLD_SIZE for all programs
         yield device
         return

@@ -1,8 +1,8 @@
 """How good a forecast is: per-frame figures, and their sums over a data set.
 
 Frames are float tensors (..., C, H, W) with values in [0, 1], the network's scale. A NaN in the truth is a
-missing pixel and is left out of every figure; a figure of a frame that has no pixel for it is NaN and
-not counted. Most figures are computed per frame, shape (...), float64, and averaged over frames and
+missing pixel and is left out of every figure; a frame without valid pixels gives NaN and is not
+counted. Most figures are computed per frame, shape (...), float64, and averaged over frames and
 sequences. POOLED ones are ratios of sums over the pixels of all frames.
 """
 

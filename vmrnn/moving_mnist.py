@@ -205,8 +205,8 @@ class MovingMNIST(Dataset):
             raise IndexError(f"sample {indices} of a data set of {self.length}")
         if self.same_every_epoch:
             epochs = np.zeros_like(epochs)
-        frames = to_unit_range(self.render(*self.trajectories(epochs, indices)))
-        return split_frames(frames, self.num_frames_input, self.num_frames_output)
+        frames = self.render(*self.trajectories(epochs, indices))
+        return as_items(frames, self.num_frames_input, self.num_frames_output)
 
     def trajectories(self, epochs, indices):
         """Which digits, (B, K), and where: pixel offsets (B, T, K, 2) as (x, y) of the corner."""
@@ -294,7 +294,7 @@ class MovingMNISTFile(Dataset):
             raise IndexError(f"sample {indices} of a data set of {len(self)}")
         total = self.num_frames_input + self.num_frames_output
         frames = np.ascontiguousarray(self.frames[:total, indices].swapaxes(0, 1))
-        return split_frames(to_unit_range(frames), self.num_frames_input, self.num_frames_output)
+        return as_items(frames, self.num_frames_input, self.num_frames_output)
 
 
 def open_sequences(path, array_key):
@@ -307,13 +307,9 @@ def open_sequences(path, array_key):
     return frames
 
 
-def to_unit_range(frames):
-    """uint8 (B, T, H, W) as float32 in [0, 1]."""
+def as_items(frames, num_frames_input, num_frames_output):
+    """uint8 frames (B, T, H, W) as a list of B items (inputs, targets), each float32 (T, 1, H, W) in [0, 1]."""
     # numpy: it converts and divides in one pass, and starts no threads in the way of the model's
-    return torch.from_numpy(np.divide(frames, np.float32(255), dtype=np.float32))
-
-
-def split_frames(frames, num_frames_input, num_frames_output):
-    """Frames (B, T, H, W) as a list of B items (inputs, targets), each (T, 1, H, W)."""
-    parts = frames.unsqueeze(2).split((num_frames_input, num_frames_output), dim=1)
+    values = torch.from_numpy(np.divide(frames, np.float32(255), dtype=np.float32))
+    parts = values.unsqueeze(2).split((num_frames_input, num_frames_output), dim=1)
     return list(zip(*parts, strict=True))

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from timm.optim import Muon
 
 FUSED = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
 
@@ -25,8 +26,6 @@ def make_optimizer(model, name, lr, weight_decay, device):
     """
     groups = parameter_groups(model, weight_decay)
     if name == "muon":
-        from timm.optim import Muon  # timm 1.0.22; the rest of the project works with older ones
-
         matrices = [p for p in groups[0]["params"] if p.ndim in (2, 4) and min(p.shape[:2]) > 1]
         ids = {id(p) for p in matrices}
         for group in groups:

@@ -43,7 +43,7 @@ def check_frame_size(H, W, stride):
 def check_depths(**depths):
     for name, blocks in depths.items():
         if not isinstance(blocks, list | tuple) or not blocks or any(not isinstance(d, int) or d < 1 for d in blocks):
-            raise UserError(f"{name} {blocks}: give one number of blocks, at least 1, for each cell")
+            raise UserError(f"{name} {blocks}: give a list of whole numbers, at least 1, one for each cell")
 
 
 def check_options(d_state, **rates):

@@ -50,7 +50,7 @@ def can_run(device, dtype, d_state):
     if triton is None:
         return False, f"Triton is not installed: {INSTALL}"
     if triton_version() < OLDEST:
-        return False, f"Triton {triton.__version__} cannot compile functions that give several values: {UPDATE}"
+        return False, f"Triton {triton.__version__} cannot compile functions that return tuples: {UPDATE}"
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA GPU"
     if dtype not in DTYPES:

@@ -170,7 +170,7 @@ def ends_kernel(source, dbl, raw, weight, bias, A_log, ends, totals, B, Di,
                 BLOCK_D: tl.constexpr, RR: tl.constexpr, RT: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr,
                 SPREAD: tl.constexpr, STEPS: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr,
                 SLOTS: tl.constexpr, PROJECT: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
-    """What each part of the sequence makes of a state of zero: ends (K, B, SLOTS, Di, N), of which this part's slot is
+    """The final state of each part of the sequence when scanned from a zero state: ends (K, B, SLOTS, Di, N), of which this part's slot is
     every STRIDE-th; and the sum of its step sizes, totals (K, B, parts - 1, Di).
 
     The last part's state is not asked for. BACK: what each part but the first makes of the gradient of its states,
