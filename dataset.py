@@ -121,7 +121,6 @@ def build_dataset(
     valid_data_dir="",
     test_data_dir="",
     cache_dir="data/cache",
-    download_dir="data",
     length=10000,
     num_frames_input=10,
     num_frames_output=10,
@@ -170,7 +169,7 @@ def build_dataset(
     if dataset == "moving_mnist":
         if split == "test" and test_data_dir:
             return standard_test_file(test_data_dir, *frames, size, array_key)
-        digits = select_digits(load_digits(train_data_dir, download_dir), split, digits_split)
+        digits = select_digits(load_digits(train_data_dir), split, digits_split)
         return MovingMNIST(
             digits, length, *frames, size, num_objects, digit_size, step_length, draw_seed,
             same_every_epoch=split != "train",

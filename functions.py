@@ -194,11 +194,10 @@ class Step:
         return loss.detach()
 
     def clear_gradients(self):
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.network.zero_grad()
 
 
-def record(function, device):
+def capture(function, device):
     """(CUDA graph of the kernels that function() launches, what it returned). It is called four times."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -224,18 +223,18 @@ class GraphedStep(Step):
 
     def __call__(self, inputs, targets):
         if self.graph is None or self.targets.shape != targets.shape or self.inputs.shape != inputs.shape:
-            self.record(inputs, targets)
+            self.capture(inputs, targets)
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
         self.graph.replay()
         return self.loss.clone()
 
-    def record(self, inputs, targets):
+    def capture(self, inputs, targets):
         self.graph = None  # its memory serves the next
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         random_state = torch.cuda.get_rng_state(self.device)
         self.inputs, self.targets = inputs.clone(), targets.clone()
-        self.graph, self.loss = record(
+        self.graph, self.loss = capture(
             lambda: super(GraphedStep, self).__call__(self.inputs, self.targets), self.device
         )
         torch.cuda.set_rng_state(random_state, self.device)
@@ -243,9 +242,7 @@ class GraphedStep(Step):
             parameter.grad.copy_(gradient)
 
     def clear_gradients(self):
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()  # the graph adds to this very memory
+        self.network.zero_grad(set_to_none=False)  # the graph adds to this very memory
 
 
 class GraphedForward:
@@ -263,16 +260,16 @@ class GraphedForward:
         if states is None:
             return self.model(frame)
         if self.graph is None or self.inputs[0].shape != frame.shape:
-            self.record(frame, states)
+            self.capture(frame, states)
         for mine, given in zip(tree_leaves(self.inputs), tree_leaves((frame, states)), strict=True):
             mine.copy_(given)
         self.graph.replay()
         return tree_map(torch.clone, self.outputs)
 
-    def record(self, frame, states):
+    def capture(self, frame, states):
         self.graph = self.outputs = None  # their memory serves the next
         self.inputs = tree_map(torch.clone, (frame, states))
-        self.graph, self.outputs = record(lambda: self.model(*self.inputs), frame.device)
+        self.graph, self.outputs = capture(lambda: self.model(*self.inputs), frame.device)
 
 
 def train_one_epoch(
@@ -290,7 +287,7 @@ def train_one_epoch(
     the scaler skips updates whose gradients overflow, until its scale is beyond repair.
     """
     step.network.train()
-    device, scaler, world = step.device, step.scaler, distributed.world()
+    device, scaler, world = step.device, step.scaler, distributed.world_size()
     batches = progress(loader, title, updates * step.parts, done * step.parts)
     for number in range(done + 1, updates + 1):
         seed_update(seed, before + number - 1, distributed.rank())
@@ -308,7 +305,7 @@ def train_one_epoch(
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(step.parameters, clip_grad or math.inf)
         loss, norm = torch.stack([total, norm.to(total)]).tolist()  # the one wait for the device
-        (loss,) = distributed.sums(loss / world)
+        (loss,) = distributed.all_sum(loss / world)
         update = Update(number, loss, norm)
         overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > SMALLEST_SCALE
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
@@ -342,11 +339,11 @@ def evaluate(model, loader, device, metrics, precision="fp32", l1_weight=1.0, ba
             meters["last"].update(torch.where(inputs[:, -1:].isnan(), 0.0, inputs[:, -1:]).expand_as(targets), targets)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
-    (total, samples) = distributed.sums(total, meters["model"].count)
+    (total, samples) = distributed.all_sum(total, meters["model"].count)
     results = {}
     for name, meter in meters.items():
         merged = Metrics(metrics)
-        for state in distributed.gather(meter.state()):
+        for state in distributed.all_gather(meter.state()):
             merged.merge(state)
         results[name] = merged.compute()
     return {"loss": total / samples, **results}

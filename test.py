@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import build_dataset, make_loader, metric_names
+from dataset import DATASETS, build_dataset, make_loader, metric_names
 from functions import build_model, compile_model, evaluate
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
@@ -124,6 +124,7 @@ def main(argv=None):
         title=f"{config.model} on {config.dataset}",
         facts={
             "checkpoint": str(path),
+            "data": DATASETS[config.dataset].description,
             "test set": str(test_set),
             "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
             "loss": f"{loss:.4f} ({loss_name})",

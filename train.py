@@ -22,7 +22,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset import build_dataset, make_loader, metric_names
+from dataset import DATASETS, build_dataset, make_loader, metric_names
 from functions import (
     GraphedStep,
     NonFinite,
@@ -36,7 +36,7 @@ from functions import (
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
-from vmrnn.optim import make_optimizer, rate_factor
+from vmrnn.optim import lr_factor, make_optimizer
 from vmrnn.pictures import save_animation, save_curve, save_strip
 from vmrnn.report import strict_json
 from vmrnn.runtime import (
@@ -117,7 +117,7 @@ def parse_arguments(argv=None):
 
 def share_of_batch(config):
     """(sequences of a micro-batch, micro-batches of an update) of each process; the batch is all processes'."""
-    world = distributed.world()
+    world = distributed.world_size()
     parts = math.ceil(config.accumulate / world)
     size, rest = divmod(config.train_batch_size, world * parts)
     if rest:
@@ -135,7 +135,7 @@ def main(argv=None):
 
 
 def train(config, weights, resumed, device, signals):
-    rank, world = distributed.rank(), distributed.world()
+    rank, world = distributed.rank(), distributed.world_size()
     if rank:
         log.setLevel(logging.WARNING)  # one process speaks, and writes
     log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")
@@ -147,7 +147,7 @@ def train(config, weights, resumed, device, signals):
     seed_everything(config.seed)
 
     # Data
-    with distributed.first_alone():  # one process decodes and fetches for all
+    with distributed.rank_zero_first():  # one process decodes and fetches for all
         train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
         config.data_range = list(train_set.data_range)  # the checkpoint says how its numbers become data again
         valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
@@ -170,9 +170,9 @@ def train(config, weights, resumed, device, signals):
     with torch.no_grad():
         Rollout(model)(train_set[0][0][None, :1].to(device), 1)  # refuses what does not fit, before anything is written
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
-    judged = ema.module if ema else model  # what is evaluated, and saved as best
+    eval_model = ema.module if ema else model  # what is evaluated, and saved as best
     if config.compile:
-        for network in {model, judged}:
+        for network in {model, eval_model}:
             compile_model(network, device)
 
     # Optimiser
@@ -180,7 +180,7 @@ def train(config, weights, resumed, device, signals):
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def learning_rate(n):
-        return config.lr * rate_factor(n, config.schedule, config.warmup_steps, config.epochs * updates)
+        return config.lr * lr_factor(n, config.schedule, config.warmup_steps, config.epochs * updates)
 
     def horizon(n):
         if n >= config.curriculum:
@@ -200,7 +200,7 @@ def train(config, weights, resumed, device, signals):
         optimizer.load_state_dict(moments)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    if len({(p.epoch, p.step) for p in distributed.gather(position)}) > 1:
+    if len({(p.epoch, p.step) for p in distributed.all_gather(position)}) > 1:
         raise UserError(f"{config.res_dir}: the processes see different checkpoints; put it where all can read it")
     network = Rollout(model, config.grad_checkpoint)
     if world > 1:
@@ -263,10 +263,10 @@ def train(config, weights, resumed, device, signals):
     parameters = sum(p.numel() for p in model.parameters())
     log.info("network    %s, %s parameters, frames %d x %d", config.model, f"{parameters:,}", *config.frame_size)
     log.info(
-        "data       %s from %s: %d sequences an epoch, %d to validate, %d -> %d frames",
-        config.dataset, config.train_data_dir, len(train_set), len(valid_set), config.num_frames_input,
-        config.num_frames_output,
+        "data       %s from %s: %d sequences an epoch, %d -> %d frames", config.dataset, config.train_data_dir,
+        len(train_set), config.num_frames_input, config.num_frames_output,
     )  # fmt: skip
+    log.info("validation %d sequences: %s", len(valid_set), DATASETS[config.dataset].selects)
     log.info(
         "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",
         position.epoch, config.epochs, updates, config.optimizer, config.lr, config.schedule, config.precision,
@@ -299,7 +299,7 @@ def train(config, weights, resumed, device, signals):
                     if board:
                         board.throughput(config.train_batch_size, before + update.step)
                     position.window = []
-                if any(distributed.sums(signals.received is not None)):
+                if any(distributed.all_sum(signals.received is not None)):
                     stop()
                 if config.is_save_due(update.step - saved[1], time.perf_counter() - saved[2]):
                     save()
@@ -332,7 +332,7 @@ def train(config, weights, resumed, device, signals):
                             board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
             results = evaluate(
-                judged, valid_loader, device, names, config.precision, config.l1_weight, on_batch=watch,
+                eval_model, valid_loader, device, names, config.precision, config.l1_weight, on_batch=watch,
                 title=f"validate {epoch}",
             )  # fmt: skip
             metrics = results["model"]["mean"]
@@ -346,7 +346,7 @@ def train(config, weights, resumed, device, signals):
             if rank == 0:
                 save_curve(folder / "loss.png", log_file)
                 if is_best:
-                    checkpoint.save_weights(best, judged, config.to_dict())
+                    checkpoint.save_weights(best, eval_model, config.to_dict())
             if board:
                 board.lead_times(results["model"]["per_frame"], before + updates)
             log.info(

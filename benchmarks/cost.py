@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.train_step import peak_mib, seconds
+from benchmarks.timing import median_wall_seconds, peak_mib
 from functions import build_model, compile_model, mixed_precision, rollout
 from vmrnn import config as configuration
 from vmrnn.cell import VMRNNCell
@@ -103,7 +103,7 @@ def measure(config, device):
             rollout(model, inputs, config.num_frames_output)
 
         forecast()
-        elapsed = seconds(forecast, device, ROUNDS)
+        elapsed = median_wall_seconds(forecast, device, ROUNDS)
     steps = config.test_batch_size * (config.num_frames_input - 1 + config.num_frames_output)
     return {"frames_per_second": steps / elapsed, "peak_mib": peak_mib(device)}
 

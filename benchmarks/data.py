@@ -8,12 +8,11 @@ rounds after one that warms up.
 
 import json
 import platform
-import statistics
-import time
 
 import numpy as np
 import torch
 
+from benchmarks.timing import median_wall_seconds
 from dataset import MovingMNIST, load_digits, make_loader, select_digits
 from vmrnn.runtime import cpu_name
 
@@ -37,12 +36,7 @@ def load(loader):
 def rate(work):
     """Sequences a second of work(), which makes LENGTH of them."""
     work()
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return LENGTH / statistics.median(seconds)
+    return LENGTH / median_wall_seconds(work, torch.device("cpu"), ROUNDS)
 
 
 def main():

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import seconds
-from vmrnn import fused_layers, layers
+from vmrnn import layers, triton_layers
 from vmrnn.errors import UserError
 from vmrnn.runtime import describe_device, run_program
-from vmrnn.scan import fused
+from vmrnn.scan import triton_scan
 
 ROUNDS = 15
 
@@ -53,7 +53,7 @@ def depthwise(batch, side, channels):
         "shifted products": shifted,
     }
     if x.is_cuda:
-        ways["Triton"] = lambda: fused_layers.conv_silu(x, weight, bias)
+        ways["Triton"] = lambda: triton_layers.conv_silu(x, weight, bias)
     return ways, (x, weight, bias)
 
 
@@ -66,7 +66,7 @@ def gate(batch, side, channels):
         "recomputing": lambda: layers.norm_gate_linear(y, z, weight, bias, 1e-5, out),
     }
     if y.is_cuda:
-        ways["Triton"] = lambda: fused_layers.norm_gate_linear(y, z, weight, bias, 1e-5, out)
+        ways["Triton"] = lambda: triton_layers.norm_gate_linear(y, z, weight, bias, 1e-5, out)
     return ways, (y, z, weight, bias, out)
 
 
@@ -76,7 +76,7 @@ def norm(batch, side, channels):
     x, weight, bias = leaf(batch, side, side, C, single=True), leaf(C), leaf(C)
     ways = {"plain": lambda: layers.norm(x, weight, bias, 1e-5)}
     if x.is_cuda:
-        ways["Triton"] = lambda: fused_layers.norm(x, weight, bias, 1e-5)
+        ways["Triton"] = lambda: triton_layers.norm(x, weight, bias, 1e-5)
     return ways, (x, weight, bias)
 
 
@@ -91,7 +91,7 @@ def cell_gate(batch, side, channels):
 
     ways = {"plain": plain, "recomputing": lambda: torch.add(*layers.cell_gate(o, c))}
     if o.is_cuda:
-        ways["Triton"] = lambda: torch.add(*fused_layers.cell_gate(o, c))
+        ways["Triton"] = lambda: torch.add(*triton_layers.cell_gate(o, c))
     return ways, (o, c)
 
 
@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     if args.device == "cuda":
-        ok, reason = fused.can_run("cuda", torch.float32, 16)
+        ok, reason = triton_scan.can_run("cuda", torch.float32, 16)
         if not ok:
             raise UserError(f"--device cuda: {reason}")
         maps = [(16, 32, 256), (16, 16, 512), (16, 8, 1024)]

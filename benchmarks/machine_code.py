@@ -24,7 +24,7 @@ import torch
 
 from vmrnn.errors import UserError
 from vmrnn.runtime import run_program
-from vmrnn.scan import fused
+from vmrnn.scan import triton_scan
 
 SHAPES = {"32x32": (32, 256, 8), "16x16": (16, 512, 16), "8x8": (8, 1024, 32)}  # H = W, Di, R of network D
 D_STATE = 16
@@ -51,12 +51,14 @@ UNIT_OF = {name: unit for unit, names in NAMES.items() for name in names.split()
 def kernels_of(shape, batch, N=D_STATE):
     """{name: (kernel, constants, options)} as scan_op and scan_backward_op launch them for (H = W, Di, R)."""
     H, Di, R = shape
-    part, part_back, chunk = fused.lengths(torch.empty(batch, H, H, Di, device="meta"), N, R)
+    part, part_back, chunk = triton_scan.lengths(torch.empty(batch, H, H, Di, device="meta"), N, R)
     fixed = dict(H=H, W=H, N=N, R=R)
-    forward, backward = (fixed | blocks for blocks in (fused.forward_blocks(N, R), fused.backward_blocks(N)))
+    forward, backward = (
+        fixed | blocks for blocks in (triton_scan.forward_blocks(N, R), triton_scan.backward_blocks(N))
+    )
     kernels = {
-        "forward": (fused.forward_kernel, forward | dict(PART=part, CHUNK=chunk, SAVE=True)),
-        "backward": (fused.backward_kernel, backward | dict(PART=part_back, CHUNK=chunk)),
+        "forward": (triton_scan.forward_kernel, forward | dict(PART=part, CHUNK=chunk, SAVE=True)),
+        "backward": (triton_scan.backward_kernel, backward | dict(PART=part_back, CHUNK=chunk)),
     }
     for name, length, stride, rest in (
         ("ends", part, part // chunk, dict(BACK=False)),
@@ -65,14 +67,17 @@ def kernels_of(shape, batch, N=D_STATE):
         if length < H * H:
             parts = (H * H - 1) // length
             slots = dict(STRIDE=stride, SLOTS=(H * H - 1) // chunk if stride > 1 else parts)
-            kernels[name] = fused.ends_kernel, forward | dict(PART=length) | slots | rest
+            kernels[name] = triton_scan.ends_kernel, forward | dict(PART=length) | slots | rest
             kernels[f"chain of {name}"] = (
-                fused.chain_kernel,
-                slots | dict(N=N, PARTS=parts, BLOCK=fused.CHAIN_BLOCK, BACK=rest["BACK"]),
+                triton_scan.chain_kernel,
+                slots | dict(N=N, PARTS=parts, BLOCK=triton_scan.CHAIN_BLOCK, BACK=rest["BACK"]),
             )
-    kernels["sum"] = fused.sum_kernel, dict(PARTS=4, BLOCK=fused.SUM_BLOCK)
-    wide = (fused.chain_kernel, fused.sum_kernel)
-    return {name: (*found, fused.SUM_OPTIONS if found[0] in wide else fused.OPTIONS) for name, found in kernels.items()}
+    kernels["sum"] = triton_scan.sum_kernel, dict(PARTS=4, BLOCK=triton_scan.SUM_BLOCK)
+    wide = (triton_scan.chain_kernel, triton_scan.sum_kernel)
+    return {
+        name: (*found, triton_scan.SUM_OPTIONS if found[0] in wide else triton_scan.OPTIONS)
+        for name, found in kernels.items()
+    }
 
 
 def build(kernel, constants, options, dtype, arch):
@@ -83,7 +88,7 @@ def build(kernel, constants, options, dtype, arch):
 
     types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names}
     maps = ("x", "y", "z", "dx", "dy", "dz", "out", "dout", "ds", "total", "source")
-    if kernel in (fused.forward_kernel, fused.backward_kernel):  # whose results are parts, in fp32
+    if kernel in (triton_scan.forward_kernel, triton_scan.backward_kernel):  # whose results are parts, in fp32
         maps = ("x", "dy")
     types |= {name: f"*{dtype}" for name in maps if name in types}
     types |= {
@@ -183,7 +188,7 @@ def measure(name, kernel, constants, options, dtype, arch, programs):
     found = {"kernel": name, "registers": registers, "spilled": stack, "shared": shared, "loops": []}
     if "STEPS" not in constants:
         return found
-    steps = constants["STEPS"] * (1 if kernel is fused.backward_kernel else 2)
+    steps = constants["STEPS"] * (1 if kernel is triton_scan.backward_kernel else 2)
     resident = min(REGISTERS // (32 * registers) or 1, max(1, round(programs / SCHEDULERS)), 4)
     walked = min(constants["PART"], constants["H"] * constants["W"])
     found["time"] = 0
@@ -204,9 +209,11 @@ def main():
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the maps")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
-    if fused.triton is None:
-        raise UserError(f"Triton is not installed: {fused.INSTALL}")
-    print(f"Triton {fused.triton.__version__}, sm_{args.arch}, {args.dtype}, batch {args.batch}, {D_STATE} states")
+    if triton_scan.triton is None:
+        raise UserError(f"Triton is not installed: {triton_scan.INSTALL}")
+    print(
+        f"Triton {triton_scan.triton.__version__}, sm_{args.arch}, {args.dtype}, batch {args.batch}, {D_STATE} states"
+    )
     print(f"{'map':6}{'kernel':22}{'registers':>10}{'spilled':>8}{'shared':>7}{'':3}a step:{'instr.':>8}{'special':>8}"
           f"{'memory':>8}{'cycles, 1 to 4 warps':>26}{'time [us]':>11}")  # fmt: skip
     results = []
@@ -215,8 +222,8 @@ def main():
         for map_name, shape in SHAPES.items():
             for name, (kernel, constants, options) in kernels_of(shape, args.batch).items():
                 H, Di, _ = shape
-                parts = -(-H * H // constants.get("PART", H * H)) - (kernel is fused.ends_kernel)
-                programs = args.batch * fused.DIRECTIONS * -(-Di // constants.get("BLOCK_D", Di)) * parts
+                parts = -(-H * H // constants.get("PART", H * H)) - (kernel is triton_scan.ends_kernel)
+                programs = args.batch * triton_scan.DIRECTIONS * -(-Di // constants.get("BLOCK_D", Di)) * parts
                 found = measure(name, kernel, constants, options, args.dtype, args.arch, programs)
                 results.append({"map": map_name, **found})
                 head = f"{map_name:6}{name:22}{found['registers']:10}{found['spilled']:8}{found['shared']:7}"
@@ -228,7 +235,9 @@ def main():
                         line += f"{1e6 * found['time']:11.0f}" if i == 0 else ""
                     print(line, flush=True)
     print(
-        json.dumps({"benchmark": "machine_code", "triton": fused.triton.__version__, **vars(args), "results": results})
+        json.dumps(
+            {"benchmark": "machine_code", "triton": triton_scan.triton.__version__, **vars(args), "results": results}
+        )
     )
 
 

@@ -81,7 +81,7 @@ def relative_error(actual, expected):
     }
 
 
-def peak_mib(function):
+def extra_mib(function):
     """GPU memory that `function` takes beside what is there already."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -145,7 +145,7 @@ def measure(back_ends, shape, batch, device, rounds, dtype=torch.float32):
         for function in runs[name]:  # what is compiled at a first call is not timed
             function()
         if device.type == "cuda":
-            results[name]["peak"] = peak_mib(runs[name][-1])
+            results[name]["peak"] = extra_mib(runs[name][-1])
     if device.type == "cuda" and (floor := gpu_floor(inputs, device)):
         results["floor"] = {"infer": floor, "forward": floor, "both": 2 * floor}
     if "cpu" in back_ends:

@@ -17,10 +17,10 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 
+from benchmarks.timing import median_wall_seconds, peak_mib
 from functions import GraphedForward, GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
 from vmrnn import scan
 from vmrnn.optim import make_optimizer
@@ -28,30 +28,6 @@ from vmrnn.runtime import describe_device, pick_device, run_program
 
 FRAMES = 10  # given, and to forecast
 STEPS = 3  # training steps a process, the first not counted
-
-
-def peak_mib(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(function, device, times):
-    measured = []
-    for _ in range(times):
-        synchronise(device)
-        start = time.perf_counter()
-        function()
-        synchronise(device)
-        measured.append(time.perf_counter() - start)
-    return statistics.median(measured)
 
 
 OPTIONS = {"checkpoint", "bf16", "compile", "graph", "muon"}
@@ -86,7 +62,7 @@ def measure(case, device, steps=STEPS - 1, frames=15):
         optimizer.step()
 
     step()
-    result = {"step": seconds(step, device, steps), "peak": peak_mib(device)}
+    result = {"step": median_wall_seconds(step, device, steps), "peak": peak_mib(device)}
     if not frames:
         return result
     model.eval()
@@ -96,7 +72,7 @@ def measure(case, device, steps=STEPS - 1, frames=15):
         _, states = forward(frame)
         for _ in range(3):
             forward(frame, states)
-        result["frame"] = seconds(lambda: forward(frame, states), device, frames)
+        result["frame"] = median_wall_seconds(lambda: forward(frame, states), device, frames)
     return result
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, relative_error
 from test_scan import SHAPES, outputs_and_gradients, scan_inputs
 
 from benchmarks.machine_code import SHAPES as SHAPES_OF_D, build, kernels_of
-from vmrnn.scan import fused, reference
+from vmrnn.scan import reference, triton_scan
 
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
 
@@ -53,52 +53,53 @@ def errors_of(function, inputs, dtype=torch.float32, oracle=reference.scan_2d):
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    fused.CHUNK = fused.SHORTEST = 8  # several chunks and parts on small maps
+    triton_scan.CHUNK = triton_scan.SHORTEST = 8  # several chunks and parts on small maps
     answers = {}
     for name, (shape, parts) in CASES.items():
-        fused.WARPS = 1 << 30 if max(parts) > 1 else 0
+        triton_scan.WARPS = 1 << 30 if max(parts) > 1 else 0
         inputs = scan_inputs(*shape)
         steps = shape[1] * shape[2]
-        assert tuple(-(-steps // part) for part in fused.lengths(inputs[0], *shape[4:])[:2]) == parts, name
-        answers[name] = errors_of(fused.scan_2d, inputs)
-    fused.WARPS = 0
+        assert tuple(-(-steps // part) for part in triton_scan.lengths(inputs[0], *shape[4:])[:2]) == parts, name
+        answers[name] = errors_of(triton_scan.scan_2d, inputs)
+    triton_scan.WARPS = 0
     for name, dtype in HALF.items():
-        answers[name] = errors_of(fused.scan_2d, scan_inputs(1, 3, 3, 8, 16, 2), dtype)
+        answers[name] = errors_of(triton_scan.scan_2d, scan_inputs(1, 3, 3, 8, 16, 2), dtype)
     for bias in EXTREMES:
         inputs = scan_inputs(1, 2, 2, 4, 2, 1)
         inputs[3] = torch.full_like(inputs[3], bias)
-        answers[f"bias {bias}"] = errors_of(fused.scan_2d, inputs)
+        answers[f"bias {bias}"] = errors_of(triton_scan.scan_2d, inputs)
 
     def twice(scan):
         return lambda x, *rest: scan(torch.tanh(scan(x, *rest)), *rest)
 
     inputs = scan_inputs(1, 3, 4, 8, 4, 2)
-    answers["chained"] = errors_of(twice(fused.scan_2d), inputs, oracle=twice(reference.scan_2d))
+    answers["chained"] = errors_of(twice(triton_scan.scan_2d), inputs, oracle=twice(reference.scan_2d))
 
-    fused.WARPS = 1 << 30  # four parts; without gradients the forward keeps their starts alone
+    triton_scan.WARPS = 1 << 30  # four parts; without gradients the forward keeps their starts alone
     inputs = [t.detach().float() for t in scan_inputs(1, 4, 8, 4, 4, 2)]
     turned = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
     leaves = [t.clone().requires_grad_() for t in inputs]
-    y = fused.scan_2d(*inputs)
+    y = triton_scan.scan_2d(*inputs)
     answers["exact"] = {
-        "not contiguous": (fused.scan_2d(*turned) - y).abs().max().item(),
-        "with gradients": (fused.scan_2d(*leaves) - y).abs().max().item(),
+        "not contiguous": (triton_scan.scan_2d(*turned) - y).abs().max().item(),
+        "with gradients": (triton_scan.scan_2d(*leaves) - y).abs().max().item(),
     }
-    compiled = torch.compile(fused.scan_2d, fullgraph=True, backend="aot_eager")
-    got, expected = (outputs_and_gradients(f, leaves) for f in (compiled, fused.scan_2d))
+    compiled = torch.compile(triton_scan.scan_2d, fullgraph=True, backend="aot_eager")
+    got, expected = (outputs_and_gradients(f, leaves) for f in (compiled, triton_scan.scan_2d))
     answers["exact"] |= {f"compiled {name}": relative_error(got[name], t) for name, t in expected.items()}
-    fused.WARPS = 0
+    triton_scan.WARPS = 0
 
     leaves = [t.detach().float().requires_grad_() for t in scan_inputs(1, 2, 1, 3, 2, 1)]
-    torch.library.opcheck(fused.scan_op, (*leaves, True))
+    torch.library.opcheck(triton_scan.scan_op, (*leaves, True))
     plain = [t.detach() for t in leaves]
-    y, checkpoints = fused.scan_op(*plain, True)
-    torch.library.opcheck(fused.scan_backward_op, (y, *plain, checkpoints))
+    y, checkpoints = triton_scan.scan_op(*plain, True)
+    torch.library.opcheck(triton_scan.scan_backward_op, (y, *plain, checkpoints))
     return answers
 
 
 needs_triton = pytest.mark.skipif(
-    fused.triton is None or fused.triton_version() < fused.OLDEST, reason=f"no Triton of {fused.OLDEST} or newer"
+    triton_scan.triton is None or triton_scan.triton_version() < triton_scan.OLDEST,
+    reason=f"no Triton of {triton_scan.OLDEST} or newer",
 )
 
 
@@ -154,7 +155,7 @@ def test_same_bits_in_the_interpreter(interpreted):
     assert_small(interpreted["exact"], 0.0)
 
 
-GPU, NO_GPU = fused.can_run("cuda", torch.float32, 16)
+GPU, NO_GPU = triton_scan.can_run("cuda", torch.float32, 16)
 
 
 @pytest.mark.gpu
@@ -168,10 +169,10 @@ def test_parity_on_a_gpu(shape):
     inputs = scan_inputs(*shape, device="cuda")
     # A GPU's exp2 is right to 2 units of the last place, and off to one side for a state that hardly decays: the
     # product of all steps' decays is then off by as many times that.
-    assert_small(errors_of(fused.scan_2d, inputs), TOLERANCE + shape[1] * shape[2] * 2**-24)
-    assert_small(errors_of(fused.scan_2d, inputs, torch.bfloat16), torch.finfo(torch.bfloat16).eps)
+    assert_small(errors_of(triton_scan.scan_2d, inputs), TOLERANCE + shape[1] * shape[2] * 2**-24)
+    assert_small(errors_of(triton_scan.scan_2d, inputs, torch.bfloat16), torch.finfo(torch.bfloat16).eps)
     first, second = (
-        outputs_and_gradients(fused.scan_2d, [t.float().detach().requires_grad_() for t in inputs]) for _ in "ab"
+        outputs_and_gradients(triton_scan.scan_2d, [t.float().detach().requires_grad_() for t in inputs]) for _ in "ab"
     )
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
@@ -204,26 +205,33 @@ def test_parts_of_the_sequence_fit_together(B):
     """Every step is in one part, parts are whole chunks, and no launch has far more programs than asked for."""
     for H, W, Di in [(1, 1, 8), (5, 7, 24), (8, 8, 1024), (32, 32, 256), (127, 129, 96), (128, 128, 128)]:
         for N, R in ((16, 8), (33, 17)):
-            *parts, chunk = fused.lengths(torch.empty(B, H, W, Di, device="meta"), N, R)
-            for part, block in zip(parts, (fused.forward_blocks(N, R), fused.backward_blocks(N)), strict=True):
-                assert part % chunk == 0 and chunk % block["STEPS"] == 0 and part % (2 * fused.STEPS) == 0
+            *parts, chunk = triton_scan.lengths(torch.empty(B, H, W, Di, device="meta"), N, R)
+            for part, block in zip(
+                parts, (triton_scan.forward_blocks(N, R), triton_scan.backward_blocks(N)), strict=True
+            ):
+                assert part % chunk == 0 and chunk % block["STEPS"] == 0 and part % (2 * triton_scan.STEPS) == 0
                 pieces = -(-H * W // part)
-                assert pieces == 1 or (part >= fused.SHORTEST and pieces * B * 4 * (Di // 32) <= fused.WARPS)
+                assert pieces == 1 or (
+                    part >= triton_scan.SHORTEST and pieces * B * 4 * (Di // 32) <= triton_scan.WARPS
+                )
 
 
 def test_can_run_says_why_not(monkeypatch):
-    assert fused.can_run("cpu", torch.float32, 16) == (False, "the Triton kernels run on CUDA only, the device is cpu")
+    assert triton_scan.can_run("cpu", torch.float32, 16) == (
+        False,
+        "the Triton kernels run on CUDA only, the device is cpu",
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ok, reason = fused.can_run("cuda", torch.float32, 16)
+    ok, reason = triton_scan.can_run("cuda", torch.float32, 16)
     assert not ok and reason
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(fused, "triton", fused.triton or sys)
-    monkeypatch.setattr(fused.triton, "__version__", "3.9", raising=False)
-    assert fused.can_run("cuda", torch.bfloat16, 16) == (True, "fused Triton kernels, Triton 3.9")
-    assert "convert to float32" in fused.can_run("cuda", torch.float64, 16)[1]
-    assert "d_state" in fused.can_run("cuda", torch.float32, 65)[1]
-    monkeypatch.setattr(fused.triton, "__version__", "3.2.0")
-    ok, reason = fused.can_run("cuda", torch.float32, 16)
+    monkeypatch.setattr(triton_scan, "triton", triton_scan.triton or sys)
+    monkeypatch.setattr(triton_scan.triton, "__version__", "3.9", raising=False)
+    assert triton_scan.can_run("cuda", torch.bfloat16, 16) == (True, "fused Triton kernels, Triton 3.9")
+    assert "convert to float32" in triton_scan.can_run("cuda", torch.float64, 16)[1]
+    assert "d_state" in triton_scan.can_run("cuda", torch.float32, 65)[1]
+    monkeypatch.setattr(triton_scan.triton, "__version__", "3.2.0")
+    ok, reason = triton_scan.can_run("cuda", torch.float32, 16)
     assert not ok and "Triton 3.2.0 cannot compile" in reason and "pip install --upgrade torch" in reason
 
 
@@ -232,9 +240,9 @@ def test_imports_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from vmrnn.scan import fused
+from vmrnn.scan import triton_scan
 import vmrnn.ss2d
-print(fused.can_run("cuda", torch.float32, 16))
+print(triton_scan.can_run("cuda", torch.float32, 16))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "pip install triton" in done.stdout, done.stdout + done.stderr

@@ -25,7 +25,7 @@ from functions import (
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
-from vmrnn.optim import make_optimizer, parameter_groups, rate_factor
+from vmrnn.optim import lr_factor, make_optimizer, parameter_groups
 from vmrnn.pictures import read_log
 
 
@@ -41,7 +41,7 @@ def test_onecycle_is_torchs(total):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total, cycle_momentum=False)
     for step in range(total):
-        assert rate_factor(step, "onecycle", 0, total) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert lr_factor(step, "onecycle", 0, total) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         if step + 1 < total:
             schedule.step()
@@ -52,10 +52,10 @@ def test_cosine_is_timms():
     schedule = CosineLRScheduler(optimizer, t_initial=90, t_in_epochs=False)
     for step in range(90):
         schedule.step_update(step)
-        assert rate_factor(step + 10, "cosine", 10, 100) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-    assert [rate_factor(step, "cosine", 10, 100) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
-    assert rate_factor(0, "onecycle", 1, 9) == 1
-    assert [rate_factor(step, "constant", 2, 9) for step in (0, 1, 2, 100)] == [0.5, 1, 1, 1]
+        assert lr_factor(step + 10, "cosine", 10, 100) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+    assert [lr_factor(step, "cosine", 10, 100) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
+    assert lr_factor(0, "onecycle", 1, 9) == 1
+    assert [lr_factor(step, "constant", 2, 9) for step in (0, 1, 2, 100)] == [0.5, 1, 1, 1]
 
 
 def test_what_takes_no_weight_decay():

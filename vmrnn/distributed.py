@@ -46,12 +46,12 @@ def processes(device):
 
 
 @contextmanager
-def first_alone():
+def rank_zero_first():
     """What is inside, rank 0 does before the others: they find what it left on the disk."""
-    if rank() and world() > 1:
+    if rank() and world_size() > 1:
         dist.barrier()
     yield
-    if not rank() and world() > 1:
+    if not rank() and world_size() > 1:
         dist.barrier()
 
 
@@ -59,23 +59,23 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sums(*values):
+def all_sum(*values):
     """The sums of these numbers over all processes, the same floats on each."""
-    if world() == 1:
+    if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return tuple(total.tolist())
 
 
-def gather(value):
+def all_gather(value):
     """[value of rank 0, of rank 1, ...] of something that can be pickled, on each."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * world()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,7 +1,7 @@
 """The layers around the scan and the cell's gate, in plain torch: for any device, and for torch.compile.
 
 Three of them keep less for the backward pass than autograd would: their inputs alone, from which the backward
-makes the maps between again (benchmarks/layers.py has what that costs). fused_layers.py has the same functions as
+makes the maps between again (benchmarks/layers.py has what that costs). triton_layers.py has the same functions as
 Triton kernels.
 """
 

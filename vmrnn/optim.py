@@ -36,7 +36,7 @@ def make_optimizer(model, name, lr, weight_decay, device):
     return optimizer_class(groups, lr=lr, fused=device.type in FUSED)
 
 
-def rate_factor(step, schedule, warmup_steps, total_steps):
+def lr_factor(step, schedule, warmup_steps, total_steps):
     """lr as a factor of its peak at update `step` (from 0). A function of the step alone, so that a resumed
     run needs no scheduler's state and follows --lr and --epochs where they change.
 

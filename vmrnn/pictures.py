@@ -44,25 +44,19 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
     middle = np.concatenate([inputs, forecast])
     right = np.concatenate([blank, difference])
     scale = max(1, pixels // max(left.shape[1:3]))
-    pictures = []
-    for frames in zip(left, middle, right):
-        picture = side_by_side(np.stack(frames), 3)
-        picture = np.repeat(np.repeat(picture, scale, 0), scale, 1)
-        pictures.append(Image.fromarray((255 * picture).round().astype(np.uint8)))
-    hold = [milliseconds] * len(pictures)
+    frames = as_bytes(np.stack([side_by_side(np.stack(trio), 3) for trio in zip(left, middle, right)]), scale)
+    hold = [milliseconds] * len(frames)
     hold[-1] = 5 * milliseconds
     with replacing(path) as temporary:
-        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0)
+        save_gif(temporary, frames, hold)
 
 
 def save_video(path, frames, kind, pixels=256, fps=5):
     """The frames as a GIF (kind ".gif") or an H.264 MP4 (".mp4"), enlarged to about `pixels` where they are smaller."""
-    images = (255 * as_images(frames).clip(0, 1)).round().astype(np.uint8)
-    scale = max(1, pixels // max(images.shape[1:3]))
-    images = images.repeat(scale, 1).repeat(scale, 2)
+    images = as_images(frames)
+    images = as_bytes(images, max(1, pixels // max(images.shape[1:3])))
     if kind == ".gif":
-        pictures = [Image.fromarray(image) for image in images]
-        pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+        save_gif(path, images, 1000 // fps)
         return
     height, width = images.shape[1:3]
     images = np.pad(images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colours
@@ -73,6 +67,17 @@ def save_video(path, frames, kind, pixels=256, fps=5):
         for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+
+
+def as_bytes(images, scale):
+    """Images (T, H, W, 3) in [0, 1] as uint8, each pixel a square of `scale`."""
+    return (255 * images.clip(0, 1)).round().astype(np.uint8).repeat(scale, 1).repeat(scale, 2)
+
+
+def save_gif(path, images, milliseconds):
+    """images: uint8 (T, H, W, 3); milliseconds of each, or of every one."""
+    first, *rest = map(Image.fromarray, images)
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
 
 
 def save_lead_times(path, results, names):

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vmrnn import fused_layers, layers
+from vmrnn import layers, triton_layers
 from vmrnn.scan import DIRECTIONS, resolve, scan_2d
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # the range of step sizes at initialisation
@@ -49,7 +49,7 @@ class SS2D(nn.Module):
 
     def layers(self, x):
         """The module of the layers around the scan: Triton's where the scan is."""
-        return fused_layers if self.backend(x) == "triton" else layers
+        return triton_layers if self.backend(x) == "triton" else layers
 
     def forward(self, u):
         layers = self.layers(u)

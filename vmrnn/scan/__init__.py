@@ -10,10 +10,10 @@ from functools import cache
 import torch
 
 from vmrnn.errors import UserError
-from vmrnn.scan import chunked, cpu, fused, mamba, reference
+from vmrnn.scan import chunked, cpu, mamba, reference, triton_scan
 
 DIRECTIONS = reference.DIRECTIONS
-BACKENDS = {"mamba": mamba, "triton": fused, "cpu": cpu, "torch": chunked, "reference": reference}
+BACKENDS = {"mamba": mamba, "triton": triton_scan, "cpu": cpu, "torch": chunked, "reference": reference}
 
 # What `auto` tries, first to last; change it only on numbers from benchmarks/.
 ORDER = {"cuda": ("mamba", "triton", "torch"), "cpu": ("cpu", "torch")}

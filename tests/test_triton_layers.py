@@ -14,10 +14,10 @@ from conftest import relative_error
 from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, run_interpreter
 
 from benchmarks.machine_code import build
-from vmrnn import fused_layers, layers
+from vmrnn import layers, triton_layers
 from vmrnn.cell import VMRNNCell
-from vmrnn.fused_layers import conv_blocks
-from vmrnn.scan import fused
+from vmrnn.scan import triton_scan
+from vmrnn.triton_layers import conv_blocks
 
 TOLERANCE = 2e-6
 # (B, H, W, C): single pixels, edges, blocks and parts of columns, rows and channels
@@ -31,20 +31,20 @@ def with_eps(layers):
 
 # {name: (fused, plain, shapes of the inputs for a map of (B, H, W, C), how many of them autocast has in half precision)}
 LAYERS = {
-    "conv_silu": lambda m: (fused_layers.conv_silu, layers.conv_silu, [m, (m[-1], 1, 3, 3), m[-1:]], 1),
+    "conv_silu": lambda m: (triton_layers.conv_silu, layers.conv_silu, [m, (m[-1], 1, 3, 3), m[-1:]], 1),
     "norm": lambda m: (
-        lambda *t: fused_layers.norm(*t, 1e-5),
+        lambda *t: triton_layers.norm(*t, 1e-5),
         lambda *t: layers.norm(*t, 1e-5),
         [m, m[-1:], m[-1:]],
         0,
     ),
     "norm_gate_linear": lambda m: (
-        with_eps(fused_layers),
+        with_eps(triton_layers),
         with_eps(layers),
         [m, m, m[-1:], m[-1:], (7, m[-1])],
         2,
     ),
-    "cell_gate": lambda m: (fused_layers.cell_gate, layers.cell_gate, [m, m], 0),
+    "cell_gate": lambda m: (triton_layers.cell_gate, layers.cell_gate, [m, m], 0),
 }
 
 
@@ -73,9 +73,9 @@ def errors_of(case, shape, dtype=torch.float32, device="cpu"):
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    fused_layers.NORM_PROGRAMS = 2  # whose loops then run more than once
-    fused_layers.NORM_ELEMENTS, fused_layers.ELEMENTS = 64, 128
-    fused_layers.ROWS, fused_layers.ROWS_BACK = 4, 3  # several strips, and parts of them
+    triton_layers.NORM_PROGRAMS = 2  # whose loops then run more than once
+    triton_layers.NORM_ELEMENTS, triton_layers.ELEMENTS = 64, 128
+    triton_layers.ROWS, triton_layers.ROWS_BACK = 4, 3  # several strips, and parts of them
     answers = {f"{case} {shape}": errors_of(case, shape) for case in LAYERS for shape in MAPS}
     for dtype in (torch.bfloat16, torch.float16):
         answers |= {f"{case} {dtype}": errors_of(case, (2, 3, 2, 8), dtype) for case in LAYERS}
@@ -109,10 +109,10 @@ def interpret():
         torch.library.opcheck(getattr(torch.ops.vmrnn, name), tuple(arguments))
 
     # Where the scan is Triton's, so are the layers around it and the cell's gate.
-    fused.can_run = lambda *_: (True, "in the interpreter")
+    triton_scan.can_run = lambda *_: (True, "in the interpreter")
     launches = []
     for name in ("conv_kernel", "norm_kernel", "cell_gate_kernel"):
-        setattr(fused_layers, name, Counted(getattr(fused_layers, name), launches))
+        setattr(triton_layers, name, Counted(getattr(triton_layers, name), launches))
     torch.manual_seed(0)
     cell = VMRNNCell(4, 1, [0.0], d_state=2)
     inputs = [torch.randn(B, 3, 2, 4).requires_grad_() for B in (2, 1, 1)]  # one state for all frames
@@ -178,24 +178,24 @@ def kernels():
     """{name: (kernel, constants)} at the blocks of network D."""
     built = {}
     for side, C in ((32, 256), (8, 1024)):
-        conv = conv_blocks((16, side, side, C), fused_layers.ROWS)[2]
-        back = conv_blocks((16, side, side, C), fused_layers.ROWS_BACK)[2]
+        conv = conv_blocks((16, side, side, C), triton_layers.ROWS)[2]
+        back = conv_blocks((16, side, side, C), triton_layers.ROWS_BACK)[2]
         built |= {
-            f"conv {side}": (fused_layers.conv_kernel, conv | dict(TRANSPOSED=False)),
-            f"conv transposed {side}": (fused_layers.conv_kernel, conv | dict(TRANSPOSED=True)),
-            f"conv backward {side}": (fused_layers.conv_backward_kernel, back),
+            f"conv {side}": (triton_layers.conv_kernel, conv | dict(TRANSPOSED=False)),
+            f"conv transposed {side}": (triton_layers.conv_kernel, conv | dict(TRANSPOSED=True)),
+            f"conv backward {side}": (triton_layers.conv_backward_kernel, back),
         }
     for C in (256, 1024):
-        blocks = fused_layers.norm_blocks(1, C)[1]
+        blocks = triton_layers.norm_blocks(1, C)[1]
         built |= {
-            f"norm {C}": (fused_layers.norm_kernel, blocks | dict(GATED=False)),
-            f"norm backward {C}": (fused_layers.norm_backward_kernel, blocks | dict(GATED=False)),
-            f"norm and gate {C}": (fused_layers.norm_kernel, blocks | dict(GATED=True)),
-            f"norm and gate backward {C}": (fused_layers.norm_backward_kernel, blocks | dict(GATED=True)),
+            f"norm {C}": (triton_layers.norm_kernel, blocks | dict(GATED=False)),
+            f"norm backward {C}": (triton_layers.norm_backward_kernel, blocks | dict(GATED=False)),
+            f"norm and gate {C}": (triton_layers.norm_kernel, blocks | dict(GATED=True)),
+            f"norm and gate backward {C}": (triton_layers.norm_backward_kernel, blocks | dict(GATED=True)),
         }
-    block = dict(BLOCK=fused_layers.NORM_ELEMENTS)
-    built["cell gate"] = fused_layers.cell_gate_kernel, block
-    built["cell gate backward"] = fused_layers.cell_gate_backward_kernel, block
+    block = dict(BLOCK=triton_layers.NORM_ELEMENTS)
+    built["cell gate"] = triton_layers.cell_gate_kernel, block
+    built["cell gate backward"] = triton_layers.cell_gate_backward_kernel, block
     return built
 
 
@@ -204,7 +204,7 @@ def kernels():
 def test_compiled_without_spills(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, (kernel, constants) in kernels().items():
-        registers, stack, shared, _ = build(kernel, constants, fused_layers.OPTIONS, "bf16", arch)
+        registers, stack, shared, _ = build(kernel, constants, triton_layers.OPTIONS, "bf16", arch)
         assert stack == 0, f"{name}: {stack} bytes of spills"
         assert registers <= 168 and shared <= 8192, f"{name}: {registers} registers, {shared} bytes shared"
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmrnn.layers import once_differentiable, product_dtype
-from vmrnn.scan.fused import padded
-from vmrnn.scan.fused_kernels import jit, tl
+from vmrnn.scan.triton_kernels import jit, tl
+from vmrnn.scan.triton_scan import padded
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 ELEMENTS = 512  # of a row of the map that a program of the convolution holds: 4 a thread

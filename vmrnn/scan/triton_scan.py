@@ -9,7 +9,9 @@ once per program and added by `sum_kernel` in a fixed order: no atomics, so resu
 import torch
 from torch import Tensor
 
-from vmrnn.scan.fused_kernels import (
+from vmrnn.scan.op import call, connect
+from vmrnn.scan.reference import DIRECTIONS
+from vmrnn.scan.triton_kernels import (
     backward_kernel,
     chain_kernel,
     ends_kernel,
@@ -17,8 +19,6 @@ from vmrnn.scan.fused_kernels import (
     sum_kernel,
     triton,
 )
-from vmrnn.scan.op import call, connect
-from vmrnn.scan.reference import DIRECTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 128  # steps between the states that the forward keeps for the backward

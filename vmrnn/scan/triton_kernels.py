@@ -1,4 +1,4 @@
-"""The Triton kernels of the scan: what fused.py launches. Their design and counts: README.md beside this file."""
+"""The Triton kernels of the scan: what triton_scan.py launches. Their design and counts: README.md beside this file."""
 
 # Annotations stay text, so that this file can be imported where Triton is not installed.
 from __future__ import annotations
