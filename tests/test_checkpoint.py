@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from vmrnn.checkpoint import load_weights, read_checkpoint, save_checkpoint, save_weights
+from vmrnn.checkpoint import load_weights, read_checkpoint, read_last_checkpoint, save_checkpoint, save_weights
 from vmrnn.errors import UserError
 from vmrnn.runtime import replacing
 from VMRNN_B import VMRNN as B
@@ -63,8 +63,9 @@ def test_our_own_files(tmp_path):
     save_checkpoint(tmp_path / "last.pt", model=source.state_dict(), config={"embed_dim": 16}, epoch=3)
     save_file(dict(source.state_dict()), tmp_path / "plain.safetensors")
     torch.save({"state_dict": source.state_dict()}, tmp_path / "wrapped.pth")
+    torch.save({"model": source.state_dict(), "epoch": 3}, tmp_path / "model.pth")
     for name, config in [("best.safetensors", {"embed_dim": 16}), ("last.pt", {"embed_dim": 16}),
-                         ("plain.safetensors", None), ("wrapped.pth", None)]:  # fmt: skip
+                         ("plain.safetensors", None), ("wrapped.pth", None), ("model.pth", None)]:  # fmt: skip
         target = small_d()
         load_weights(target, tmp_path / name)
         assert same(source, target), name
@@ -154,13 +155,24 @@ def test_files_without_weights(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds no state dict"):
         read_checkpoint(tmp_path / "list.pt")
-    with pytest.raises(UserError, match="No such file"):
-        read_checkpoint(tmp_path / "absent.pt")
+    for read in (read_checkpoint, read_last_checkpoint):
+        with pytest.raises(UserError, match="[^_]absent.pt: .*No such file"):
+            read(tmp_path / "absent.pt")
     save_checkpoint(tmp_path / "future.pt", model={}, config=None)
     content = torch.load(tmp_path / "future.pt")
     torch.save(content | {"version": 99}, tmp_path / "future.pt")
     with pytest.raises(UserError, match="version 99"):
         read_checkpoint(tmp_path / "future.pt")
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, f=original, name=name: order.append(name) or f(*a))
+    for _ in range(2):
+        save_checkpoint(tmp_path / "last.pt", model={"w": torch.ones(2)}, config=None)
+    assert order == ["fsync", "replace", "fsync", "replace", "replace"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

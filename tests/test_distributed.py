@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_resume import OPTIONS, without_time
 
 import train
+from vmrnn import distributed
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.pictures import read_log
 
@@ -92,6 +93,36 @@ def test_a_killed_process_is_started_again_to_the_same_result(pair, torchrun, tm
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     assert without_time(read_log(pair / "log.jsonl")) == without_time(read_log(log_file))
+
+
+FIRST = """
+import sys, time
+from pathlib import Path
+import torch
+from vmrnn import distributed
+with distributed.processes(torch.device("cpu")), distributed.rank_zero_first():
+    if distributed.rank() == 0:
+        time.sleep(0.5)
+        Path(sys.argv[1]).touch()
+    assert Path(sys.argv[1]).exists()
+"""
+
+
+def test_the_first_process_prepares_what_the_others_find(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, tmp_path / "first.py", tmp_path / "found"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some clusters set it for all programs
+    with distributed.processes(torch.device("cpu")) as device:
+        assert device == torch.device("cpu") and distributed.world_size() == 1
+        assert distributed.all_sum(1, 2.5) == (1, 2.5) and distributed.all_gather("x") == ["x"]
 
 
 def test_a_batch_that_does_not_divide(torchrun, tmp_path):

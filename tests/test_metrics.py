@@ -230,6 +230,7 @@ def test_frames_without_a_known_pixel_are_not_counted():
     assert got["mean"]["ssim"] == got["per_frame"]["ssim"][0]
     expected = [metrics.mse(pred[[0, 2], 0], true[[0, 2], 0]).mean(), metrics.mse(pred[:, 1], true[:, 1]).mean()]
     np.testing.assert_allclose(got["per_frame"]["mse"], expected, rtol=1e-12)
+    np.testing.assert_allclose(got["mean"]["mse"], np.mean(expected), rtol=1e-12)  # lead times count alike
     assert got["count"] == 3
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, relative_error
 
 from functions import build_model, compile_model, mixed_precision, rollout, rollout_loss
 from vmrnn import scan
-from vmrnn.cell import VMRNNCell
+from vmrnn.cell import VSB, VMRNNCell
 from vmrnn.checkpoint import load_weights
 from vmrnn.errors import UserError
+from vmrnn.ss2d import SS2D
 from VMRNN_B import VMRNN as B
 from VMRNN_D import VMRNN as D, drop_path_rates
 
@@ -188,6 +190,33 @@ def test_the_loss_compares_every_output_with_the_frame_that_follows():
     off = perfect + 0.5
     torch.testing.assert_close(rollout_loss(off, inputs, targets), torch.tensor(0.75))  # 0.25 + 0.5
     torch.testing.assert_close(rollout_loss(off, inputs, targets, 0.1), torch.tensor(0.3))
+
+
+def test_initialisation():
+    """A = -(1..N), D = 1, step sizes log-uniform in [1e-3, 1e-1], projections uniform in +-1/sqrt(inputs)."""
+    layer = SS2D(128)
+    assert torch.equal(layer.A_logs, torch.arange(1, 17.0).log().expand(4 * 256, 16)) and (layer.Ds == 1).all()
+    steps = torch.log10(F.softplus(layer.dt_projs_bias))
+    assert -3.001 < steps.min() < -2.95 and -1.05 < steps.max() < -0.999
+    assert abs(steps.mean() + 2) < 0.06 and abs(steps.std() - 2 / 12**0.5) < 0.03
+    for weight, inputs in ((layer.dt_projs_weight, 8), (layer.x_proj_weight, 256)):
+        assert 0.98 < weight.abs().max() * inputs**0.5 <= 1.0001 and weight.mean().abs() < 0.03
+
+
+def test_dropout_and_stochastic_depth():
+    x = torch.randn(64, 4, 4, 16)
+    block, layer = VSB(16, mixes_hidden=False, drop_path=0.5), SS2D(16, dropout=0.5)
+    whole, part = block.eval()(x) - x, block.train()(x) - x
+    kept = part.flatten(1).any(1)
+    assert 16 < kept.sum() < 48  # of 64 samples
+    torch.testing.assert_close(part[kept], 2 * whole[kept], rtol=1e-4, atol=1e-5)
+    whole, part = layer.eval()(x), layer.train()(x)
+    assert 0.45 < (part != 0).float().mean() < 0.55
+    torch.testing.assert_close(part[part != 0], 2 * whole[part != 0])
+    for model in (B(8, 2, 1, 16, [2], 0.1, 0.2), D(8, 2, 1, 8, [1], [2], 0.1, 0.2)):
+        rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+        assert len(rates) > 2
+        assert all(rate == (0.2 if "self_attention" in name else 0.1) for name, rate in rates.items())
 
 
 def test_drop_path_rates_follow_the_published_schedule():

@@ -68,6 +68,11 @@ def test_what_takes_no_weight_decay():
         assert (name in plain) == (key in norms or name.endswith(("A_logs", "Ds", "bias"))), name
 
 
+def test_adam_and_adamw_are_torchs():
+    for name, theirs in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        assert type(make_optimizer(small(), name, 1e-3, 0.1, torch.device("cpu"))) is theirs
+
+
 MATRICES = tuple(
     f"{layer}.weight" for layer in ("in_proj", "out_proj", "linear", "reduction", "expand", "Unembed.Conv_.0")
 )
@@ -79,11 +84,13 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_by_equal_ones():
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    make_optimizer(model, "muon", 1e-3, 0.1, torch.device("cpu")).step()
+    optimizer = make_optimizer(model, "muon", 1e-3, 100.0, torch.device("cpu"))
+    assert all(group["nesterov"] for group in optimizer.param_groups)
+    optimizer.step()
     matrices = {name for name in before if name.endswith(MATRICES)}
     assert len(matrices) == 9
     for name, parameter in model.named_parameters():
-        decay = 0.1 if parameter.ndim > 1 and not name.endswith(("A_logs", "bias")) else 0.0
+        decay = 100.0 if parameter.ndim > 1 and not name.endswith(("A_logs", "bias")) else 0.0
         step = (parameter.detach() - before[name] * (1 - 1e-3 * decay)) / 1e-3
         if name in matrices:
             step = step.flatten(1)
@@ -122,6 +129,32 @@ def test_training_and_evaluation_weigh_l1_as_asked():
         assert Step(Rollout(model), torch.device("cpu"), l1_weight=weight)(inputs, targets).item() == expected
         results = evaluate(model, [(inputs, targets)], torch.device("cpu"), ("mse",), l1_weight=weight)
         assert results["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_counts_every_sample_once_in_the_precision_asked_for():
+    torch.manual_seed(3)
+    inputs, targets = torch.rand(3, 3, 1, 16, 16), torch.rand(3, 2, 1, 16, 16)
+    model, device = small().eval(), torch.device("cpu")
+    batches = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
+            outputs = [rollout(model, *batch[:1], 2) for batch in batches]
+        samples = [rollout_loss(o, *batch).item() for o, batch in zip(outputs, batches)]
+        losses[precision] = evaluate(model, batches, device, ("mse",), precision)["loss"]
+        assert losses[precision] == pytest.approx((2 * samples[0] + samples[1]) / 3, rel=1e-6)
+    assert losses["fp32"] != losses["bf16"]
+
+
+def test_dropout_draws_from_seed_update_and_rank(monkeypatch):
+    keys = []
+    monkeypatch.setattr("functions.seed_update", lambda *key: keys.append(key))
+    monkeypatch.setattr("functions.distributed.rank", lambda: 5)
+    step = Step(Rollout(small()), torch.device("cpu"))
+    optimizer = torch.optim.SGD(step.parameters, lr=0.1)
+    loader = [(torch.rand(1, 3, 1, 16, 16), torch.rand(1, 2, 1, 16, 16))] * 2
+    list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates=3, done=1, before=30, seed=7))
+    assert keys == [(7, 31, 5), (7, 32, 5)]
 
 
 def test_fp16_scales_gradients_and_comes_close_to_fp32():
