@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vmrnn import sequences
-from vmrnn.clips import ClipDataset, check_not_all_missing, scan_range, thin
+from vmrnn.clips import ClipDataset, check_not_all_missing, scan_range, thin, to_unit_range
 from vmrnn.errors import UserError
 from vmrnn.moving_mnist import SPLITS, MovingMNIST, MovingMNISTFile, load_digits, select_digits
 
@@ -106,9 +106,9 @@ def metric_names(dataset, thresholds=(), data_range=(), lpips=False):
     """The metrics of a data set, and RMSE, CSI, POD and FAR of events at `thresholds`, in the units of data_range."""
     if dataset not in DATASETS:
         raise UserError(f"data set {dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
-    low, high = data_range or (0.0, 1.0)
-    # As the float32 that a value at the threshold becomes, in digits that tell it from every other
-    levels = [str(np.float32((threshold - low) / (high - low))) for threshold in thresholds]
+    # As the float32 that a value at the threshold becomes, whatever its type, in digits that tell it from every other
+    ways = [to_unit_range(np.array(thresholds, dtype), *(data_range or (0.0, 1.0))) for dtype in ("f4", "f8")]
+    levels = list(map(str, np.minimum(*ways)))
     events = [f"{score}_{level}" for level in levels for score in ("csi", "pod", "far")]
     return (*DATASETS[dataset].metrics, *(["rmse"] if events else []), *events, *(["lpips"] if lpips else []))
 
@@ -260,6 +260,8 @@ def ignore_stop_signals(worker):
 
 def kill_workers():
     # At its end Python sends SIGTERM to the workers of a loader that is still there, and waits for them.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each as lost
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

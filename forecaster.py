@@ -16,7 +16,7 @@ import torch
 from dataset import DATASETS
 from functions import GraphedForward, build_model, pad_frames
 from vmrnn import config as configuration
-from vmrnn.checkpoint import load_weights, read_checkpoint
+from vmrnn.checkpoint import load_weights, read_checkpoint, weights_of
 from vmrnn.clips import to_unit_range
 from vmrnn.errors import UserError
 from vmrnn.runtime import pick_device
@@ -50,7 +50,7 @@ class Forecaster:
         self.config = configuration.resolve(config, {"scan": scan}, base=content["config"])
         self.device = pick_device(device)
         self.model = build_model(**self.config.network_options)
-        load_weights(self.model, content["model"])
+        load_weights(self.model, weights_of(content), checkpoint)
         self.model.to(self.device).eval()
         if cuda_graph and self.device.type != "cuda":
             raise UserError(f"cuda_graph is for a CUDA GPU, and the device is {self.device}: leave it out")

@@ -80,7 +80,8 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
 
     B, T, _, H, W = inputs.shape
     inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.stride)
-    tokens = model.encode(inputs.flatten(0, 1)).unflatten(0, (B, T)).unbind(1)
+    # Time first, so that each frame's tokens are contiguous: compiled, another layout would be another program.
+    tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
     warm_up, frames, states = [], [], None
     for t in range(T - 1):
         features, states = advance(tokens[t], states)

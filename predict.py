@@ -69,6 +69,8 @@ def as_type(values, dtype):
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
         return np.rint(values).clip(limits.min, limits.max).astype(dtype)
+    if np.issubdtype(dtype, np.bool_):
+        return values >= 0.5
     return values.astype(dtype)
 
 

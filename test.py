@@ -70,7 +70,7 @@ def main(argv=None):
     conventions = {name: convention(name, config.data_range) for name in names}
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     model = build_model(**config.network_options)
-    checkpoint.load_weights(model, content["model"])
+    checkpoint.load_weights(model, checkpoint.weights_of(content), path)
     model.to(device)
     if config.compile:
         compile_model(model, device)

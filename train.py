@@ -58,7 +58,7 @@ FREE_ON_RESUME = {
     "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "cuda_graph",
     "grad_checkpoint", "epoch_valid",
     "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
-    "valid_batch_size", "test_batch_size", "test_data_dir", "test_sequences", "cache_dir",
+    "valid_batch_size", "test_batch_size", "test_sequences", "cache_dir",
     "thresholds", "lpips",
 }  # fmt: skip
 
@@ -215,11 +215,15 @@ def train(config, weights, resumed, device, signals):
     if rank == 0:
         make_folder(folder / "pictures")
         hold_folder(folder)
-        for cut_off in folder.rglob(".*.tmp"):  # by a kill in the middle of a save
+        goes_on = resumed and source.resolve() in (last.resolve(), checkpoint.previous_of(last).resolve())
+        there = checkpoint.read_last_checkpoint(source if goes_on else last)[0] if goes_on or last.exists() else {}
+        if there.get("position") != (state["position"] if goes_on else None):
+            raise UserError(f"{folder}: another process trained there while this one prepared its data; start again")
+        for cut_off in (*folder.glob(".*.tmp"), *folder.glob("pictures/.*.tmp")):  # by a kill in the middle of a save
             cut_off.unlink()
-        if resumed and source == checkpoint.previous_of(last):
+        if resumed and source.resolve() == checkpoint.previous_of(last).resolve():
             os.replace(source, last)  # or the next save would keep the damaged one and drop this
-        elif resumed and source.resolve() != last.resolve():  # the run goes on in a new folder
+        elif resumed and not goes_on:  # the run goes on in a new folder
             position.best_mse, position.log_size = math.inf, 0
         log_file.touch()
         os.truncate(log_file, min(position.log_size, log_file.stat().st_size))  # what follows is written again
@@ -278,6 +282,7 @@ def train(config, weights, resumed, device, signals):
 
     # Loop
     saved = (position.epoch, position.step, time.perf_counter())
+    signals.deferred = True  # until here there is nothing to save
     while position.epoch <= config.epochs:
         epoch, before = position.epoch, (position.epoch - 1) * updates
         train_loader.sampler.epoch, train_loader.sampler.start = epoch, position.step * config.train_batch_size
@@ -336,6 +341,8 @@ def train(config, weights, resumed, device, signals):
                 title=f"validate {epoch}",
             )  # fmt: skip
             metrics = results["model"]["mean"]
+            if math.isnan(metrics["mse"]):
+                raise UserError(f"{config.valid_data_dir or config.train_data_dir}: all validation targets are missing")
             if not math.isfinite(results["loss"]):  # and last.pt stays what it was
                 raise UserError(
                     f"the validation loss of epoch {epoch} is {results['loss']}: lower --lr or set --clip_grad 1"

@@ -175,6 +175,13 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert order == ["fsync", "replace", "fsync", "replace", "replace"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes there")
+def test_weights_are_for_whoever_may_read_the_folder(tmp_path):
+    (tmp_path / "plain").touch()
+    save_weights(tmp_path / "best.safetensors", small_d(), {})
+    assert (tmp_path / "best.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, model={"w": torch.ones(2)}, config=None)
@@ -236,6 +243,18 @@ def test_no_damage_ends_in_a_traceback(tmp_path, name):
         else:  # a zip file's members are under a checksum
             assert name != "last.pt" or same(model, original)
     assert refused > 10
+
+
+def test_files_that_end_too_soon(tmp_path):
+    torch.save(small_d().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pt").read_bytes()
+    for end in range(0, 3000, 7):
+        (tmp_path / "cut.pt").write_bytes(content[:end])
+        with pytest.raises(UserError, match="cut.pt: "):
+            read_checkpoint(tmp_path / "cut.pt")
+    save_file({"w": torch.ones(2)}, tmp_path / "odd.safetensors", metadata={"config": "3"})
+    with pytest.raises(UserError, match="odd.safetensors: damaged"):
+        read_checkpoint(tmp_path / "odd.safetensors")
 
 
 def test_a_checkpoint_with_parts_missing(tmp_path):

@@ -472,6 +472,16 @@ def test_configurations_fit_the_table(path):
         assert (config.num_frames_input, config.num_frames_output) == spec.frames
 
 
+def test_infinite_values_where_the_range_is_given(own, tmp_path):
+    np.save(tmp_path / "data" / "a.npy", np.full((40, 8, 10), -np.inf))
+    with pytest.raises(UserError, match="infinite values: write them as NaN"):
+        own("train", dataset="array", data_range=(0, 1))[0]
+
+
+def test_the_table_has_the_data_sets_of_the_configuration():
+    assert list(DATASETS) == configuration.DATASETS
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
@@ -516,16 +526,17 @@ def test_by_file_gives_each_part_at_least_one():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 255.0), (-3.0, 128.0)])
+@pytest.mark.parametrize("low, high", [(0.0, 255.0), (-3.0, 128.0), (0.0, 255.1), (-0.7, 30.3)])
 def test_a_value_at_the_threshold_is_an_event(low, high):
     """Whatever the rounding to float32 on the [0, 1] scale does."""
     for threshold in range(int(low) + 1, int(high), 7):
         csi = metric_names("array", [threshold], [low, high])[-3]
         for value, expected in ((threshold, 1.0), (threshold - 1, np.nan)):
-            frame = torch.from_numpy(clips.to_unit_range(np.full((1, 1, 1, 4, 4), value, np.int16), low, high))
-            meter = Metrics([csi])
-            meter.update(frame, frame)
-            np.testing.assert_equal(meter.compute()["mean"][csi], expected)
+            for dtype in (np.int16, np.float32, np.float64):
+                frame = torch.from_numpy(clips.to_unit_range(np.full((1, 1, 1, 4, 4), value, dtype), low, high))
+                meter = Metrics([csi])
+                meter.update(frame, frame)
+                np.testing.assert_equal(meter.compute()["mean"][csi], expected)
     assert f"a value of {threshold} in the units" in convention(csi, [low, high])
     tiny = metric_names("array", [0.001], [0.0, 128.0])[-3]
     assert "e-06" in tiny and "a value of 0.001 in" in convention(tiny, [0.0, 128.0])
@@ -539,4 +550,5 @@ from dataset import MovingMNIST, make_loader
 loader = make_loader(MovingMNIST(np.full((3, 8, 8), 9, np.uint8), 4, canvas=(16, 16), digit_size=8), 2, num_workers=1)
 print(len(list(loader)))
 """
-    assert run("-c", code).stdout == "2\n"
+    done = run("-c", code)
+    assert (done.stdout, done.stderr) == ("2\n", "")

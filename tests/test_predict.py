@@ -11,7 +11,7 @@ import predict
 import vmrnn
 from functions import build_model, rollout
 from vmrnn import config as configuration
-from vmrnn.checkpoint import save_weights
+from vmrnn.checkpoint import save_checkpoint, save_weights
 from vmrnn.errors import UserError
 from vmrnn.media import read_frames
 
@@ -211,6 +211,21 @@ def test_the_forecast_has_the_inputs_type_and_units(trained, tmp_path, dtype):
         assert (forecast == np.rint(stream.forecast(2)).clip(max=2**15 - 1)).all()
     else:
         np.testing.assert_allclose(forecast, stream.forecast(2), rtol=1e-5)
+
+
+def test_a_forecast_of_yes_and_no():
+    np.testing.assert_array_equal(predict.as_type(np.array([0.01, 0.49, 0.5, 1.0]), np.dtype(bool)), [0, 0, 1, 1])
+
+
+def test_a_run_with_averaged_weights_forecasts_with_them(tmp_path):
+    """So do test.py and --init_from: they are what the run's validations saw."""
+    first, second = (build_model(**configuration.resolve(None, SMALL).network_options) for _ in range(2))
+    content = {"model": first.state_dict(), "config": configuration.resolve(None, SMALL).to_dict()}
+    save_checkpoint(tmp_path / "last.pt", **content, ema=second.state_dict())
+    save_checkpoint(tmp_path / "plain.pt", **content, ema=None)
+    for name, weights in (("last.pt", second), ("plain.pt", first)):
+        got = vmrnn.Forecaster(tmp_path / name, device="cpu").model.state_dict()
+        assert all(torch.equal(got[key], value) for key, value in weights.state_dict().items())
 
 
 def test_colours_become_grey_for_a_network_of_one_channel():

@@ -264,6 +264,69 @@ def test_two_processes_do_not_train_in_one_folder(start, tmp_path):
     assert wait() == 0
 
 
+def test_a_run_that_another_process_took_further_meanwhile_is_not_taken_back(stopped, tmp_path, monkeypatch):
+    """The folder is locked after the data are prepared, which may take minutes."""
+    build, first = train.build_dataset, []
+
+    def build_meanwhile(*arguments, **options):
+        if not first:
+            first.append(True)
+            train.main(stopped)
+            HELD.pop(str(tmp_path / "run")).close()
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(train, "build_dataset", build_meanwhile)
+    with pytest.raises(UserError, match="another process trained there while"):
+        train.main(stopped)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["position"]["epoch"] == 4
+
+
+def test_what_other_programs_are_writing_stays(stopped, tmp_path):
+    theirs = tmp_path / "run" / "test" / ".report.html.1.tmp"
+    theirs.parent.mkdir()
+    theirs.touch()
+    ours = tmp_path / "run" / ".last.pt.1.tmp"
+    ours.touch()
+    train.main(stopped)
+    assert theirs.exists() and not ours.exists()
+
+
+def test_a_damaged_checkpoint_under_another_name_of_its_folder(whole, stopped, tmp_path, monkeypatch):
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    monkeypatch.chdir(tmp_path)
+    options = stopped[: stopped.index("--resume")]
+    train.main([*options, "--resume", str(last), "--res_dir", "run"])
+    assert_same(whole[0], tmp_path / "run")
+
+
+def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
+    def signalled(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "build_dataset", signalled)
+    with pytest.raises(Stopped, match="before the first update"):
+        train.main([*OPTIONS, "--res_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_sigterm_does_not_change_the_exit_code(run):
+    code = """
+import os, signal, time
+from vmrnn.runtime import Stopped, StopSignals, run_program
+def main():
+    with StopSignals() as signals:
+        signals.deferred = True
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped("stopped")
+try:
+    run_program(main)
+finally:
+    signal.raise_signal(signal.SIGTERM)
+"""
+    assert run("-c", code).returncode == EXIT_STOPPED
+
+
 def test_a_checkpoint_goes_on_in_its_own_folder_unless_another_is_named(stopped, tmp_path):
     last = str(tmp_path / "run" / "last.pt")
     assert train.parse_arguments(["--resume", last])[0].res_dir == str(tmp_path / "run")

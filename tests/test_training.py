@@ -1,5 +1,6 @@
 """The recipe: schedules, decay, accumulation, averaged weights, precision, missing pixels, what TensorBoard gets."""
 
+import functools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_programs import TINY
 from timm.scheduler import CosineLRScheduler
 
+import test
 import train
 from benchmarks import curves
 from forecaster import Forecaster
@@ -235,6 +237,21 @@ def test_a_graph_replays_the_same_steps(monkeypatch):
     assert graphed == [pytest.approx(pair, rel=1e-5) for pair in plain]
     for a, b in zip(weights, same_weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_run_with_batches_of_several_sizes(tmp_path, monkeypatch):
+    """Training, a full and a short validation batch; then the test's three sizes: a program for the first frame and one
+    for the others each. torch refuses to compile one function more than eight times."""
+    compiled = []
+    backend = lambda graph, inputs: compiled.append(inputs) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    train.main([*TINY, "--compile", "--valid_batch_size", "4", "--epochs", "1", "--res_dir", str(tmp_path / "x")])
+    assert len(compiled) == 6
+    torch._dynamo.reset()
+    best = str(tmp_path / "x" / "best.safetensors")
+    test.main(["--checkpoint", best, "--compile", "--test_batch_size", "4", "--device", "cpu"])
+    assert len(compiled) == 12 and (tmp_path / "x" / "test" / "report.html").exists()
 
 
 def test_what_failed_is_kept(tmp_path):

@@ -4,13 +4,14 @@ import json
 import logging
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vmrnn.errors import UserError
 from vmrnn.runtime import replacing
@@ -18,7 +19,7 @@ from vmrnn.runtime import replacing
 log = logging.getLogger("vmrnn")
 
 # What torch.load, zipfile and safetensors raise for files that are not what they seem.
-DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, TypeError, KeyError,
+DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, ValueError, TypeError, KeyError,
           AttributeError, IndexError, AssertionError)  # fmt: skip
 
 FORMAT, VERSION = "vmrnn-checkpoint", 2
@@ -29,20 +30,18 @@ DEAD_LINEAR = re.compile(r"(.*\.VSBs\.[1-9]\d*)\.linear\.(weight|bias)")
 DEAD_EMBEDDING = "Upsample.patch_embed."
 
 
-def load_weights(model, source):
+def load_weights(model, source, name="the state dict"):
     """Load `source` into `model`, strictly.
 
-    source: a path (published torch.save file, our checkpoint, safetensors) or a state dict. Drops
+    source: a path (published torch.save file, our checkpoint, safetensors) or a state dict, `name` in errors. Drops
     exactly the published files' dead weights and maps their prefixes (`module.`, `model.`, the single
     `ST.layer` of the KTH and TaxiBJ variants). Raises UserError that names what is missing,
     unexpected or of another shape; the model is then untouched.
     """
     if isinstance(source, (str, Path)):
-        where, state = str(source), read_checkpoint(source)["model"]
-    else:
-        where, state = "the state dict", source
+        name, source = str(source), weights_of(read_checkpoint(source))
     own = model.state_dict()
-    state = published_to_ours(state, own)
+    state = published_to_ours(source, own)
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -54,8 +53,13 @@ def load_weights(model, source):
     }
     found = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
     if found:
-        raise UserError(f"{where} does not fit this network: {'; '.join(found)}; check model, widths and depths")
+        raise UserError(f"{name} does not fit this network: {'; '.join(found)}; check model, widths and depths")
     model.load_state_dict(state)
+
+
+def weights_of(content):
+    """The weights to test and to forecast with: of a run with averaged weights those, as its validations had them."""
+    return content.get("ema") or content["model"]
 
 
 def shorten(keys, most=3):
@@ -94,6 +98,8 @@ def read_checkpoint(path):
         if head[8:] == b"{":  # eight bytes of length, then JSON
             with safe_open(path, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("config", "null"))
+                if not isinstance(config, dict | None):
+                    raise TypeError("the configuration is no table")
                 return {"model": {key: f.get_tensor(key) for key in f.keys()}, "config": config}
         if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
             raise UserError(f"checkpoint {path}: damaged ({broken}); get it again")
@@ -148,5 +154,7 @@ def read_last_checkpoint(path):
 def save_weights(path, model, config):
     """Weights to publish: safetensors with the configuration inside."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    # Not save_file, which makes files that only their owner can read.
+    content = safetensors.torch.save(state, metadata={"format": "pt", "config": json.dumps(config)})
     with replacing(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "config": json.dumps(config)})
+        temporary.write_bytes(content)

@@ -284,7 +284,12 @@ class ClipDataset(Dataset):
 
 
 def to_unit_range(frames, low, high, missing=()):
-    """Values of any real type as float32: low becomes 0, high becomes 1, NaN and what is in `missing` NaN."""
+    """Values of any real type as float32: low becomes 0, high becomes 1, NaN and what is in `missing` NaN.
+
+    UserError: infinite values, which would make every sum over them infinite.
+    """
+    if frames.dtype.kind == "f" and np.isinf(frames).any():
+        raise UserError("the data hold infinite values: write them as NaN, which means missing")
     # float32 holds 16 bits exactly; wider types are scaled before they are rounded
     exact = np.float64 if frames.dtype.itemsize > 2 and frames.dtype != np.float32 else np.float32
     values = frames.astype(exact)

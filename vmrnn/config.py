@@ -11,6 +11,8 @@ from pathlib import Path
 
 from vmrnn.errors import UserError
 
+DATASETS = ["moving_mnist", "kth", "taxibj", "human36m", "video", "frames", "array"]  # the rows of dataset.DATASETS
+
 
 def option(default, help, choices=None):
     if isinstance(default, list):
@@ -38,7 +40,7 @@ class Config:
     drop_path_rate: float = option(0.1, "stochastic depth")
 
     # Data
-    dataset: str = option("moving_mnist", "moving_mnist, kth, taxibj, human36m; your own: video, frames, array")
+    dataset: str = option("moving_mnist", "data set; your own: video, frames, array", DATASETS)
     train_data_dir: str = option(
         "mnist",
         "file or folder (data/README.md); Moving MNIST's digits: an idx3 file, mnist (fetched once), builtin (scikit-learn's)",
@@ -273,6 +275,8 @@ def check_keys(values, where):
             fits, wanted = type(value) is kind, kind.__name__
         if not fits:
             raise UserError(f"{where}: {key} = {value!r} is not {wanted}")
+        if not str(value).isprintable():  # such as a path in another encoding: no file could hold it
+            raise UserError(f"{where}: {key} = {value!r} holds signs that are not text")
         checked[key] = value
     return checked
 

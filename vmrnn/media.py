@@ -50,7 +50,7 @@ def read_frames(path, array_key=""):
 
 def natural_key(name):
     """Sorts names by the numbers in them: frame9 before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", str(name))]
+    return [int(part) if part.isascii() and part.isdigit() else part for part in re.split(r"([0-9]+)", str(name))]
 
 
 def files_in(folder, suffixes):

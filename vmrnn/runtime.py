@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from vmrnn.errors import UserError
 
+LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
 
 
@@ -36,7 +37,16 @@ def run_program(main):
     except OSError as error:  # a full disk, a folder in the way: says what and where itself
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory ({error}); {LESS_MEMORY}".replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # the CPU's out of memory
+            raise
+        print(f"error: out of memory; {LESS_MEMORY}", file=sys.stderr)
+        sys.exit(2)
     except Stopped as stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever sends it twice gets the exit code all the same
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
@@ -45,11 +55,12 @@ def run_program(main):
 
 
 class StopSignals:
-    """While this context is open SIGTERM and SIGINT only set `received` to their name. A second SIGINT ends the
-    program as it always would; SIGTERM may come twice, from torchrun and from whoever stopped torchrun."""
+    """While this context is open SIGTERM and SIGINT raise Stopped, or, once `deferred` is set, only set `received` to
+    their name. A second SIGINT ends the program as it always would; SIGTERM may come twice, from torchrun and from
+    whoever stopped torchrun."""
 
     def __init__(self):
-        self.received = None
+        self.received, self.deferred = None, False
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -57,6 +68,8 @@ class StopSignals:
 
     def receive(self, number, frame):
         self.received = signal.Signals(number).name
+        if not self.deferred:
+            raise Stopped(f"stopped by {self.received} before the first update: start again")
         if number == signal.SIGINT:
             signal.signal(number, self.before[number])
 
