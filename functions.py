@@ -20,6 +20,10 @@ from vmrnn.runtime import seed_update
 from vmrnn.scan.cpu import find_compiler
 
 
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
+
+
 def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
     """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up), on the CPU.
@@ -36,9 +40,6 @@ def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, dep
         "VMRNN-D": lambda: VMRNN_D.VMRNN(*frame, depths_down, depths_up, *rest),
     }
     return table[model]()
-
-
-SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
 
 
 def compile_model(model, device):
@@ -107,9 +108,6 @@ class Rollout(nn.Module):
 
     def forward(self, inputs, horizon):
         return rollout(self.model, inputs, horizon, self.grad_checkpoint)
-
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def mixed_precision(device, precision):

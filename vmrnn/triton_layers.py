@@ -18,6 +18,7 @@ from vmrnn.layers import once_differentiable, product_dtype
 from vmrnn.scan.triton_kernels import jit, tl
 from vmrnn.scan.triton_scan import padded
 
+# Chosen by registers and spills of the compiled kernels; no GPU has timed them yet.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 ELEMENTS = 512  # of a row of the map that a program of the convolution holds: 4 a thread
 ROWS = 8  # of the map that it walks down
