@@ -19,7 +19,6 @@ from vmrnn.metrics import Metrics
 from vmrnn.runtime import seed_update
 from vmrnn.scan.cpu import find_compiler
 
-
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
 
