@@ -19,7 +19,7 @@ from dataset import MovingMNIST, MovingMNISTFile, build_dataset, load_digits, ma
 from vmrnn.draws import splitmix64, uniform_draws
 from vmrnn.errors import UserError
 from vmrnn.metrics import CONVENTIONS, Metrics
-from vmrnn.moving_mnist import resize_digits
+from vmrnn.moving_mnist import resize_digits, select_digits
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -506,3 +506,17 @@ def test_bad_loader_options_and_keys():
 def test_table_rows_fit_the_metrics():
     for spec in dataset.DATASETS.values():
         assert set(spec.metrics) <= set(CONVENTIONS)
+
+
+def test_each_split_has_its_digits_and_the_test_file_is_for_the_test():
+    digits = load_digits("builtin")
+    for split in ("train", "valid", "test"):
+        options = {} if split == "test" else {"test_data_dir": "absent.npy"}
+        data = build_dataset(split, train_data_dir="builtin", digit_size=8, **options)
+        np.testing.assert_array_equal(data.digits, select_digits(digits, split))
+
+
+def test_digits_that_shrink_keep_thin_strokes():
+    strokes = np.zeros((1, 28, 28), np.uint8)
+    strokes[:, ::4] = 255
+    assert abs(resize_digits(strokes, 7).mean() - 255 / 4) < 8

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import train
-from vmrnn.checkpoint import previous_of, read_checkpoint
+from vmrnn.checkpoint import previous_of, read_checkpoint, save_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.pictures import read_log
 from vmrnn.runtime import EXIT_STOPPED, HELD, Stopped
@@ -336,10 +336,13 @@ def test_a_checkpoint_goes_on_in_its_own_folder_unless_another_is_named(stopped,
 def test_a_run_goes_on_in_another_folder(whole, stopped, tmp_path):
     """With its own log and its own best; the first folder stays as it is."""
     last = tmp_path / "run" / "last.pt"
+    content = read_checkpoint(last)
+    content["position"]["best_mse"] = 0.0  # no epoch will be better
+    save_checkpoint(last, **content)
     before = last.read_bytes()
     options = stopped[: stopped.index("--resume")]
     train.main([*options, "--resume", str(last), "--res_dir", str(tmp_path / "other")])
-    assert last.read_bytes() == before
+    assert last.read_bytes() == before and (tmp_path / "other" / "best.safetensors").exists()
     a, b = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole[0], tmp_path / "other"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     entries = without_time(read_log(whole[0] / "log.jsonl"))

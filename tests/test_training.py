@@ -155,8 +155,16 @@ def test_dropout_draws_from_seed_update_and_rank(monkeypatch):
     step = Step(Rollout(small()), torch.device("cpu"))
     optimizer = torch.optim.SGD(step.parameters, lr=0.1)
     loader = [(torch.rand(1, 3, 1, 16, 16), torch.rand(1, 2, 1, 16, 16))] * 2
+    step.network.eval()  # as a validation leaves it
     list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates=3, done=1, before=30, seed=7))
-    assert keys == [(7, 31, 5), (7, 32, 5)]
+    assert keys == [(7, 31, 5), (7, 32, 5)] and all(m.training for m in step.network.modules())
+
+
+def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr("functions.seed_update", lambda *key: keys.append(key))
+    train.main([*TINY, "--epochs", "1", "--seed", "9", "--res_dir", str(tmp_path / "x")])
+    assert keys == [(9, n, 0) for n in range(4)]
 
 
 def test_fp16_scales_gradients_and_comes_close_to_fp32():
@@ -192,19 +200,19 @@ def test_the_curriculum_lengthens_the_forecast(tmp_path, monkeypatch):
 
 def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     """timm's average with warm-up, followed here by hand over the saved weights of each update."""
-    options = [*TINY, "--epochs", "1", "--ema", "0.9", "--save_every", "1", "--res_dir", str(tmp_path / "x")]
+    options = [*TINY, "--epochs", "2", "--epoch_valid", "2", "--ema", "0.9", "--save_every", "1"]
     weights = []
     save = train.checkpoint.save_checkpoint
 
     def save_and_keep(path, **content):
-        if content["position"]["epoch"] == 1:
+        if content["position"]["step"]:
             weights.append({key: value.clone() for key, value in content["model"].items()})
         save(path, **content)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.checkpoint, "save_checkpoint", save_and_keep)
-        train.main(options)
-    assert len(weights) == 4
+        train.main([*options, "--res_dir", str(tmp_path / "x")])
+    assert len(weights) == 8
     last, best = (read_checkpoint(tmp_path / "x" / name) for name in ("last.pt", "best.safetensors"))
     assert all(torch.equal(last["ema"][key], best["model"][key]) for key in best["model"])
     key = "ST.layers.0.VSBs.0.self_attention.in_proj.weight"
