@@ -169,7 +169,7 @@ def run_predict(*arguments):
 def test_a_file_in_and_files_out(trained, tmp_path):
     """uint8 frames of a size that no patch divides: the array, the GIF and the film hold the stream's forecast."""
     _, path = trained()
-    frames = np.random.default_rng(0).integers(0, 256, (6, 13, 18), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (14, 13, 18), dtype=np.uint8)
     np.save(tmp_path / "x.npy", frames)
     outputs = [tmp_path / "deep" / f"next{ending}" for ending in (".npz", ".gif", ".mp4")]
     common = ("--checkpoint", path, "--device", "cpu", "--horizon", 4)
@@ -192,6 +192,11 @@ def test_a_file_in_and_files_out(trained, tmp_path):
     assert np.abs(film[2, 7::14, 7::14].mean(-1) - forecast[2]).max() <= 8  # lossy
     with av.open(str(outputs[2])) as container:
         assert container.streams.video[0].codec_context.name == "h264"
+    np.save(tmp_path / "grey.npy", np.repeat(frames[..., None], 3, -1))  # a film's three colours
+    run_predict(*common, "--input", tmp_path / "grey.npy", "--output", tmp_path / "colours.npz")
+    assert np.abs(np.load(tmp_path / "colours.npz")["forecast"].astype(int) - forecast).max() <= 1
+    with pytest.raises(UserError, match="'mamba' cannot run on cpu"):
+        run_predict(*common, "--input", tmp_path / "x.npy", "--scan", "mamba")
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float64])

@@ -1,5 +1,6 @@
 """The two programs on real input, and what they say to bad input."""
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from torch.cuda._utils import _get_device_index
 
 import test as test_program
 import train
+from dataset import build_dataset
 from functions import build_model
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint, save_weights
@@ -90,8 +92,10 @@ def test_testing_a_published_file_on_a_test_file(trained, tmp_path, capsys, capl
     np.save(tmp_path / "seq.npy", rng.integers(0, 256, (7, 9, 16, 16), dtype=np.uint8))
     test_program.main([
         "--checkpoint", str(tmp_path / "trained_model_state_dict"), *TINY, "--test_data_dir",
-        str(tmp_path / "seq.npy"), "--test_batch_size", "4", "--res_dir", str(tmp_path / "out"),
+        str(tmp_path / "seq.npy"), "--test_batch_size", "2", "--strips", "3", "--l1_weight", "2",
+        "--res_dir", str(tmp_path / "out"),
     ])  # fmt: skip
+    assert len(list((tmp_path / "out").glob("forecast_*.png"))) == 3  # of two batches
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     frames = np.load(tmp_path / "seq.npy")[3:5] / 255
     assert report["results"]["forecast"]["count"] == 9  # no batch dropped
@@ -110,6 +114,12 @@ def test_training_lowers_the_loss(tmp_path):
     train.main([*TINY, "--epochs", "3", "--lr", "1e-2", "--train_sequences", "64", "--res_dir", str(tmp_path / "x")])
     losses = [entry["epoch_loss"] for entry in read_log(tmp_path / "x" / "log.jsonl") if "epoch_loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_every_option_of_network_and_data_reaches_them():
+    config = configuration.resolve(None, {})
+    assert config.network_options.keys() == inspect.signature(build_model).parameters.keys()
+    assert config.data_options.keys() == inspect.signature(build_dataset).parameters.keys() - {"split", "length"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
@@ -151,6 +161,7 @@ def test_defaults_then_file_then_flags(tmp_path):
         ('model = "VMRNN-C"', "choose one of VMRNN-B, VMRNN-D"),
         ("epochs = 0", "epochs = 0: must be at least 1"),
         ("drop_path_rate = 1.0", "must be in"),
+        ("lr = -1", "zero or more"),
         ("lr = nan", "finite"),
         ("input_size = [64, 64, 64]", "one side or height and width"),
         ("epochs", "not a TOML file"),

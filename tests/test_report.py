@@ -250,3 +250,13 @@ def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
         assert np.mean(shown["mse"]) == pytest.approx(errors[shown["index"]], rel=1e-4)
     assert page["command"].endswith(f"--checkpoint {tmp_path / 'w.safetensors'} --strips 1 --device cpu")
     assert json.loads((tmp_path / "test" / "metrics.json").read_text())["results"] == page["results"]
+
+
+def test_the_animation_shows_truth_forecast_and_difference(tmp_path):
+    inputs, targets, forecast = (torch.full((1, 1, 8, 8), value) for value in (0.5, 0.0, 1.0))
+    pictures.save_animation(tmp_path / "x.gif", inputs, targets, forecast, pixels=8)
+    with Image.open(tmp_path / "x.gif") as gif:
+        gif.seek(1)
+        shown = np.asarray(gif.convert("RGB")).astype(int)
+    truth, middle, right = shown[:, :8], shown[:, 10:18], shown[:, 20:28]
+    assert truth.max() < 10 and middle.min() > 245 and (right[..., 0] > right[..., 2] + 50).all()  # too bright: red

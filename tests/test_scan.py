@@ -88,6 +88,9 @@ def test_bf16_goes_through_fp32():
     exact = reference.scan_2d(*(t.double() for t in inputs))
     assert y.dtype == torch.bfloat16
     assert relative_error(y, exact) < 2**-8
+    singles = [t.float() for t in inputs]
+    with torch.autocast("cpu", torch.bfloat16):  # does not reach into it
+        assert relative_error(scan.scan_2d(*singles, backend="torch"), exact) < 1e-5
 
 
 @pytest.mark.parametrize("wrong", range(1, 6), ids=NAMES[1:])
