@@ -520,6 +520,21 @@ def test_training_on_an_array_of_your_own(tmp_path, own):
     assert (tmp_path / "run" / "best.safetensors").exists()
 
 
+def test_a_validation_without_a_target_is_refused(tmp_path):
+    values = np.random.default_rng(0).random((40, 8, 16)).astype(np.float32)
+    (tmp_path / "train").mkdir(), (tmp_path / "valid").mkdir()
+    np.save(tmp_path / "train" / "a.npy", values)
+    values[2::4] = values[3::4] = np.nan
+    np.save(tmp_path / "valid" / "a.npy", values[:4])
+    with pytest.raises(UserError, match="valid: all validation targets are missing"):
+        train.main(
+            f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir "
+            f"{tmp_path / 'train'} --valid_data_dir {tmp_path / 'valid'} --cache_dir {tmp_path / 'cache'} --input_size 8 16 "
+            f"--num_frames_input 2 --num_frames_output 2 --train_sequences 8 --train_batch_size 4 --epochs 1 "
+            f"--epoch_valid 1 --device cpu --res_dir {tmp_path / 'run'}".split()
+        )
+
+
 def test_by_file_gives_each_part_at_least_one():
     assert [sequences.by_file(list("abcde"), split, 0.1, 0.1) for split in ("train", "valid", "test")] == [
         ["a", "b", "c"], ["d"], ["e"],

@@ -240,6 +240,8 @@ def test_a_resumed_run_takes_lr_from_the_command_line_and_the_rest_from_the_chec
     assert "cannot change embed_dim, num_objects; leave them" in fails(
         train, [*resume, "--num_objects", "2", "--embed_dim", "32"], capsys
     )
+    # Of one's own data the test's part is cut from the same file: naming another moves the borders.
+    assert "cannot change test_data_dir" in fails(train, [*resume, "--test_data_dir", "x.npy"], capsys)
     assert "already holds a run" in fails(train, ["--res_dir", folder, "--resume", trained[0] / "last.pt"], capsys)
     with open(folder / "log.jsonl", "a") as f:
         f.write('{"epoch": 3, "step": 2, "train_loss": 1}\n{"epoch": 3, "st')  # killed in epoch 3
