@@ -3,8 +3,8 @@
 import torch
 import torch.nn as nn
 
-from vmrnn.cell import VMRNNCell
-from vmrnn.patch import PatchInflated, check_depths, check_frame, check_network, check_options, patch_embed
+from vmrnn.network.cell import VMRNNCell
+from vmrnn.network.patch import PatchInflated, check_depths, check_frame, check_network, check_options, patch_embed
 
 
 class VMRNN(nn.Module):

@@ -6,9 +6,9 @@ Only the wiring; layers are in vmrnn/.
 import torch
 import torch.nn as nn
 
-from vmrnn.cell import VMRNNCell
 from vmrnn.errors import UserError
-from vmrnn.patch import (
+from vmrnn.network.cell import VMRNNCell
+from vmrnn.network.patch import (
     PatchExpanding,
     PatchInflated,
     PatchMerging,

@@ -12,94 +12,21 @@ any worker count, after any resume and on any rank.
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from vmrnn import sequences
-from vmrnn.clips import ClipDataset, check_not_all_missing, scan_range, thin, to_unit_range
+from vmrnn.data import splits
+from vmrnn.data.clips import ClipDataset, check_not_all_missing, scan_range, thin, to_unit_range
+from vmrnn.data.moving_mnist import SPLITS, MovingMNIST, MovingMNISTFile, load_digits, select_digits
+from vmrnn.data.table import DATASETS, OWN, Spec
 from vmrnn.errors import UserError
-from vmrnn.moving_mnist import SPLITS, MovingMNIST, MovingMNISTFile, load_digits, select_digits
 
 __all__ = [
     "DATASETS", "EpochSampler", "MovingMNIST", "MovingMNISTFile", "Spec", "build_dataset", "load_digits",
     "make_loader", "select_digits",
 ]  # fmt: skip
-
-IMAGE_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8")
-FIELD_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "psnr")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The facts of one data set that the programs need to know; None: the configuration says."""
-
-    description: str
-    metrics: tuple  # names of vmrnn.metrics.CONVENTIONS, in the order of the tables
-    selects: str  # the sequences that select the checkpoint, never the test set
-    shape: tuple | None = None  # (C, H, W) of the literature; other sizes work where the frames are resized
-    frames: tuple | None = None  # (input, output) of training in the literature
-    data_range: tuple | None = None  # (low, high), the stored values that become 0 and 1
-    find: Callable | None = None  # vmrnn.sequences: (clips, windows) of a split
-
-
-DATASETS = {
-    "moving_mnist": Spec(
-        description="two handwritten digits that move and bounce (Srivastava et al. 2015); values in [0, 1]",
-        metrics=IMAGE_METRICS,
-        selects="sequences generated from digits that training does not use",
-        shape=(1, 64, 64),
-        frames=(10, 10),
-    ),
-    "kth": Spec(
-        description="25 people in 6 actions, grey video (Schuldt et al. 2004); test 10 -> 20 or 40",
-        metrics=IMAGE_METRICS,
-        selects="person 16, whom training does not use",
-        shape=(1, 128, 128),
-        frames=(10, 10),
-        data_range=(0.0, 255.0),
-        find=sequences.kth,
-    ),
-    "taxibj": Spec(
-        description="inflow and outflow of taxis in Beijing, every 30 minutes (Zhang et al. 2017)",
-        metrics=("mse", "mae", "rmse", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr"),
-        selects="the last tenth of X_train",
-        shape=(2, 32, 32),
-        frames=(4, 4),
-        data_range=(-1.0, 1.0),
-        find=sequences.taxibj,
-    ),
-    "human36m": Spec(
-        description="people in 15 scenarios, colour video (Ionescu et al. 2014), every fifth frame",
-        metrics=IMAGE_METRICS,
-        selects="the last tenth of each training clip",
-        shape=(3, 128, 128),
-        frames=(4, 4),
-        data_range=(0.0, 255.0),
-        find=sequences.human36m,
-    ),
-    "video": Spec(
-        description="your own: a video or a folder of videos",
-        metrics=FIELD_METRICS,
-        selects="valid_data_dir, or a part of train_data_dir (split_by, valid_fraction)",
-        data_range=(0.0, 255.0),
-    ),
-    "frames": Spec(
-        description="your own: a folder of folders of images",
-        metrics=FIELD_METRICS,
-        selects="valid_data_dir, or a part of train_data_dir (split_by, valid_fraction)",
-    ),
-    "array": Spec(
-        description="your own: .npy or .npz, (T, H, W[, C]) or (N, T, H, W[, C])",
-        metrics=FIELD_METRICS,
-        selects="valid_data_dir, or a part of train_data_dir (split_by, valid_fraction)",
-    ),
-}
-
-OWN = ("video", "frames", "array")
 
 
 def metric_names(dataset, thresholds=(), data_range=(), lpips=False):
@@ -193,13 +120,13 @@ def build_dataset(
         # Frames that are cropped, or have holes that would smear, are kept as they are and fitted item by item
         stored = size if frame_fit == "resize" and not missing_value else None
         options = (frames, input_channels, stored, cache_dir, split_by, valid_fraction, test_fraction, array_key)
-        clips, windows = sequences.own(dataset, split, folders, *options)
+        clips, windows = splits.own(dataset, split, folders, *options)
         check_not_all_missing(clips, missing_value)
         data_range = data_range or spec.data_range
         if not data_range and dataset == "frames" and clips[0].frames().dtype == np.uint8:
             data_range = (0.0, 255.0)
         if not data_range:
-            training = clips if split == "train" else sequences.own(dataset, "train", folders, *options)[0]
+            training = clips if split == "train" else splits.own(dataset, "train", folders, *options)[0]
             data_range = scan_range(training, missing_value, cache_dir)
     if split == "valid" or (split == "test" and not spec.find):
         windows = thin(windows, length)

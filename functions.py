@@ -5,108 +5,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import VMRNN_B
-import VMRNN_D
 from vmrnn import distributed
-from vmrnn.errors import UserError
+from vmrnn.graphs import capture
 from vmrnn.metrics import Metrics
+from vmrnn.rollout import rollout
 from vmrnn.runtime import seed_update
-from vmrnn.scan.cpu import find_compiler
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
-
-
-def build_model(model, *, img_size, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
-                attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
-    """The network called `model` ("VMRNN-B" uses depths, "VMRNN-D" depths_down and depths_up), on the CPU.
-
-    img_size: (H, W) of the data, or an int; what the patches do not divide, `rollout` pads. The others as in
-    VMRNN_B.py and VMRNN_D.py. UserError: sizes that cannot work.
-    """
-    unit = patch_size * 2 ** (len(depths_down) if model == "VMRNN-D" else 0)
-    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    frame = (tuple(-(-side // max(unit, 1)) * unit for side in sides), patch_size, in_chans, embed_dim)
-    rest = (drop_rate, attn_drop_rate, drop_path_rate, d_state, scan)
-    table = {
-        "VMRNN-B": lambda: VMRNN_B.VMRNN(*frame, depths, *rest),
-        "VMRNN-D": lambda: VMRNN_D.VMRNN(*frame, depths_down, depths_up, *rest),
-    }
-    return table[model]()
-
-
-def compile_model(model, device):
-    """Compile the recurrence step of `model` in place (torch.compile, one graph a frame, no breaks).
-
-    The first steps of a run then take a minute or more; weights and checkpoints are unchanged.
-    UserError on a CPU without a C++ compiler.
-    """
-    if device.type == "cpu" and find_compiler() is None:
-        raise UserError("--compile on a CPU needs a C++ compiler: install g++ or leave it out")
-    model.advance = torch.compile(model.advance, fullgraph=True, dynamic=False)
-
-
-def pad_frames(frames, multiple):
-    """(..., H, W) repeated at the bottom and the right to sides that are multiples of `multiple`."""
-    H, W = frames.shape[-2:]
-    bottom, right = -H % multiple, -W % multiple
-    if not (bottom or right):
-        return frames
-    padded = F.pad(frames.flatten(0, -4), (0, right, 0, bottom), mode="replicate")
-    return padded.unflatten(0, frames.shape[:-3])
-
-
-def rollout(model, inputs, horizon, grad_checkpoint=False):
-    """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
-
-    inputs (B, T_in, C, H, W), NaN where a pixel is missing: the network sees 0. Output i is the
-    network's view of frame i + 1, so the last `horizon` are the forecast. Sides that the network
-    cannot take are padded, and its outputs cropped. The known frames are embedded in one call and the
-    outputs before the forecast, which nothing feeds on, are decoded in one. grad_checkpoint: keep only
-    the states between frames and compute a frame's activations again in the backward pass (a third to
-    a half more time, a fraction of the memory).
-    """
-
-    def advance(tokens, states):
-        if grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(model.advance, tokens, states, use_reentrant=False)
-        return model.advance(tokens, states)
-
-    B, T, _, H, W = inputs.shape
-    inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.stride)
-    # Time first, so that each frame's tokens are contiguous: compiled, another layout would be another program.
-    tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
-    warm_up, frames, states = [], [], None
-    for t in range(T - 1):
-        features, states = advance(tokens[t], states)
-        warm_up.append(features)
-    if warm_up:
-        decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
-        frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
-    token = tokens[-1]
-    for t in range(horizon):
-        features, states = advance(token, states)
-        frames.append(model.decode(features))
-        if t + 1 < horizon:
-            token = model.encode(frames[-1])
-    return torch.stack(frames, 1)[..., :H, :W]
-
-
-class Rollout(nn.Module):
-    """`rollout` as the forward of a module, which is what DistributedDataParallel can wrap."""
-
-    def __init__(self, model, grad_checkpoint=False):
-        super().__init__()
-        self.model, self.grad_checkpoint = model, grad_checkpoint
-
-    def forward(self, inputs, horizon):
-        return rollout(self.model, inputs, horizon, self.grad_checkpoint)
 
 
 def mixed_precision(device, precision):
@@ -195,20 +104,6 @@ class Step:
         self.network.zero_grad()
 
 
-def capture(function, device):
-    """(CUDA graph of the kernels that function() launches, what it returned). It is called four times."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # what is built or chosen at a first call must not be recorded
-            function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on, such as the loader's that pins memory.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        return graph, function()
-
-
 class GraphedStep(Step):
     """Step as one CUDA graph: all kernels of a rollout and its backward are recorded once, then replayed.
 
@@ -241,33 +136,6 @@ class GraphedStep(Step):
 
     def clear_gradients(self):
         self.network.zero_grad(set_to_none=False)  # the graph adds to this very memory
-
-
-class GraphedForward:
-    """model(frame, states) -> (frame, states) as one CUDA graph, for a stream: a frame's few hundred kernels take
-    longer to launch than to run.
-
-    The first frame, without states, is not recorded; frames of another shape are recorded anew. Under autocast only
-    within one context of it: the recorded kernels read its copies of the weights.
-    """
-
-    def __init__(self, model):
-        self.model, self.graph, self.inputs = model, None, (None, None)
-
-    def __call__(self, frame, states=None):
-        if states is None:
-            return self.model(frame)
-        if self.graph is None or self.inputs[0].shape != frame.shape:
-            self.capture(frame, states)
-        for mine, given in zip(tree_leaves(self.inputs), tree_leaves((frame, states)), strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return tree_map(torch.clone, self.outputs)
-
-    def capture(self, frame, states):
-        self.graph = self.outputs = None  # their memory serves the next
-        self.inputs = tree_map(torch.clone, (frame, states))
-        self.graph, self.outputs = capture(lambda: self.model(*self.inputs), frame.device)
 
 
 def train_one_epoch(

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from forecaster import Forecaster
 from vmrnn import config as configuration
+from vmrnn.data.media import read_frames
 from vmrnn.errors import UserError
-from vmrnn.media import read_frames
+from vmrnn.files import replacing
+from vmrnn.forecaster import Forecaster
 from vmrnn.pictures import save_video
-from vmrnn.runtime import describe_device, replacing, run_program
+from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
 

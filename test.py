@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from dataset import DATASETS, build_dataset, make_loader, metric_names
-from functions import build_model, compile_model, evaluate
+from functions import evaluate
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
 from vmrnn.metrics import convention, mse
+from vmrnn.network import build_model, compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
 from vmrnn.report import pick, strict_json, write_report
 from vmrnn.runtime import describe_device, make_folder, pick_device, run_program

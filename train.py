@@ -26,19 +26,18 @@ from dataset import DATASETS, build_dataset, make_loader, metric_names
 from functions import (
     GraphedStep,
     NonFinite,
-    Rollout,
     Step,
-    build_model,
-    compile_model,
     evaluate,
     train_one_epoch,
 )
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
+from vmrnn.network import build_model, compile_model
 from vmrnn.optim import lr_factor, make_optimizer
 from vmrnn.pictures import save_animation, save_curve, save_strip
 from vmrnn.report import strict_json
+from vmrnn.rollout import Rollout
 from vmrnn.runtime import (
     Stopped,
     StopSignals,

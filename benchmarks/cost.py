@@ -26,9 +26,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import median_wall_seconds, peak_mib
-from functions import build_model, compile_model, mixed_precision, rollout
+from functions import mixed_precision
 from vmrnn import config as configuration
-from vmrnn.cell import VMRNNCell
+from vmrnn.network import build_model, compile_model
+from vmrnn.network.cell import VMRNNCell
+from vmrnn.rollout import rollout
 from vmrnn.runtime import describe_device, pick_device, run_program
 from vmrnn.scan import DIRECTIONS
 
@@ -56,7 +58,7 @@ def count(model, size, given, horizon):
     """
     frames = torch.empty(1, given, model.in_chans, *size, device="meta")
     scan = ScanCount()
-    with torch.no_grad(), patch("vmrnn.ss2d.scan_2d", scan), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), patch("vmrnn.network.ss2d.scan_2d", scan), FlopCounterMode(display=False) as counter:
         rollout(model.eval(), frames, horizon)
     # The counter has two operations for a multiply-add
     return {"multiply_adds": counter.get_total_flops() // 2 + scan.projection, "scan_operations": scan.operations}

@@ -26,8 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from functions import Rollout, Step, build_model
+from functions import Step
 from vmrnn import config as configuration, scan
+from vmrnn.network import build_model
+from vmrnn.rollout import Rollout
 from vmrnn.runtime import run_program
 
 BLOCK = 512  # bytes that CUDA's allocator rounds up to

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import seconds
-from vmrnn import layers, triton_layers
 from vmrnn.errors import UserError
+from vmrnn.network import fused as layers, fused_triton as triton_layers
 from vmrnn.runtime import describe_device, run_program
 from vmrnn.scan import triton_scan
 

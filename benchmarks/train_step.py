@@ -21,9 +21,12 @@ import sys
 import torch
 
 from benchmarks.timing import median_wall_seconds, peak_mib
-from functions import GraphedForward, GraphedStep, Rollout, Step, build_model, compile_model, mixed_precision
+from functions import GraphedStep, Step, mixed_precision
 from vmrnn import scan
+from vmrnn.graphs import GraphedForward
+from vmrnn.network import build_model, compile_model
 from vmrnn.optim import make_optimizer
+from vmrnn.rollout import Rollout
 from vmrnn.runtime import describe_device, pick_device, run_program
 
 FRAMES = 10  # given, and to forecast

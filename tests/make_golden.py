@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from functions import build_model, rollout, rollout_loss
+from functions import rollout_loss
+from vmrnn.network import build_model
+from vmrnn.rollout import rollout
 
 CONFIGS = {
     "b_patch8": {"model": "VMRNN-B", "img_size": [32, 16], "patch_size": 8, "in_chans": 2, "embed_dim": 32,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vmrnn.checkpoint import load_weights, read_checkpoint, read_last_checkpoint, save_checkpoint, save_weights
 from vmrnn.errors import UserError
-from vmrnn.runtime import replacing
+from vmrnn.files import replacing
 from VMRNN_B import VMRNN as B
 from VMRNN_D import VMRNN as D
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from test_dataset import shared
 
+from vmrnn.data.media import files_in, image_frames, npz_member, read_frames, video_frames
 from vmrnn.errors import UserError
-from vmrnn.media import files_in, image_frames, npz_member, read_frames, video_frames
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (12, 16, 20, 1), dtype=np.uint8)

@@ -14,9 +14,10 @@ from test_dataset import assert_same, batches, shared
 
 import train
 from dataset import DATASETS, build_dataset, make_loader, metric_names
-from vmrnn import clips, config as configuration, sequences
+from vmrnn import config as configuration
+from vmrnn.data import clips, splits
+from vmrnn.data.media import resize
 from vmrnn.errors import UserError
-from vmrnn.media import resize
 from vmrnn.metrics import CONVENTIONS, Metrics, convention
 
 
@@ -536,7 +537,7 @@ def test_a_validation_without_a_target_is_refused(tmp_path):
 
 
 def test_by_file_gives_each_part_at_least_one():
-    assert [sequences.by_file(list("abcde"), split, 0.1, 0.1) for split in ("train", "valid", "test")] == [
+    assert [splits.by_file(list("abcde"), split, 0.1, 0.1) for split in ("train", "valid", "test")] == [
         ["a", "b", "c"], ["d"], ["e"],
     ]  # fmt: skip
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings, strategies as st
 
 import dataset
 from dataset import MovingMNIST, MovingMNISTFile, build_dataset, load_digits, make_loader
-from vmrnn.draws import splitmix64, uniform_draws
+from vmrnn.data.draws import splitmix64, uniform_draws
+from vmrnn.data.moving_mnist import resize_digits, select_digits
 from vmrnn.errors import UserError
 from vmrnn.metrics import CONVENTIONS, Metrics
-from vmrnn.moving_mnist import resize_digits, select_digits
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -3,8 +3,8 @@
 import json
 
 from benchmarks import footprint
-from functions import build_model
 from vmrnn import config as configuration
+from vmrnn.network import build_model
 
 SMALL = dict(
     model="VMRNN-D", embed_dim=16, depths_down=[1], depths_up=[2], d_state=4, input_size=[8, 8], num_frames_input=3,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from vmrnn.layers import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
+from vmrnn.network.fused import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
 
 
 def plain_conv_silu(x, weight, bias):

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, relative_error
 
-from functions import build_model, compile_model, mixed_precision, rollout, rollout_loss
+from functions import mixed_precision, rollout_loss
 from vmrnn import scan
-from vmrnn.cell import VSB, VMRNNCell
 from vmrnn.checkpoint import load_weights
 from vmrnn.errors import UserError
-from vmrnn.ss2d import SS2D
+from vmrnn.network import build_model, compile_model
+from vmrnn.network.cell import VSB, VMRNNCell
+from vmrnn.network.ss2d import SS2D
+from vmrnn.rollout import rollout
 from VMRNN_B import VMRNN as B
 from VMRNN_D import VMRNN as D, drop_path_rates
 

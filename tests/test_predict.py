@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 
 import predict
 import vmrnn
-from functions import build_model, rollout
 from vmrnn import config as configuration
 from vmrnn.checkpoint import save_checkpoint, save_weights
+from vmrnn.data.media import read_frames
 from vmrnn.errors import UserError
-from vmrnn.media import read_frames
+from vmrnn.network import build_model
+from vmrnn.rollout import rollout
 
 SMALL = dict(
     patch_size=2, embed_dim=16, depths=[1], depths_down=[1, 1], depths_up=[1, 1], d_state=4, input_size=[16, 16],

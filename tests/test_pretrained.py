@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import test as test_program
-from forecaster import Forecaster
+from vmrnn.forecaster import Forecaster
 
 FOLDER = ROOT / "Pretrained"
 

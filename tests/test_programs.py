@@ -16,10 +16,10 @@ from torch.cuda._utils import _get_device_index
 import test as test_program
 import train
 from dataset import build_dataset
-from functions import build_model
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint, save_weights
 from vmrnn.errors import UserError
+from vmrnn.network import build_model
 from vmrnn.pictures import read_log
 from vmrnn.runtime import pick_device, run_program
 

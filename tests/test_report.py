@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import test as test_program
-from functions import build_model, rollout
 from vmrnn import config as configuration, pictures, report
 from vmrnn.checkpoint import save_weights
 from vmrnn.metrics import Metrics, convention, mse
+from vmrnn.network import build_model
+from vmrnn.rollout import rollout
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GIVEN, HORIZON, H, W = 3, 4, 9, 12

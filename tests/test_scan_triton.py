@@ -241,7 +241,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from vmrnn.scan import triton_scan
-import vmrnn.ss2d
+import vmrnn.network.ss2d
 print(triton_scan.can_run("cuda", torch.float32, 16))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -12,23 +12,15 @@ from timm.scheduler import CosineLRScheduler
 import test
 import train
 from benchmarks import curves
-from forecaster import Forecaster
-from functions import (
-    GraphedStep,
-    Rollout,
-    Step,
-    build_model,
-    evaluate,
-    pad_frames,
-    rollout,
-    rollout_loss,
-    train_one_epoch,
-)
+from functions import GraphedStep, Step, evaluate, rollout_loss, train_one_epoch
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
+from vmrnn.forecaster import Forecaster
+from vmrnn.network import build_model
 from vmrnn.optim import lr_factor, make_optimizer, parameter_groups
 from vmrnn.pictures import read_log
+from vmrnn.rollout import Rollout, pad_frames, rollout
 
 
 def small(model="VMRNN-B", img_size=16, depths=(1,), drop_path_rate=0.0, embed_dim=16):

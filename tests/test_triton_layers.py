@@ -14,10 +14,10 @@ from conftest import relative_error
 from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, run_interpreter
 
 from benchmarks.machine_code import build
-from vmrnn import layers, triton_layers
-from vmrnn.cell import VMRNNCell
+from vmrnn.network import fused as layers, fused_triton as triton_layers
+from vmrnn.network.cell import VMRNNCell
+from vmrnn.network.fused_triton import conv_blocks
 from vmrnn.scan import triton_scan
-from vmrnn.triton_layers import conv_blocks
 
 TOLERANCE = 2e-6
 # (B, H, W, C): single pixels, edges, blocks and parts of columns, rows and channels

@@ -1,15 +1,11 @@
-"""VMRNN: what the two networks share. Imports nothing from the top level of the repository.
-
-The one exception is Forecaster, the way in for programs that only use a trained network: it stands above the networks,
-in forecaster.py, and is imported when it is asked for.
-"""
+"""VMRNN, a recurrent network of Vision-Mamba blocks. `vmrnn.Forecaster` forecasts a stream with a trained network."""
 
 __all__ = ["Forecaster"]
 
 
 def __getattr__(name):
     if name == "Forecaster":
-        from forecaster import Forecaster
+        from vmrnn.forecaster import Forecaster
 
         return Forecaster
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

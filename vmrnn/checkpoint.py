@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vmrnn.errors import UserError
-from vmrnn.runtime import replacing
+from vmrnn.files import replacing
 
 log = logging.getLogger("vmrnn")
 

@@ -11,7 +11,7 @@ from PIL import Image
 matplotlib.use("Agg")  # no window is ever opened
 import matplotlib.pyplot as plt
 
-from vmrnn.runtime import replacing
+from vmrnn.files import replacing
 
 MISSING = (0.78, 0.82, 0.88)  # the colour of a missing pixel, found in no grey frame
 LEAST_LIMIT = 0.01  # of the values that colours span, so that rounding is not painted red

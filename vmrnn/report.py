@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vmrnn.files import replacing
 from vmrnn.metrics import mse
 from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
-from vmrnn.runtime import replacing
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = '"the data"'  # of the JSON object in the template

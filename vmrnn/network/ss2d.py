@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vmrnn import layers, triton_layers
+from vmrnn.network import fused as layers, fused_triton as triton_layers
 from vmrnn.scan import DIRECTIONS, resolve, scan_2d
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # the range of step sizes at initialisation

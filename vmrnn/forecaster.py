@@ -13,12 +13,14 @@ The network's states are all that is kept of the past: memory does not grow with
 import numpy as np
 import torch
 
-from dataset import DATASETS
-from functions import GraphedForward, build_model, pad_frames
 from vmrnn import config as configuration
 from vmrnn.checkpoint import load_weights, read_checkpoint, weights_of
-from vmrnn.clips import to_unit_range
+from vmrnn.data.clips import to_unit_range
+from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
+from vmrnn.graphs import GraphedForward
+from vmrnn.network import build_model
+from vmrnn.rollout import pad_frames
 from vmrnn.runtime import pick_device
 
 UNIT_RANGE, BYTE_RANGE = (0.0, 1.0), (0.0, 255.0)

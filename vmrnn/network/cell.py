@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
 
-from vmrnn.ss2d import SS2D
+from vmrnn.network.ss2d import SS2D
 
 
 class VSB(nn.Module):

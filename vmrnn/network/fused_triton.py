@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmrnn.layers import once_differentiable, product_dtype
+from vmrnn.network.fused import once_differentiable, product_dtype
 from vmrnn.scan.triton_kernels import jit, tl
 from vmrnn.scan.triton_scan import padded
 

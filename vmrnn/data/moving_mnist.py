@@ -12,9 +12,9 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
-from vmrnn.draws import split_key, uniform_draws
+from vmrnn.data.draws import split_key, uniform_draws
+from vmrnn.data.media import read_array
 from vmrnn.errors import UserError
-from vmrnn.media import read_array
 
 SPLITS = ("train", "valid", "test")
 

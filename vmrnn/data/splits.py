@@ -1,6 +1,6 @@
 """Which files make up which part of a data set: KTH, TaxiBJ, Human3.6M, and your own.
 
-Each function returns (clips, windows) of one split, train, valid or test (vmrnn.clips). Where the literature knows no
+Each function returns (clips, windows) of one split, train, valid or test (vmrnn.data.clips). Where the literature knows no
 validation part we hold one out of the training part, so that no test sequence ever selects a checkpoint.
 """
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.clips import Clip, Source, cached_folder, cut_windows, decode, stamp, unpacked, write_npy
+from vmrnn.data.clips import Clip, Source, cached_folder, cut_windows, decode, stamp, unpacked, write_npy
+from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, open_npy
 from vmrnn.errors import UserError
-from vmrnn.media import ARRAYS, IMAGES, VIDEOS, files_in, open_npy
 
 KTH_NAME = re.compile(r"(person([0-9]{2})_([a-z]+)_d[1-4])")
 # The one person less in training costs a sixteenth of it; a part in time would be shorter than a sequence

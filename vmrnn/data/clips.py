@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vmrnn.draws import split_key, uniform_draws
+from vmrnn.data.draws import split_key, uniform_draws
+from vmrnn.data.media import VIDEOS, broken, image_frames, npz_member, open_npy, resize, video_frames
 from vmrnn.errors import UserError
-from vmrnn.media import VIDEOS, broken, image_frames, npz_member, open_npy, resize, video_frames
 
 CACHE_FORMAT = 1  # part of every key: a new one when what is written, or how, changes
 

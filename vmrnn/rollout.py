@@ -1,0 +1,63 @@
+"""The rollout of either network: true frames first, then the network's own."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def pad_frames(frames, multiple):
+    """(..., H, W) repeated at the bottom and the right to sides that are multiples of `multiple`."""
+    H, W = frames.shape[-2:]
+    bottom, right = -H % multiple, -W % multiple
+    if not (bottom or right):
+        return frames
+    padded = F.pad(frames.flatten(0, -4), (0, right, 0, bottom), mode="replicate")
+    return padded.unflatten(0, frames.shape[:-3])
+
+
+def rollout(model, inputs, horizon, grad_checkpoint=False):
+    """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
+
+    inputs (B, T_in, C, H, W), NaN where a pixel is missing: the network sees 0. Output i is the
+    network's view of frame i + 1, so the last `horizon` are the forecast. Sides that the network
+    cannot take are padded, and its outputs cropped. The known frames are embedded in one call and the
+    outputs before the forecast, which nothing feeds on, are decoded in one. grad_checkpoint: keep only
+    the states between frames and compute a frame's activations again in the backward pass (a third to
+    a half more time, a fraction of the memory).
+    """
+
+    def advance(tokens, states):
+        if grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(model.advance, tokens, states, use_reentrant=False)
+        return model.advance(tokens, states)
+
+    B, T, _, H, W = inputs.shape
+    inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.stride)
+    # Time first, so that each frame's tokens are contiguous: compiled, another layout would be another program.
+    tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
+    warm_up, frames, states = [], [], None
+    for t in range(T - 1):
+        features, states = advance(tokens[t], states)
+        warm_up.append(features)
+    if warm_up:
+        decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
+        frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
+    token = tokens[-1]
+    for t in range(horizon):
+        features, states = advance(token, states)
+        frames.append(model.decode(features))
+        if t + 1 < horizon:
+            token = model.encode(frames[-1])
+    return torch.stack(frames, 1)[..., :H, :W]
+
+
+class Rollout(nn.Module):
+    """`rollout` as the forward of a module, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, model, grad_checkpoint=False):
+        super().__init__()
+        self.model, self.grad_checkpoint = model, grad_checkpoint
+
+    def forward(self, inputs, horizon):
+        return rollout(self.model, inputs, horizon, self.grad_checkpoint)
