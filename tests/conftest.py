@@ -1,21 +1,29 @@
-"""Shared by all tests: one thread and a fixed seed, so the suite is the same everywhere."""
+"""Fixtures of all tests. One thread and a fixed seed, so that the suite is the same everywhere."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+pytest.register_assert_rewrite("helpers")  # before its first import: a failed assertion there shows its values
+
+import torch  # noqa: E402
+from helpers import ROOT, nan_filled_memory  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def same_everywhere():
-    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+    torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time than it saves
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # as vmrnn.runtime.pick_device does
+
+
+@pytest.fixture
+def nan_filled():
+    """For tests of kernels: memory that is allocated without a value holds NaN."""
+    with nan_filled_memory():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +42,3 @@ def run():
         )
 
     return start
-
-
-def relative_error(value, reference):
-    """Largest absolute difference over the reference's largest magnitude (0 for two tensors of zeros)."""
-    value, reference = value.double(), reference.double()
-    return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from safetensors.torch import save_file
 
 from vmrnn.checkpoint import load_weights, read_checkpoint, read_last_checkpoint, save_checkpoint, save_weights

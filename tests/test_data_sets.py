@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from test_data_media import write_images, write_video
 from test_dataset import assert_same, batches, shared
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from test_resume import OPTIONS, without_time
 
 import train

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 TOP = {"VMRNN_B", "VMRNN_D", "dataset", "functions", "train", "test", "predict", "benchmarks"}
 NETWORK = {"vmrnn.network", "vmrnn.scan", "vmrnn.rollout", "vmrnn.graphs", "vmrnn.forecaster"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from helpers import relative_error
 
 from vmrnn.network.fused import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
 

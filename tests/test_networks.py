@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, relative_error
+from helpers import ROOT, relative_error
 
 from functions import mixed_precision, rollout_loss
 from vmrnn import scan

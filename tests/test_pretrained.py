@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import test as test_program
 from vmrnn.forecaster import Forecaster

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import train
 from vmrnn.checkpoint import previous_of, read_checkpoint, save_checkpoint

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers import relative_error
 
 from vmrnn import scan
 from vmrnn.errors import UserError

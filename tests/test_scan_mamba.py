@@ -6,7 +6,7 @@ selective_scan.cpp refuses. On a GPU with the extension test_scan.py has the par
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers import relative_error
 from test_scan import SHAPES, outputs_and_gradients, scan_inputs
 
 from vmrnn.scan import mamba, reference

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from helpers import ROOT, relative_error
 from test_scan import SHAPES, outputs_and_gradients, scan_inputs
 
 from benchmarks.machine_code import SHAPES as SHAPES_OF_D, build, kernels_of

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers import relative_error
 from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, run_interpreter
 
 from benchmarks.machine_code import build

@@ -1,0 +1,145 @@
+"""What several test files need. A test file imports from here and never from another test file."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+SCAN_NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
+
+
+def shared(name):
+    """The path of a file or folder in ../shared/data, real data that is not part of the project.
+
+    The test is skipped where it is absent.
+    """
+    import pytest  # not at the top: benchmarks use the functions below without it
+
+    path = SHARED / "data" / name
+    if not path.exists():
+        pytest.skip(f"{path} does not exist: this real data is not ours to redistribute")
+    return path
+
+
+# Tensors
+
+
+def relative_error(value, reference):
+    """Largest absolute difference divided by the reference's largest magnitude (0 for two tensors of zeros)."""
+    value, reference = value.detach().cpu().double(), reference.detach().cpu().double()
+    return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
+
+
+def relative_errors(values, references):
+    """{name: relative error} of two dictionaries of tensors with the same names and shapes."""
+    assert values.keys() == references.keys()
+    for name, value in values.items():
+        assert value.shape == references[name].shape, f"{name}: {value.shape}, not {references[name].shape}"
+    return {name: relative_error(value, references[name]) for name, value in values.items()}
+
+
+def assert_small(errors, tolerance):
+    """errors: {name: relative error}. NaN is not small."""
+    assert errors
+    for name, error in errors.items():
+        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def assert_close(values, references, tolerance):
+    """Two dictionaries of tensors: same names, same shapes, relative error at most `tolerance`."""
+    assert_small(relative_errors(values, references), tolerance)
+
+
+def assert_identical(values, references):
+    """Two dictionaries of tensors: same names, same bits."""
+    assert values.keys() == references.keys()
+    for name, value in values.items():
+        assert torch.equal(value, references[name]), name
+
+
+def outputs_and_gradients(function, inputs, names=None):
+    """{name: tensor}: the outputs of function(*inputs), then the gradient with respect to each input.
+
+    names   of the inputs; None: "input 0", "input 1", ...
+
+    The gradients are those of the sum of all outputs, each element weighted by a fixed normal draw that bf16 can
+    hold. Two calls on the same shapes use the same weights, whatever their dtype.
+    """
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
+    gradients = torch.autograd.grad(outputs, inputs, weights)
+    names = names or [f"input {i}" for i in range(len(inputs))]
+    found = {f"output {i}" if len(outputs) > 1 else "y": t.detach() for i, t in enumerate(outputs)}
+    return found | {f"gradient of {name}": t for name, t in zip(names, gradients, strict=True)}
+
+
+@contextmanager
+def nan_filled_memory():
+    """Fill what torch.empty, torch.empty_like and Tensor.new_empty return with NaN.
+
+    A kernel that reads memory before writing it, or leaves a part of a result unwritten, then shows.
+    """
+
+    def poisoned(function):
+        def wrapper(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    with (
+        patch.object(torch, "empty", poisoned(torch.empty)),
+        patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        patch.object(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty)),
+    ):
+        yield
+
+
+# The scan
+
+# Shape letters, in this order everywhere: B batch, H and W map, Di channels, N states, R rank of the step size.
+SCAN_SHAPES = [
+    (2, 5, 7, 24, 16, 3),
+    (1, 1, 1, 8, 1, 1),
+    (1, 1, 9, 17, 5, 2),
+    (3, 40, 3, 16, 8, 1),
+    (1, 8, 8, 32, 16, 2),
+]
+
+
+def scan_inputs(B, H, W, Di, N, R, dtype=torch.float64, device="cpu", seed=0):
+    """x, dbl, dt_weight, dt_bias, A_log, D of a scan, drawn so that every input matters. They require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = (
+        normal(B, H, W, Di),
+        normal(B, H, W, 4, R + 2 * N),
+        normal(4, Di, R) * R**-0.5,
+        normal(4, Di) - 2,
+        normal(4, Di, N),
+        normal(4, Di),
+    )
+    return [t.to(device, dtype).requires_grad_() for t in tensors]
+
+
+def fresh_scan_inputs(B, H, W, Di, N, R, dtype=torch.float32, device="cpu", seed=0):
+    """As scan_inputs, with the step sizes (0.001 to 0.1) and decay rates (near 1 to N) of a network before training."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return torch.empty(*shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+
+    tensors = [t.detach() for t in scan_inputs(B, H, W, Di, N, R, seed=seed)]
+    dt = torch.exp(uniform(-6.9, -2.3, 4, Di))
+    tensors[3] = dt + torch.log(-torch.expm1(-dt))
+    tensors[4] = torch.log(torch.arange(1.0, N + 1) * uniform(0.5, 2, 4, Di, N))
+    return [t.to(device, dtype).requires_grad_() for t in tensors]
