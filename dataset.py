@@ -18,10 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vmrnn.data import splits
-from vmrnn.data.clips import ClipDataset, check_not_all_missing, scan_range, thin, to_unit_range
+from vmrnn.data.clips import ClipDataset, check_not_all_missing, scan_range, thin
 from vmrnn.data.moving_mnist import SPLITS, MovingMNIST, MovingMNISTFile, load_digits, select_digits
 from vmrnn.data.table import DATASETS, OWN, Spec
 from vmrnn.errors import UserError
+from vmrnn.values import ValueRange
 
 __all__ = [
     "DATASETS", "EpochSampler", "MovingMNIST", "MovingMNISTFile", "Spec", "build_dataset", "load_digits",
@@ -33,9 +34,9 @@ def metric_names(dataset, thresholds=(), data_range=(), lpips=False):
     """The metrics of a data set, and RMSE, CSI, POD and FAR of events at `thresholds`, in the units of data_range."""
     if dataset not in DATASETS:
         raise UserError(f"data set {dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
-    # As the float32 that a value at the threshold becomes, whatever its type, in digits that tell it from every other
-    ways = [to_unit_range(np.array(thresholds, dtype), *(data_range or (0.0, 1.0))) for dtype in ("f4", "f8")]
-    levels = list(map(str, np.minimum(*ways)))
+    value_range = ValueRange(*data_range)
+    # In the digits of a float32, which tell the threshold from every other
+    levels = [str(np.float32(value_range.threshold(threshold))) for threshold in thresholds]
     events = [f"{score}_{level}" for level in levels for score in ("csi", "pod", "far")]
     return (*DATASETS[dataset].metrics, *(["rmse"] if events else []), *events, *(["lpips"] if lpips else []))
 
@@ -66,8 +67,7 @@ def build_dataset(
     step_length=0.1,
     seed=0,
 ):
-    """The data set of one split: train, valid or test. Its `data_range` is [low, high], or [] where the values are in
-    [0, 1] from the start.
+    """The data set of one split: train, valid or test. Its `value_range` is the ValueRange that scales its values.
 
     train is drawn anew each epoch, `length` sequences of it; valid and test are the same in every epoch, and seed
     moves train alone. valid is at most `length` sequences, evenly spaced; so is test of your own data, while the test
@@ -128,10 +128,11 @@ def build_dataset(
         if not data_range:
             training = clips if split == "train" else splits.own(dataset, "train", folders, *options)[0]
             data_range = scan_range(training, missing_value, cache_dir)
+    value_range = ValueRange(*map(float, data_range), tuple(missing_value))
     if split == "valid" or (split == "test" and not spec.find):
         windows = thin(windows, length)
     return ClipDataset(
-        clips, windows, *frames, size, data_range, frame_fit, missing_value, random=split == "train", length=length,
+        clips, windows, *frames, size, value_range, frame_fit, random=split == "train", length=length,
         seed=draw_seed,
     )  # fmt: skip
 

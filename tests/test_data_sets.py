@@ -19,6 +19,7 @@ from vmrnn.data import clips, splits
 from vmrnn.data.media import resize
 from vmrnn.errors import UserError
 from vmrnn.metrics import CONVENTIONS, Metrics, convention
+from vmrnn.values import ValueRange
 
 
 def numbered(clip, count, height=8, width=10, channels=1):
@@ -549,7 +550,7 @@ def test_a_value_at_the_threshold_is_an_event(low, high):
         csi = metric_names("array", [threshold], [low, high])[-3]
         for value, expected in ((threshold, 1.0), (threshold - 1, np.nan)):
             for dtype in (np.int16, np.float32, np.float64):
-                frame = torch.from_numpy(clips.to_unit_range(np.full((1, 1, 1, 4, 4), value, dtype), low, high))
+                frame = torch.from_numpy(ValueRange(low, high).to_unit(np.full((1, 1, 1, 4, 4), value, dtype)))
                 meter = Metrics([csi])
                 meter.update(frame, frame)
                 np.testing.assert_equal(meter.compute()["mean"][csi], expected)

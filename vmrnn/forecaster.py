@@ -15,13 +15,13 @@ import torch
 
 from vmrnn import config as configuration
 from vmrnn.checkpoint import load_weights, read_checkpoint, weights_of
-from vmrnn.data.clips import to_unit_range
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward
 from vmrnn.network import build_model
 from vmrnn.rollout import pad_frames
 from vmrnn.runtime import pick_device
+from vmrnn.values import ValueRange
 
 UNIT_RANGE, BYTE_RANGE = (0.0, 1.0), (0.0, 255.0)
 ROUNDING = 1e-3  # how far outside [0, 1] a value may be
@@ -90,7 +90,7 @@ class Forecaster:
                 "knows no data range of its own; give uint8 (0 to 255), or values in [0, 1]"
             )
         self.shape, self.observed_range = frame.shape, value_range
-        values = to_unit_range(frame, *self.observed_range, self.config.missing_value)
+        values = ValueRange(*self.observed_range, tuple(self.config.missing_value)).to_unit(frame)
         values = torch.from_numpy(values).view(*frame.shape[:2], channels).permute(2, 0, 1)[None]
         values = torch.where(values.isnan(), 0, values).to(self.device)
         values = pad_frames(values, self.model.stride)

@@ -210,23 +210,22 @@ class ClipDataset(Dataset):
     """Windows of clips: item (inputs, targets), float32 (T, C, H, W), a missing value NaN.
 
     clips: list of Clip, frames (H, W, C) alike. windows: int64 (n, 2), clip and first frame. size: (H, W) of the items.
-    frame_fit: "resize", or "crop": a window of the frame, at random (random=True) or the centre. data_range: (low,
-    high), the values that become 0 and 1; values outside lie outside. missing: values that mean missing, as NaN does.
+    frame_fit: "resize", or "crop": a window of the frame, at random (random=True) or the centre. value_range: the
+    ValueRange that scales the stored values.
     random: an epoch is `length` of the windows drawn without replacement, new in each epoch (at most all of them, or,
     where they are cropped, all again and again); otherwise item i is window i. A key is an index or (epoch, index); an item depends on seed and key only.
     UserError: frames that are unlike, too small to crop, of a type that is no number; no windows.
     """
 
-    def __init__(self, clips, windows, num_frames_input, num_frames_output, size, data_range, frame_fit="resize",
-                 missing=(), random=False, length=None, seed=0):  # fmt: skip
+    def __init__(self, clips, windows, num_frames_input, num_frames_output, size, value_range, frame_fit="resize",
+                 random=False, length=None, seed=0):  # fmt: skip
         self.clips = clips
         self.windows = windows
         self.num_frames_input = num_frames_input
         self.num_frames_output = num_frames_output
         self.size = tuple(size)
-        self.data_range = [float(value) for value in data_range]
+        self.value_range = value_range
         self.frame_fit = frame_fit
-        self.missing = tuple(missing)
         self.random = random
         self.length = len(windows)
         if random and length:
@@ -243,6 +242,10 @@ class ClipDataset(Dataset):
 
     def __len__(self):
         return self.length
+
+    @property
+    def data_range(self):
+        return [self.value_range.low, self.value_range.high]
 
     def __str__(self):
         low, high = self.data_range
@@ -270,7 +273,7 @@ class ClipDataset(Dataset):
             draws = uniform_draws(self.seed, [epoch], [index], 2)[0] if self.random else np.full(2, 0.5)
             y, x = np.minimum((draws * (room + 1)).astype(np.int64), room)
             frames = frames[:, y : y + self.size[0], x : x + self.size[1]]
-        values = to_unit_range(frames, *self.data_range, self.missing).transpose(0, 3, 1, 2)
+        values = self.value_range.to_unit(frames).transpose(0, 3, 1, 2)
         values = resize(torch.from_numpy(np.ascontiguousarray(values)), self.size)
         return values[: self.num_frames_input], values[self.num_frames_input :]
 
@@ -281,24 +284,6 @@ class ClipDataset(Dataset):
             orders = [generator.permutation(len(self.windows)) for _ in range(rounds)]
             self.order = epoch, np.concatenate(orders)[: self.length]
         return self.order[1]
-
-
-def to_unit_range(frames, low, high, missing=()):
-    """Values of any real type as float32: low becomes 0, high becomes 1, NaN and what is in `missing` NaN.
-
-    UserError: infinite values, which would make every sum over them infinite.
-    """
-    if frames.dtype.kind == "f" and np.isinf(frames).any():
-        raise UserError("the data hold infinite values: write them as NaN, which means missing")
-    # float32 holds 16 bits exactly; wider types are scaled before they are rounded
-    exact = np.float64 if frames.dtype.itemsize > 2 and frames.dtype != np.float32 else np.float32
-    values = frames.astype(exact)
-    values -= low
-    values /= high - low
-    values = values.astype(np.float32, copy=False)
-    for value in missing:
-        values[frames == value] = np.nan
-    return values
 
 
 def valid_values(clips, missing):

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from vmrnn.data.draws import split_key, uniform_draws
 from vmrnn.data.media import read_array
 from vmrnn.errors import UserError
+from vmrnn.values import ValueRange
 
 SPLITS = ("train", "valid", "test")
 
@@ -174,7 +175,8 @@ class MovingMNIST(Dataset):
             )
         if not (math.isfinite(step_length) and step_length >= 0):
             raise UserError(f"Moving MNIST: step_length is {step_length}; it must be 0 or more")
-        self.data_range = []  # nothing to scale back: the values are in [0, 1] from the start
+        self.value_range = ValueRange()  # nothing to scale back: the values are in [0, 1] from the start
+        self.data_range = []
         self.digits = resize_digits(digits, digit_size)
         self.length = length
         self.num_frames_input = num_frames_input
@@ -256,7 +258,7 @@ class MovingMNISTFile(Dataset):
             if value < 1:
                 raise UserError(f"{path}: num_frames_{name} is {value}; it must be at least 1")
         self.path, self.array_key = path, array_key
-        self.data_range = []
+        self.value_range, self.data_range = ValueRange(), []
         self.num_frames_input = num_frames_input
         self.num_frames_output = num_frames_output
         self.frames = open_sequences(path, array_key)
