@@ -24,22 +24,37 @@ def mixed_precision(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def rollout_loss(outputs, inputs, targets, l1_weight=1.0):
-    """MSE + l1_weight * L1 over all outputs against the frames that follow (paper section 3.4: 1); a scalar.
+class RolloutLoss:
+    """MSE + l1_weight * L1 of all outputs of a rollout against the frames that follow (paper, section 3.4).
 
-    outputs (B, T_in - 1 + T_out, C, H, W) as `rollout` gives them, inputs (B, T_in, C, H, W), targets
-    (B, T_out, C, H, W), in [0, 1]. A NaN in inputs or targets is a missing pixel: a sample's loss is the mean
-    over its others, and all samples weigh the same, however they are batched.
-    L1 is minimised by the median, so with a large weight an uncertain pixel becomes black, which costs MSE.
+    l1_weight   weight of the absolute error, 0 or more; the paper's is 1. The absolute error is smallest at the
+                median, so a large weight makes uncertain pixels black, which raises the MSE.
     """
-    truth = torch.cat([inputs[:, 1:], targets], dim=1)
-    missing = truth.isnan()
-    truth = torch.where(missing, outputs.detach().to(truth.dtype), truth)  # no error there, and no gradient
-    pixels = truth[0].numel()
-    share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 where all is there
-    share = share.view(-1, *[1] * (truth.ndim - 1))
-    squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
-    return (squared * share).mean() + l1_weight * (absolute * share).mean()
+
+    def __init__(self, l1_weight=1.0):
+        self.l1_weight = l1_weight
+
+    def __str__(self):
+        return f"MSE + {self.l1_weight:g} L1"
+
+    def __call__(self, outputs, inputs, targets):
+        """The loss, a scalar tensor: the mean over the samples of the batch, with equal weights.
+
+        outputs   (B, T_in - 1 + T_out, C, H, W), as `rollout` returns them
+        inputs    (B, T_in, C, H, W) in [0, 1]; NaN marks a missing pixel
+        targets   (B, T_out, C, H, W) in [0, 1]; NaN marks a missing pixel
+
+        The loss of a sample is the mean over its known pixels. It does not depend on how samples are batched.
+        """
+        truth = torch.cat([inputs[:, 1:], targets], dim=1)
+        missing = truth.isnan()
+        # A missing pixel takes the value of the output: its error and its gradient are 0.
+        truth = torch.where(missing, outputs.detach().to(truth.dtype), truth)
+        pixels = truth[0].numel()
+        share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 if no pixel is missing
+        share = share.view(-1, *[1] * (truth.ndim - 1))
+        squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
+        return (squared * share).mean() + self.l1_weight * (absolute * share).mean()
 
 
 def progress(loader, title, total, first=0):
@@ -78,25 +93,29 @@ class NonFinite(Exception):
 
 
 class Step:
-    """Forward and backward of one micro-batch: step(inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) adds to
-    the gradients and gives its part of the update's loss, a scalar on the device.
+    """Forward and backward pass of one micro-batch.
 
     network     Rollout, or DistributedDataParallel around one
-    parts       micro-batches of an update (gradient accumulation)
+    loss        RolloutLoss, or any callable with its arguments and result
+    device      torch.device of the network
+    precision   "fp32", "bf16" or "fp16"
+    parts       micro-batches per update (gradient accumulation)
     scaler      torch.amp.GradScaler, for fp16
-    l1_weight   of rollout_loss
+
+    step(inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) adds to the gradients. It returns the micro-batch's
+    share of the update's loss, a scalar on the device.
     """
 
-    def __init__(self, network, device, precision="fp32", parts=1, scaler=None, l1_weight=1.0):
-        self.network, self.device, self.precision, self.parts = network, device, precision, parts
-        self.l1_weight = l1_weight
+    def __init__(self, network, loss, device, precision="fp32", parts=1, scaler=None):
+        self.network, self.loss_function = network, loss
+        self.device, self.precision, self.parts = device, precision, parts
         self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
         self.parameters = list(network.parameters())
 
     def __call__(self, inputs, targets):
         with mixed_precision(self.device, self.precision):
             outputs = self.network(inputs, targets.shape[1])
-        loss = rollout_loss(outputs, inputs, targets, self.l1_weight) / self.parts
+        loss = self.loss_function(outputs, inputs, targets) / self.parts
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -183,11 +202,11 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, metrics, precision="fp32", l1_weight=1.0, baselines=False, on_batch=None, title=""):
+def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=False, on_batch=None, title=""):
     """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
 
     loader: any sequence of batches (inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) in [0, 1], NaN where a pixel
-    is missing; "loss" is rollout_loss, the mean over samples. With `baselines` also "black" (a black frame) and "last"
+    is missing; "loss" is the mean of `loss`, a RolloutLoss, over samples. With `baselines` also "black" (a black frame) and "last"
     (the last input frame, repeated). on_batch(step, inputs, targets, forecast) sees every batch of this process.
     With several processes each has its own samples in `loader`, and all get the results over all samples.
     """
@@ -197,7 +216,7 @@ def evaluate(model, loader, device, metrics, precision="fp32", l1_weight=1.0, ba
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with mixed_precision(device, precision):
             outputs = rollout(model, inputs, targets.shape[1])
-        total += rollout_loss(outputs, inputs, targets, l1_weight).item() * len(inputs)
+        total += loss(outputs, inputs, targets).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
         meters["model"].update(forecast, targets)
         if baselines:

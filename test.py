@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dataset import DATASETS, build_dataset, make_loader, metric_names
-from functions import evaluate
+from functions import RolloutLoss, evaluate
 from vmrnn import checkpoint, config as configuration, scan
 from vmrnn.errors import UserError
 from vmrnn.metrics import convention, mse
@@ -90,12 +90,13 @@ def main(argv=None):
                 save_animation(folder / "forecast.gif", *sequence)
         errors.extend(mse(forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
 
+    loss_function = RolloutLoss(config.l1_weight)
     results = evaluate(
-        model, loader, device, names, config.precision, config.l1_weight, baselines=True, on_batch=pictures,
+        model, loader, device, names, loss_function, config.precision, baselines=True, on_batch=pictures,
         title="test",
     )  # fmt: skip
     loss = results.pop("loss")
-    loss_name = f"MSE + {config.l1_weight:g} L1, over all outputs"
+    loss_name = f"{loss_function}, over all outputs"
     log.info("%d sequences, loss (%s) %.4f", results["model"]["count"], loss_name, loss)
     for line in table(results, conventions):
         log.info(line)
@@ -110,7 +111,10 @@ def main(argv=None):
 
     if roles:
         batch = [torch.stack(frames) for frames in zip(*(test_set[index] for index in roles.values()))]
-        evaluate(model, [batch], device, ("mse",), config.precision, on_batch=keep, title="sequences of the report")
+        evaluate(
+            model, [batch], device, ("mse",), loss_function, config.precision, on_batch=keep,
+            title="sequences of the report",
+        )  # fmt: skip
 
     labelled = {LABELS[k]: result for k, result in results.items()}
     curves = [name for name in ("mse", "ssim", "psnr") if name in names]

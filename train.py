@@ -26,6 +26,7 @@ from dataset import DATASETS, build_dataset, make_loader, metric_names
 from functions import (
     GraphedStep,
     NonFinite,
+    RolloutLoss,
     Step,
     evaluate,
     train_one_epoch,
@@ -201,11 +202,12 @@ def train(config, weights, resumed, device, signals):
             scaler.load_state_dict(state["scaler"])
     if len({(p.epoch, p.step) for p in distributed.all_gather(position)}) > 1:
         raise UserError(f"{config.res_dir}: the processes see different checkpoints; put it where all can read it")
+    loss_function = RolloutLoss(config.l1_weight)
     network = Rollout(model, config.grad_checkpoint)
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     one_step = (GraphedStep if config.cuda_graph else Step)(
-        network, device, config.precision, parts, scaler, config.l1_weight
+        network, loss_function, device, config.precision, parts, scaler
     )
 
     # Run folder
@@ -336,7 +338,7 @@ def train(config, weights, resumed, device, signals):
                             board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
             results = evaluate(
-                eval_model, valid_loader, device, names, config.precision, config.l1_weight, on_batch=watch,
+                eval_model, valid_loader, device, names, loss_function, config.precision, on_batch=watch,
                 title=f"validate {epoch}",
             )  # fmt: skip
             metrics = results["model"]["mean"]

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from functions import Step
+from functions import RolloutLoss, Step
 from vmrnn import config as configuration, scan
 from vmrnn.network import build_model
 from vmrnn.rollout import Rollout
@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
 def footprint(model, shape, horizon, precision="fp32", grad_checkpoint=False):
     """{"kept", "peak" (bytes), "forward", "backward" ({operation: times})} of a step on inputs of `shape`
     (B, T, C, H, W). The model may be a real one or, under FakeTensorMode, a fake one."""
-    step = Step(Rollout(model.train(), grad_checkpoint), torch.device("cpu"), precision)
+    step = Step(Rollout(model.train(), grad_checkpoint), RolloutLoss(), torch.device("cpu"), precision)
     inputs, targets = torch.zeros(shape), torch.zeros(shape[0], horizon, *shape[2:])
     with Ledger() as ledger:
         for tensor in (*model.parameters(), inputs, targets):

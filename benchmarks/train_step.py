@@ -21,7 +21,7 @@ import sys
 import torch
 
 from benchmarks.timing import median_wall_seconds, peak_mib
-from functions import GraphedStep, Step, mixed_precision
+from functions import GraphedStep, RolloutLoss, Step, mixed_precision
 from vmrnn import scan
 from vmrnn.graphs import GraphedForward
 from vmrnn.network import build_model, compile_model
@@ -57,7 +57,8 @@ def measure(case, device, steps=STEPS - 1, frames=15):
     optimizer = make_optimizer(model, "muon" if "muon" in rest else "adam", 1e-4, 0.0, device)
     inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
 
-    one_step = (GraphedStep if "graph" in rest else Step)(Rollout(model, "checkpoint" in rest), device, precision)
+    kind = GraphedStep if "graph" in rest else Step
+    one_step = kind(Rollout(model, "checkpoint" in rest), RolloutLoss(), device, precision)
 
     def step():
         one_step.clear_gradients()

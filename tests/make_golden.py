@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from functions import rollout_loss
+from functions import RolloutLoss
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 
@@ -40,7 +40,7 @@ def main():
         shape = (2, 3, config["in_chans"], *config["img_size"])
         inputs, targets = (torch.rand(shape).double() for _ in range(2))
         outputs = rollout(model, inputs, 3)
-        loss = rollout_loss(outputs, inputs, targets)
+        loss = RolloutLoss()(outputs, inputs, targets)
         loss.backward()
         arrays = {"inputs": inputs, "targets": targets, "outputs": outputs.detach(), "loss": loss.detach()}
         arrays |= {f"state/{key}": value for key, value in model.state_dict().items()}

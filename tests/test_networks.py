@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, relative_error
 
-from functions import mixed_precision, rollout_loss
+from functions import RolloutLoss, mixed_precision
 from vmrnn import scan
 from vmrnn.checkpoint import load_weights
 from vmrnn.errors import UserError
@@ -58,7 +58,7 @@ def test_golden_outputs_and_gradients(path, device, back_end):
     inputs, targets = (torch.from_numpy(file[key]).float().to(device) for key in ("inputs", "targets"))
     outputs = rollout(model, inputs, targets.shape[1])
     assert relative_error(outputs.cpu(), torch.from_numpy(file["outputs"])) <= 2e-5
-    loss = rollout_loss(outputs, inputs, targets)
+    loss = RolloutLoss()(outputs, inputs, targets)
     assert abs(loss.item() - float(file["loss"])) <= 2e-5 * float(file["loss"])
     loss.backward()
     gradients = dict(model.named_parameters())
@@ -85,7 +85,7 @@ def test_every_parameter_gets_a_gradient_on_frames_that_are_not_square(model, ch
     outputs = rollout(model, inputs, 2)
     assert outputs.shape == (2, 4, channels, *model.img_size)
     assert outputs.min() >= 0 and outputs.max() <= 1
-    rollout_loss(outputs, inputs, targets).backward()
+    RolloutLoss()(outputs, inputs, targets).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
@@ -141,7 +141,7 @@ def test_checkpointed_gradients_are_the_same():
     for grad_checkpoint in (False, True):
         torch.manual_seed(0)
         model.zero_grad()
-        rollout_loss(rollout(model, inputs, 2, grad_checkpoint), inputs, targets).backward()
+        RolloutLoss()(rollout(model, inputs, 2, grad_checkpoint), inputs, targets).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -160,7 +160,7 @@ def test_compiled_steps_are_one_graph_and_the_same_numbers(device, name):
             compile_model(model, device)  # fullgraph: a graph break raises
         model.zero_grad()
         outputs.append(rollout(model, inputs, 2))
-        rollout_loss(outputs[-1], inputs, targets).backward()
+        RolloutLoss()(outputs[-1], inputs, targets).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert relative_error(outputs[1], outputs[0]) < 1e-5
     assert all(relative_error(b, a) < 1e-4 for a, b in zip(*gradients, strict=True))
@@ -175,7 +175,7 @@ def test_bf16_is_close_to_fp32_and_frames_states_and_gradients_stay_fp32(model):
         model.zero_grad()
         with mixed_precision(torch.device("cpu"), precision):
             outputs.append(rollout(model, inputs, 2))
-        rollout_loss(outputs[-1], inputs, targets).backward()
+        RolloutLoss()(outputs[-1], inputs, targets).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert outputs[1].dtype == torch.float32 and len(outputs[1].unique()) > 256
     assert 0 < relative_error(outputs[1], outputs[0]) < 0.02
@@ -188,10 +188,10 @@ def test_bf16_is_close_to_fp32_and_frames_states_and_gradients_stay_fp32(model):
 def test_the_loss_compares_every_output_with_the_frame_that_follows():
     inputs, targets = torch.rand(2, 3, 1, 4, 4), torch.rand(2, 5, 1, 4, 4)
     perfect = torch.cat([inputs, targets], 1)[:, 1:]
-    assert rollout_loss(perfect, inputs, targets) == 0
+    assert RolloutLoss()(perfect, inputs, targets) == 0
     off = perfect + 0.5
-    torch.testing.assert_close(rollout_loss(off, inputs, targets), torch.tensor(0.75))  # 0.25 + 0.5
-    torch.testing.assert_close(rollout_loss(off, inputs, targets, 0.1), torch.tensor(0.3))
+    torch.testing.assert_close(RolloutLoss()(off, inputs, targets), torch.tensor(0.75))  # 0.25 + 0.5
+    torch.testing.assert_close(RolloutLoss(0.1)(off, inputs, targets), torch.tensor(0.3))
 
 
 def test_initialisation():

@@ -12,7 +12,7 @@ from timm.scheduler import CosineLRScheduler
 import test
 import train
 from benchmarks import curves
-from functions import GraphedStep, Step, evaluate, rollout_loss, train_one_epoch
+from functions import GraphedStep, RolloutLoss, Step, evaluate, train_one_epoch
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
@@ -101,7 +101,7 @@ def run_updates(parts, **options):
     data = torch.rand(12, 5, 1, 16, 16).split(6 // parts)
     loader = [(frames[:, :3], frames[:, 3:]) for frames in data]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = Step(Rollout(model), torch.device("cpu"), parts=parts, **options)
+    step = Step(Rollout(model), RolloutLoss(), torch.device("cpu"), parts=parts, **options)
     done = list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates=2))
     return done, torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -118,10 +118,10 @@ def test_training_and_evaluation_weigh_l1_as_asked():
     inputs, targets = torch.rand(2, 3, 1, 16, 16), torch.rand(2, 2, 1, 16, 16)
     model = small().eval()
     for weight in (0.0, 0.25):
-        expected = rollout_loss(rollout(model, inputs, 2), inputs, targets, weight).item()
-        assert expected != rollout_loss(rollout(model, inputs, 2), inputs, targets).item()
-        assert Step(Rollout(model), torch.device("cpu"), l1_weight=weight)(inputs, targets).item() == expected
-        results = evaluate(model, [(inputs, targets)], torch.device("cpu"), ("mse",), l1_weight=weight)
+        expected = RolloutLoss(weight)(rollout(model, inputs, 2), inputs, targets).item()
+        assert expected != RolloutLoss()(rollout(model, inputs, 2), inputs, targets).item()
+        assert Step(Rollout(model), RolloutLoss(weight), torch.device("cpu"))(inputs, targets).item() == expected
+        results = evaluate(model, [(inputs, targets)], torch.device("cpu"), ("mse",), RolloutLoss(weight))
         assert results["loss"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -134,8 +134,8 @@ def test_an_evaluation_counts_every_sample_once_in_the_precision_asked_for():
     for precision in ("fp32", "bf16"):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
             outputs = [rollout(model, *batch[:1], 2) for batch in batches]
-        samples = [rollout_loss(o, *batch).item() for o, batch in zip(outputs, batches)]
-        losses[precision] = evaluate(model, batches, device, ("mse",), precision)["loss"]
+        samples = [RolloutLoss()(o, *batch).item() for o, batch in zip(outputs, batches)]
+        losses[precision] = evaluate(model, batches, device, ("mse",), RolloutLoss(), precision)["loss"]
         assert losses[precision] == pytest.approx((2 * samples[0] + samples[1]) / 3, rel=1e-6)
     assert losses["fp32"] != losses["bf16"]
 
@@ -144,7 +144,7 @@ def test_dropout_draws_from_seed_update_and_rank(monkeypatch):
     keys = []
     monkeypatch.setattr("functions.seed_update", lambda *key: keys.append(key))
     monkeypatch.setattr("functions.distributed.rank", lambda: 5)
-    step = Step(Rollout(small()), torch.device("cpu"))
+    step = Step(Rollout(small()), RolloutLoss(), torch.device("cpu"))
     optimizer = torch.optim.SGD(step.parameters, lr=0.1)
     loader = [(torch.rand(1, 3, 1, 16, 16), torch.rand(1, 2, 1, 16, 16))] * 2
     step.network.eval()  # as a validation leaves it
@@ -229,7 +229,7 @@ def test_a_graph_replays_the_same_steps(monkeypatch):
         # makes as large as any other.
         model = small(drop_path_rate=0.2, depths=(2,), embed_dim=32).to(device)
         loader = [(frames[:, :3], frames[:, 3:]) for frames in torch.rand(24, 5, 1, 16, 16).split(3)]
-        step = kind(Rollout(model), device, "bf16", parts=2)
+        step = kind(Rollout(model), RolloutLoss(), device, "bf16", parts=2)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
         updates = list(train_one_epoch(step, loader, optimizer, lambda n: 1e-3, updates=4, clip_grad=1.0))
         found.append(([(u.loss, u.grad_norm) for u in updates], [p.detach().clone() for p in model.parameters()]))
@@ -267,18 +267,18 @@ def test_missing_pixels_have_no_say():
     outputs = torch.rand(2, 4, 1, 8, 8, requires_grad=True)
     inputs, targets = torch.rand(2, 3, 1, 8, 8), torch.rand(2, 2, 1, 8, 8)
     inputs[:, 1, :, :2], targets[0] = float("nan"), float("nan")
-    rollout_loss(outputs, inputs, targets).backward()
+    RolloutLoss()(outputs, inputs, targets).backward()
     truth = torch.cat([inputs[:, 1:], targets], 1)
     there = ~truth.isnan()
     samples = [(outputs - truth)[i][there[i]].detach() for i in range(2)]
     expected = sum(e.square().mean() + e.abs().mean() for e in samples) / 2
-    assert rollout_loss(outputs, inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-    halves = [rollout_loss(outputs[i : i + 1], inputs[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    assert RolloutLoss()(outputs, inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    halves = [RolloutLoss()(outputs[i : i + 1], inputs[i : i + 1], targets[i : i + 1]) for i in range(2)]
     assert sum(halves).item() / 2 == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(outputs.grad != 0, there)
     outputs = rollout(small(), torch.where(torch.rand(2, 3, 1, 16, 16) < 0.3, float("nan"), 0.5), 2)
     assert outputs.isfinite().all()
-    assert rollout_loss(torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, 1, 1, 4, 4), targets[:1, :1, :, :4, :4]) == 0
+    assert RolloutLoss()(torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, 1, 1, 4, 4), targets[:1, :1, :, :4, :4]) == 0
 
 
 def test_a_run_on_frames_that_do_not_fit(tmp_path):
