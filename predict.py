@@ -75,16 +75,20 @@ def as_type(values, dtype):
     return values.astype(dtype)
 
 
-def save(path, forecast, forecaster, dtype):
-    """Write a forecast (N, H, W, C), in the units of the data, in the form that the name of `path` asks for."""
+def save(path, forecast, value_range, dtype):
+    """Write a forecast as the ending of `path` says.
+
+    forecast      (N, H, W, C) on the network's scale [0, 1]
+    value_range   ValueRange, the way to the units of the input
+    dtype         the input's, of the numbers in a .npz
+    """
     with replacing(path) as temporary:
         if path.suffix.lower() == ".npz":
             frames = forecast[..., 0] if forecast.shape[-1] == 1 else forecast
-            with open(temporary, "wb") as f:  # a name without .npz would get one
-                np.savez_compressed(f, forecast=as_type(frames, dtype))
-            return
-        low, high = forecaster.observed_range
-        save_video(temporary, (forecast.transpose(0, 3, 1, 2) - low) / (high - low), path.suffix.lower())
+            with open(temporary, "wb") as f:  # np.savez would add .npz to another name
+                np.savez_compressed(f, forecast=as_type(value_range.to_data(frames), dtype))
+        else:
+            save_video(temporary, forecast.transpose(0, 3, 1, 2), path.suffix.lower())
 
 
 def main(argv=None):
@@ -100,9 +104,9 @@ def main(argv=None):
         path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be made should fail before the work
     for frame in frames:
         forecaster.observe(in_channels(frame, forecaster.model.in_chans))
-    forecast = forecaster.forecast(args.horizon)
+    forecast = forecaster.forecast_in_unit(args.horizon)
     for path in args.output:
-        save(path, forecast, forecaster, frames.dtype)
+        save(path, forecast, forecaster.observed_range, frames.dtype)
         log.info("forecast   %d frames in %s", args.horizon, path)
 
 

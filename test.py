@@ -18,23 +18,22 @@ import torch
 
 from dataset import DATASETS, build_dataset, make_loader, metric_names
 from functions import RolloutLoss, evaluate
-from vmrnn import checkpoint, config as configuration, scan
+from vmrnn import config as configuration, scan
+from vmrnn.checkpoint import load_network
 from vmrnn.errors import UserError
 from vmrnn.metrics import convention, mse
-from vmrnn.network import build_model, compile_model
+from vmrnn.network import compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
 from vmrnn.report import pick, strict_json, write_report
-from vmrnn.runtime import describe_device, make_folder, pick_device, run_program
+from vmrnn.runtime import describe_device, make_folder, run_program
 
 log = logging.getLogger("vmrnn")
 
-# Where the weights were trained says nothing of where they are tested.
-ELSEWHERE = ("device", "scan", "compile", "num_workers", "res_dir", "cache_dir")
 LABELS = {"model": "forecast", "black": "black frame", "last": "last input frame"}
 
 
 def parse_arguments(argv=None):
-    """(path of the checkpoint, its content, Config, output folder, number of strips)."""
+    """(path of the checkpoint, path of the TOML file or None, options of the command line, output folder, strips)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="weights to test")
@@ -44,11 +43,8 @@ def parse_arguments(argv=None):
     toml, path, strips = (given.pop(key) for key in ("config", "checkpoint", "strips"))
     if strips < 1:
         raise UserError(f"--strips {strips}: must be at least 1")
-    content = checkpoint.read_checkpoint(path)
-    trained = {k: v for k, v in (content["config"] or {}).items() if k not in ELSEWHERE}
-    config = configuration.resolve(toml, given, base=trained)
     folder = given.get("res_dir") or Path(path).parent / "test"
-    return path, content, config, folder, strips
+    return path, toml, given, folder, strips
 
 
 def table(results, conventions):
@@ -61,18 +57,17 @@ def table(results, conventions):
 
 
 def main(argv=None):
-    path, content, config, folder, strips = parse_arguments(argv)
-    device = pick_device(config.device)
+    path, toml, given, folder, strips = parse_arguments(argv)
+    trained = load_network(path, toml, given.pop("device", None), **given)
+    model, config = trained.model, trained.config
+    device = next(model.parameters()).device
     log.info("device     %s", describe_device(device))
-    scan.resolve(config.scan, device.type, d_state=config.d_state)  # says which back end and why, or refuses
+    scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
     test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
     config.data_range = list(test_set.data_range)
     names = metric_names(config.dataset, config.thresholds, config.data_range, config.lpips)
     conventions = {name: convention(name, config.data_range) for name in names}
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
-    model = build_model(**config.network_options)
-    checkpoint.load_weights(model, checkpoint.weights_of(content), path)
-    model.to(device)
     if config.compile:
         compile_model(model, device)
     folder = make_folder(folder)

@@ -12,9 +12,13 @@ import torch
 from helpers import ROOT
 from safetensors.torch import save_file
 
+import vmrnn
+from vmrnn import config as configuration
 from vmrnn.checkpoint import load_weights, read_checkpoint, read_last_checkpoint, save_checkpoint, save_weights
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
+from vmrnn.network import build_model
+from vmrnn.values import ValueRange
 from VMRNN_B import VMRNN as B
 from VMRNN_D import VMRNN as D
 
@@ -261,3 +265,44 @@ def test_a_checkpoint_with_parts_missing(tmp_path):
     torch.save({"format": "vmrnn-checkpoint", "version": 1, "model": {}}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="incomplete"):
         read_checkpoint(tmp_path / "x.pt")
+
+
+TINY = dict(model="VMRNN-B", patch_size=2, embed_dim=16, depths=[1], d_state=4, input_size=[16], dataset="array")
+
+
+def test_a_network_from_a_file_alone(tmp_path):
+    """Weights, configuration and range come back; options of the machine that trained do not."""
+    config = configuration.resolve(None, TINY | {"scan": "mamba", "cache_dir": "gone", "missing_value": [-1.0]})
+    source, path = build_model(**config.network_options), tmp_path / "w.safetensors"
+    save_weights(path, source, config.to_dict(), ValueRange(-5.0, 20.0, (-1.0,)))
+    trained = vmrnn.load_network(path)
+    assert same(trained.model, source) and not trained.model.training
+    assert trained.value_range == ValueRange(-5.0, 20.0, (-1.0,))
+    assert (trained.config.scan, trained.config.cache_dir, trained.config.missing_value) == ("auto", "data/cache", [-1])
+    changed = vmrnn.load_network(path, data_range=[0.0, 9.0])
+    assert changed.value_range == ValueRange(0.0, 9.0, (-1.0,)) and same(changed.model, source)
+    (tmp_path / "c.toml").write_text("missing_value = [7]\ndata_range = [0, 2]\n")
+    assert vmrnn.load_network(path, tmp_path / "c.toml").value_range == ValueRange(0.0, 2.0, (7.0,))
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"data_range": [1.0, 3.0], "missing_value": [9.0]}, ValueRange(1.0, 3.0, (9.0,))),
+        ({"dataset": "taxibj", "input_channels": 2}, ValueRange(-1.0, 1.0)),
+        ({"dataset": "moving_mnist"}, None),
+    ],
+)
+def test_the_range_of_files_that_store_none(tmp_path, options, expected):
+    config = configuration.resolve(None, TINY | options)
+    save_weights(tmp_path / "w.safetensors", build_model(**config.network_options), config.to_dict())
+    assert vmrnn.load_network(tmp_path / "w.safetensors").value_range == expected
+
+
+def test_bare_weights_need_a_configuration(tmp_path):
+    config = configuration.resolve(None, TINY)
+    model = build_model(**config.network_options)
+    torch.save(model.state_dict(), tmp_path / "bare")
+    with pytest.raises(UserError, match="bare: holds weights alone; name the network's configuration"):
+        vmrnn.load_network(tmp_path / "bare", scan="torch")
+    assert same(vmrnn.load_network(tmp_path / "bare", **TINY).model, model)

@@ -97,7 +97,7 @@ def test_frames_are_in_the_units_of_the_data(trained):
     close(forecasts[0] / 100, forecasts[1] / 100)
     close(forecasts[0] / 100, forecasts[2] / 100)
     unit = vmrnn.Forecaster(path, device="cpu")
-    unit.data_range = None
+    unit.value_range = None
     for frame in dark:
         unit.observe(((frame + 40.0) / 100).astype(np.float32))
     close((forecasts[0] + 40) / 100, unit.forecast(2))

@@ -7,14 +7,20 @@ import re
 import struct
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vmrnn import config as configuration
+from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
+from vmrnn.network import build_model
+from vmrnn.runtime import pick_device
+from vmrnn.values import ValueRange
 
 log = logging.getLogger("vmrnn")
 
@@ -24,19 +30,76 @@ DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, Runtime
 
 FORMAT, VERSION = "vmrnn-checkpoint", 2
 
-# Weights of published files that no output depends on: every block but a cell's first carries a
-# `linear`, and the way up a patch embedding.
+# Weights of published files that no output depends on. Every VSS block but a cell's first carries an unused
+# `linear`, and the decoder carries an unused patch embedding.
 DEAD_LINEAR = re.compile(r"(.*\.VSBs\.[1-9]\d*)\.linear\.(weight|bias)")
 DEAD_EMBEDDING = "Upsample.patch_embed."
 
+# Options of the machine that trained. They say nothing about the machine that loads the weights.
+MACHINE_OPTIONS = {"device", "scan", "compile", "num_workers", "res_dir", "cache_dir"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network from a file.
+
+    model         the network, in evaluation mode, on its device
+    config        vmrnn.config.Config that the network was built from
+    value_range   ValueRange of the data that the network was trained on; None: the file does not say
+    """
+
+    model: torch.nn.Module
+    config: configuration.Config
+    value_range: ValueRange | None
+
+
+def load_network(path, config=None, device="cpu", **changes):
+    """The network of a file of weights.
+
+    path      last.pt or best.safetensors of a run, any other safetensors file, or a published torch.save file
+    config    TOML file whose options replace those in the file; a file of bare weights needs it, or `changes`
+    device    cpu, cuda, cuda:1, mps or auto; None: the device of `config`, else auto
+    changes   options that replace those of both files, such as scan="torch"
+
+    Returns Trained. The weights are the averaged ones if the run has them. UserError: a file that is missing, damaged
+    or does not fit the network, bare weights without a configuration, an unknown option, a device that does not exist.
+    """
+    content = read_checkpoint(path)
+    changes = changes if device is None else changes | {"device": str(device)}
+    if content["config"] is None and config is None and not changes.keys() - MACHINE_OPTIONS:
+        raise UserError(f"{path}: holds weights alone; name the network's configuration with config")
+    stored = {key: value for key, value in (content["config"] or {}).items() if key not in MACHINE_OPTIONS}
+    resolved = configuration.resolve(config, changes, base=stored)
+    device = pick_device(resolved.device)
+    model = build_model(**resolved.network_options)
+    load_weights(model, weights_of(content), path)
+    return Trained(model.to(device).eval(), resolved, value_range_of(content, resolved))
+
+
+def value_range_of(content, config):
+    """The ValueRange of the data that a checkpoint was trained on, None if it is not known.
+
+    content   what read_checkpoint returned
+    config    Config; a data_range or missing_value that differs from the stored configuration's replaces the stored range
+    """
+    stored = content["config"] or {}
+    same = all(stored.get(key) == getattr(config, key) for key in ("data_range", "missing_value"))
+    if same and content.get("value_range"):
+        return ValueRange.from_dict(content["value_range"])
+    low_high = config.data_range or DATASETS[config.dataset].data_range
+    return ValueRange(*low_high, tuple(config.missing_value)) if low_high else None
+
 
 def load_weights(model, source, name="the state dict"):
-    """Load `source` into `model`, strictly.
+    """Copy the weights of `source` into `model`.
 
-    source: a path (published torch.save file, our checkpoint, safetensors) or a state dict, `name` in errors. Drops
-    exactly the published files' dead weights and maps their prefixes (`module.`, `model.`, the single
-    `ST.layer` of the KTH and TaxiBJ variants). Raises UserError that names what is missing,
-    unexpected or of another shape; the model is then untouched.
+    model    a network
+    source   a path (published torch.save file, our checkpoint, safetensors) or a state dict
+    name     what error messages call a state dict
+
+    The dead weights of published files are dropped, and the prefixes of published names (`module.`, `model.`, and
+    `ST.layer` of the KTH and TaxiBJ variants) are mapped. Everything else must match. UserError: names what is missing,
+    unexpected or of another shape; the model is then unchanged.
     """
     if isinstance(source, (str, Path)):
         name, source = str(source), weights_of(read_checkpoint(source))
@@ -58,7 +121,7 @@ def load_weights(model, source, name="the state dict"):
 
 
 def weights_of(content):
-    """The weights to test and to forecast with: of a run with averaged weights those, as its validations had them."""
+    """The weights to forecast with: the averaged ones (EMA) if the run has them, since they were validated."""
     return content.get("ema") or content["model"]
 
 
@@ -67,9 +130,10 @@ def shorten(keys, most=3):
 
 
 def published_to_ours(state, own):
-    """A state dict with the published files' prefixes mapped and their dead weights dropped.
+    """A state dict with the prefixes of published files mapped and their dead weights dropped.
 
-    own: our network's keys; what is dead belongs to a block, or a way up, that it has.
+    state   the state dict of a file
+    own     the keys of our network; only dead weights of blocks that it has are dropped
     """
     renamed = {}
     for key, value in state.items():
@@ -86,10 +150,11 @@ def published_to_ours(state, own):
 
 
 def read_checkpoint(path):
-    """{"model": state dict, "config": dict or None, ...} from any file load_weights takes, on the CPU.
+    """The contents of any file that load_weights takes, on the CPU.
 
-    A pickle is read with weights_only=True: code in it is refused, never run. Raises UserError for a
-    file that is missing, damaged or holds no state dict.
+    Returns {"model": state dict, "config": dict or None, ...}; the files of a run hold "value_range" and more.
+    A pickle is read with weights_only=True: code in it is refused and not run. UserError: a file that is missing,
+    damaged, or holds no state dict.
     """
     path = Path(path)
     try:
@@ -97,10 +162,11 @@ def read_checkpoint(path):
             head = f.read(9)
         if head[8:] == b"{":  # eight bytes of length, then JSON
             with safe_open(path, "pt") as f:
-                config = json.loads((f.metadata() or {}).get("config", "null"))
-                if not isinstance(config, dict | None):
+                texts = f.metadata() or {}
+                tables = {key: json.loads(texts.get(key, "null")) for key in ("config", "value_range")}
+                if not all(isinstance(table, dict | None) for table in tables.values()):
                     raise TypeError("the configuration is no table")
-                return {"model": {key: f.get_tensor(key) for key in f.keys()}, "config": config}
+                return {"model": {key: f.get_tensor(key) for key in f.keys()}} | tables
         if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
             raise UserError(f"checkpoint {path}: damaged ({broken}); get it again")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,7 +195,7 @@ def read_checkpoint(path):
 
 
 def save_checkpoint(path, **content):
-    """Everything a run needs to go on (see train.py); the file before this one stays as `previous_of(path)`."""
+    """Save everything that a run needs to continue. The previous file is kept as `previous_of(path)`."""
     with replacing(path, keep=previous_of(path)) as temporary:
         torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
 
@@ -139,7 +205,10 @@ def previous_of(path):
 
 
 def read_last_checkpoint(path):
-    """(content, path) of `path`, or, where that is damaged or gone, of the one before it, with a warning."""
+    """Read `path`, or the checkpoint before it if `path` is damaged or missing.
+
+    Returns (content, path of the file that was read). Falling back logs a warning.
+    """
     path, previous = Path(path), previous_of(path)
     try:
         return read_checkpoint(path), path
@@ -151,10 +220,19 @@ def read_last_checkpoint(path):
         return content, previous
 
 
-def save_weights(path, model, config):
-    """Weights to publish: safetensors with the configuration inside."""
+def save_weights(path, model, config, value_range=None):
+    """Save weights to publish: a safetensors file.
+
+    path          file to write
+    model         the network
+    config        dict of options, stored in the file's metadata
+    value_range   ValueRange of the data, stored beside the configuration
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    # Not save_file, which makes files that only their owner can read.
-    content = safetensors.torch.save(state, metadata={"format": "pt", "config": json.dumps(config)})
+    metadata = {"format": "pt", "config": json.dumps(config)}
+    if value_range is not None:
+        metadata["value_range"] = json.dumps(value_range.to_dict())
+    # save_file would make a file that only its owner can read.
+    content = safetensors.torch.save(state, metadata=metadata)
     with replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -16,6 +16,15 @@ def pad_frames(frames, multiple):
     return padded.unflatten(0, frames.shape[:-3])
 
 
+def network_input(frames, multiple):
+    """Frames as the network sees them: 0 in place of a missing pixel (NaN), sides padded to `multiple`.
+
+    frames     (..., C, H, W) in [0, 1]
+    multiple   the network's stride, in pixels
+    """
+    return pad_frames(torch.where(frames.isnan(), 0.0, frames), multiple)
+
+
 def rollout(model, inputs, horizon, grad_checkpoint=False):
     """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
 
@@ -33,7 +42,7 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
         return model.advance(tokens, states)
 
     B, T, _, H, W = inputs.shape
-    inputs = pad_frames(torch.where(inputs.isnan(), 0.0, inputs), model.stride)
+    inputs = network_input(inputs, model.stride)
     # Time first, so that each frame's tokens are contiguous: compiled, another layout would be another program.
     tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
     warm_up, frames, states = [], [], None
