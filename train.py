@@ -53,16 +53,6 @@ from vmrnn.runtime import (
 log = logging.getLogger("vmrnn")
 
 
-# What a resumed run may change: nothing that its data or its network come from.
-FREE_ON_RESUME = {
-    "epochs", "lr", "weight_decay", "clip_grad", "accumulate", "precision", "compile", "cuda_graph",
-    "grad_checkpoint", "epoch_valid",
-    "save_every", "log_train", "log_valid", "tensorboard", "scan", "device", "num_workers", "res_dir",
-    "valid_batch_size", "test_batch_size", "test_sequences", "cache_dir",
-    "thresholds", "lpips",
-}  # fmt: skip
-
-
 @dataclass
 class Position:
     """Where in a run: `step` updates of `epoch` are done. All that a run needs to go on beside weights and optimiser."""
@@ -107,7 +97,8 @@ def parse_arguments(argv=None):
     before = configuration.resolve(None, {}, base=state["config"])
     config = configuration.resolve(toml, given, base=state["config"] | {"res_dir": config.res_dir})
     config.data_range = config.data_range or before.data_range  # a TOML may leave it to the data
-    changed = {key for key, value in config.to_dict().items() if value != getattr(before, key)} - FREE_ON_RESUME
+    changed = {key for key, value in config.to_dict().items() if value != getattr(before, key)}
+    changed -= configuration.changeable_on_resume()
     if changed:
         raise UserError(
             f"--resume {resume}: a resumed run cannot change {', '.join(sorted(changed))}; leave them out or start anew"

@@ -480,10 +480,6 @@ def test_infinite_values_where_the_range_is_given(own, tmp_path):
         own("train", dataset="array", data_range=(0, 1))[0]
 
 
-def test_the_table_has_the_data_sets_of_the_configuration():
-    assert list(DATASETS) == configuration.DATASETS
-
-
 @pytest.mark.parametrize(
     "options, says",
     [

@@ -35,9 +35,6 @@ FORMAT, VERSION = "vmrnn-checkpoint", 2
 DEAD_LINEAR = re.compile(r"(.*\.VSBs\.[1-9]\d*)\.linear\.(weight|bias)")
 DEAD_EMBEDDING = "Upsample.patch_embed."
 
-# Options of the machine that trained. They say nothing about the machine that loads the weights.
-MACHINE_OPTIONS = {"device", "scan", "compile", "num_workers", "res_dir", "cache_dir"}
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -66,10 +63,9 @@ def load_network(path, config=None, device="cpu", **changes):
     """
     content = read_checkpoint(path)
     changes = changes if device is None else changes | {"device": str(device)}
-    if content["config"] is None and config is None and not changes.keys() - MACHINE_OPTIONS:
+    if content["config"] is None and config is None and not configuration.for_test(changes):
         raise UserError(f"{path}: holds weights alone; name the network's configuration with config")
-    stored = {key: value for key, value in (content["config"] or {}).items() if key not in MACHINE_OPTIONS}
-    resolved = configuration.resolve(config, changes, base=stored)
+    resolved = configuration.resolve(config, changes, base=configuration.for_test(content["config"] or {}))
     device = pick_device(resolved.device)
     model = build_model(**resolved.network_options)
     load_weights(model, weights_of(content), path)

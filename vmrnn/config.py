@@ -1,4 +1,7 @@
-"""Every option of an experiment: one dataclass, and its three sources (defaults < TOML < command line)."""
+"""Every option of an experiment: one row per option, and the three sources of its value.
+
+Sources, from weak to strong: the default, the TOML file, the command line.
+"""
 
 import argparse
 import dataclasses
@@ -9,158 +12,195 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
+from vmrnn.values import ValueRange
 
-DATASETS = ["moving_mnist", "kth", "taxibj", "human36m", "video", "frames", "array"]  # the rows of dataset.DATASETS
+SCOPES = ("network", "data", "evaluation", "training", "machine")
 
 
-def option(default, help, choices=None):
+def option(scope, default, help, *, choices=None, at_least=None, below=None, rule=None, resume=False, test=True):
+    """One row of Config: everything that the project knows about one option.
+
+    scope      what the option belongs to, one of SCOPES. All options of scope "network" go to build_model and all
+               options of scope "data" to build_dataset.
+    default    value if no source gives one. A list that is empty by default may be empty.
+    help       text of --help
+    choices    the allowed values; None: any
+    at_least   smallest allowed number, or smallest allowed element of a list
+    below      first number that is too large; whole numbers are below 2**31 unless the row says otherwise
+    rule       function from a value to what is wrong with it, or to None
+    resume     whether a resumed run may change the option
+    test       whether a test or a forecast takes the value of the training run
+    """
+    row = {
+        "scope": scope, "help": help, "choices": choices, "at_least": at_least, "below": below, "rule": rule,
+        "resume": resume, "test": test,
+    }  # fmt: skip
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, "choices": choices})
-    return field(default=default, metadata={"help": help, "choices": choices})
+        return field(default_factory=default.copy, metadata=row)
+    return field(default=default, metadata=row)
+
+
+def low_and_high(values):
+    """The rule of data_range: nothing, or two numbers that ValueRange accepts."""
+    if len(values) not in (0, 2):
+        return "give a low and a higher number, or nothing"
+    if values:
+        ValueRange(*values)  # raises UserError
+
+
+def not_nan(values):
+    """The rule of missing_value."""
+    if any(map(math.isnan, values)):
+        return "give numbers; NaN is missing anyway"
+
+
+def height_and_width(values):
+    """The rule of input_size: one or two sides, each at least the window of SSIM."""
+    if len(values) > 2:
+        return "give one side or height and width"
+    if min(values) < 7:
+        return "frames must be 7 pixels or more, the window of SSIM"
+
+
+def updates_or_minutes(value):
+    """The rule of save_every."""
+    if not re.fullmatch(r"[1-9]\d*m?", value):
+        return "give updates (500) or minutes (10m)"
 
 
 @dataclass
 class Config:
-    """Flat on purpose: a key is the same word in a TOML file, as a flag, and in a checkpoint.
+    """The options of one experiment. An option has the same name in a TOML file, as a flag and in a checkpoint.
 
-    Names are the published code's where they mean the same.
+    Names are those of the published code where they mean the same. A Config is not changed after it was made.
+    UserError: a value that its row does not allow.
     """
 
-    # Network
-    model: str = option("VMRNN-D", "network", ["VMRNN-B", "VMRNN-D"])
-    patch_size: int = option(2, "side of a patch: 2, 4, 8, ...")
-    embed_dim: int = option(128, "width of the patch embedding")
-    depths: list[int] = option([6], "VMRNN-B: VSS blocks of each cell")
-    depths_down: list[int] = option([2, 6], "VMRNN-D: VSS blocks of each level on the way down")
-    depths_up: list[int] = option([6, 2], "VMRNN-D: VSS blocks on the way up; the coarsest map takes the last")
-    d_state: int = option(16, "states per channel of the scan")
-    drop_rate: float = option(0.0, "dropout after the patch embedding")
-    attn_drop_rate: float = option(0.0, "dropout after each SS2D")
-    drop_path_rate: float = option(0.1, "stochastic depth")
+    # The table is laid out by hand: the formatter would give every argument a line of its own.
+    # fmt: off
+    model: str = option("network", "VMRNN-D", "network", choices=["VMRNN-B", "VMRNN-D"])
+    patch_size: int = option("network", 2, "side of a patch in pixels: 2, 4, 8, ...", at_least=1)
+    embed_dim: int = option("network", 128, "channels of the patch embedding", at_least=1)
+    depths: list[int] = option("network", [6], "VMRNN-B: VSS blocks per cell, one number per cell")
+    depths_down: list[int] = option("network", [2, 6], "VMRNN-D: VSS blocks per level on the way down")
+    depths_up: list[int] = option("network", [6, 2],
+        "VMRNN-D: VSS blocks per level on the way up; the last number is the coarsest level")
+    d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
+    drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
+    attn_drop_rate: float = option("network", 0.0, "dropout rate after each SS2D", at_least=0, below=1)
+    drop_path_rate: float = option("network", 0.1, "stochastic depth: rate of dropped blocks", at_least=0, below=1)
 
-    # Data
-    dataset: str = option("moving_mnist", "data set; your own: video, frames, array", DATASETS)
-    train_data_dir: str = option(
-        "mnist",
-        "file or folder (data/README.md); Moving MNIST's digits: an idx3 file, mnist (fetched once), builtin (scikit-learn's)",
-    )
-    valid_data_dir: str = option("", "file or folder of validation; empty: a part of train_data_dir")
-    test_data_dir: str = option(
-        "", "file or folder of the test; empty: a part of train_data_dir, or sequences generated from held-out digits"
-    )
-    cache_dir: str = option("data/cache", "folder for what is decoded or unpacked once; it may be deleted between runs")
-    digits_split: str = option("all", "all: 50,000 / 10,000 digits; published: 10,000 / 3,000", ["all", "published"])
-    split_by: str = option("time", "your own data: each clip is parted in time, or the clips are", ["time", "file"])
-    valid_fraction: float = option(0.1, "your own data: part held out for validation, before the test part")
-    test_fraction: float = option(0.1, "your own data: part held out for the test, the last")
-    array_key: str = option("", "name of the array in a .npz; empty: arr_0, or the only one with 3 dimensions or more")
-    data_range: list[float] = option([], "low and high, the values that become 0 and 1; empty: of the training part")
-    thresholds: list[float] = option([], "events that CSI, POD and FAR count: values from here on, in the data's units")
-    lpips: bool = option(False, "also LPIPS, where its package and weights are there")
-    missing_value: list[float] = option([], "values that mean missing, as NaN always does")
-    num_frames_input: int = option(10, "frames given")
-    num_frames_output: int = option(10, "frames to forecast")
-    input_channels: int = option(1, "channels of a frame")
-    input_size: list[int] = option([64, 64], "height and width of a frame")
-    frame_fit: str = option("resize", "other frames are resized or, in training at random, cropped", ["resize", "crop"])
-    num_objects: int = option(2, "digits a sequence")
-    digit_size: int = option(28, "side of a digit in pixels")
-    step_length: float = option(0.1, "speed of a digit: fraction of the free canvas a frame")
-    train_sequences: int = option(10000, "sequences of an epoch, at most as many as there are")
-    valid_sequences: int = option(1000, "sequences of a validation at most, the same every time")
-    test_sequences: int = option(1000, "sequences of a test of generated or your own data at most")
+    dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array", choices=list(DATASETS))
+    train_data_dir: str = option("data", "mnist",
+        "file or folder (data/README.md). Digits of Moving MNIST: an idx3 file, mnist (downloaded once), or "
+        "builtin (those of scikit-learn)")
+    valid_data_dir: str = option("data", "", "file or folder for validation; empty: a part of train_data_dir")
+    test_data_dir: str = option("data", "",
+        "file or folder for the test; empty: a part of train_data_dir, or sequences generated from held-out "
+        "digits")
+    cache_dir: str = option("data", "data/cache",
+        "folder for decoded and unpacked data; it may be deleted between runs", resume=True, test=False)
+    digits_split: str = option("data", "all",
+        "digits of training / held out: all = 50,000 / 10,000; published = 10,000 / 3,000",
+        choices=["all", "published"])
+    split_by: str = option("data", "time",
+        "your own data: time splits every clip in time; file puts whole clips into one split", choices=["time", "file"])
+    valid_fraction: float = option("data", 0.1,
+        "your own data: fraction held out for validation, before the test fraction", at_least=0, below=1)
+    test_fraction: float = option("data", 0.1, "your own data: fraction held out for the test, at the end", at_least=0,
+        below=1)
+    array_key: str = option("data", "",
+        "name of the array in a .npz; empty: arr_0, or the only array with 3 dimensions or more")
+    data_range: list[float] = option("data", [],
+        "low and high: the stored values that become 0 and 1; empty: the range of the training data", rule=low_and_high)
+    missing_value: list[float] = option("data", [], "stored values that mean a missing pixel; NaN always does",
+        rule=not_nan)
+    num_frames_input: int = option("data", 10, "frames given to the network", at_least=1)
+    num_frames_output: int = option("data", 10, "frames to forecast", at_least=1)
+    input_channels: int = option("data", 1, "channels per frame", at_least=1)
+    input_size: list[int] = option("data", [64, 64], "height and width of a frame in pixels", rule=height_and_width)
+    frame_fit: str = option("data", "resize",
+        "frames of another size: resize them, or crop them (at random positions in training)",
+        choices=["resize", "crop"])
+    num_objects: int = option("data", 2, "digits per sequence", at_least=1)
+    digit_size: int = option("data", 28, "side of a digit in pixels", at_least=1)
+    step_length: float = option("data", 0.1, "speed of a digit: fraction of the free canvas per frame", at_least=0)
+    seed: int = option("data", 1234, "seed of weights, data and dropout", at_least=0, below=2**63)
 
-    # Training
-    epochs: int = option(2000, "epochs")
-    train_batch_size: int = option(16, "sequences of an update, on all devices together")
-    valid_batch_size: int = option(16, "sequences of a validation batch")
-    test_batch_size: int = option(16, "sequences of a test batch")
-    l1_weight: float = option(1.0, "weight of the absolute error, beside the squared one, in the loss (the paper's: 1)")
-    optimizer: str = option(
-        "adam", "optimiser; muon: of matrices and filters, AdamW of the rest", ["adam", "adamw", "muon"]
-    )
-    lr: float = option(1e-4, "learning rate (the peak of it under cosine and onecycle)")
-    weight_decay: float = option(0.0, "of matrices and filters alone: never of norms, biases, A_logs, Ds")
-    schedule: str = option(
-        "constant", "learning rate over the run, stepped per update", ["constant", "cosine", "onecycle"]
-    )
-    warmup_steps: int = option(0, "updates of linear warm-up (onecycle: 30 % of the run unless given)")
-    curriculum: int = option(0, "updates over which the forecast grows from 1 frame to all; 0: all at once")
-    clip_grad: float = option(0.0, "largest gradient norm; 0: no clipping")
-    accumulate: int = option(1, "parts of a batch computed one after another, to save memory; shared among devices")
-    ema: float = option(0.0, "decay of the averaged weights, which are then evaluated and saved as best; 0: none")
-    precision: str = option(
-        "fp32", "arithmetic of products and convolutions; the rest is fp32", ["fp32", "bf16", "fp16"]
-    )
-    compile: bool = option(False, "torch.compile the recurrence: a slow start, then faster steps on a GPU")
-    cuda_graph: bool = option(False, "record a step's kernels once and replay them: one GPU, more memory, no waits")
-    grad_checkpoint: bool = option(
-        False, "compute activations again in the backward pass: far less memory, a third to a half slower"
-    )
-    epoch_valid: int = option(5, "epochs between validations")
-    save_every: str = option("10m", "updates (500) or minutes (10m) between saves of last.pt; every epoch's end too")
-    log_train: int = option(200, "updates between lines of training loss in log.jsonl; one at every epoch's end too")
-    log_valid: int = option(200, "validation batches between saved pictures (the first batch always)")
-    tensorboard: bool = option(False, "write curves and forecasts for TensorBoard too")
-    seed: int = option(1234, "seed of weights, data and dropout")
+    valid_sequences: int = option("evaluation", 1000, "largest number of validation sequences", at_least=1)
+    test_sequences: int = option("evaluation", 1000,
+        "largest number of test sequences, for generated and for your own data", at_least=1, resume=True)
+    valid_batch_size: int = option("evaluation", 16, "sequences per validation batch", at_least=1, resume=True)
+    test_batch_size: int = option("evaluation", 16, "sequences per test batch", at_least=1, resume=True)
+    thresholds: list[float] = option("evaluation", [],
+        "thresholds of CSI, POD and FAR, in the units of the data: values from a threshold upwards are events",
+        resume=True)
+    lpips: bool = option("evaluation", False, "also compute LPIPS; needs the package lpips and its weights",
+        resume=True)
+    epoch_valid: int = option("evaluation", 5, "epochs between validations", at_least=1, resume=True)
+    log_valid: int = option("evaluation", 200,
+        "validation batches between saved pictures; the first batch is always saved", at_least=1, resume=True)
 
-    # Machine
-    scan: str = option("auto", "scan back end: auto, mamba, triton, cpu, torch, reference")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    num_workers: int = option(0, "processes that make batches beside the main one")
-    res_dir: str = option("./results", "run folder")
+    epochs: int = option("training", 2000, "epochs", at_least=1, resume=True)
+    train_sequences: int = option("training", 10000, "sequences per epoch, at most as many as the data hold",
+        at_least=1)
+    train_batch_size: int = option("training", 16, "sequences per update, over all devices together", at_least=1)
+    l1_weight: float = option("training", 1.0,
+        "weight of the absolute error in the loss, next to the squared error (paper: 1)", at_least=0)
+    optimizer: str = option("training", "adam",
+        "optimiser; muon: Muon for matrices and filters, AdamW for the other weights",
+        choices=["adam", "adamw", "muon"])
+    lr: float = option("training", 1e-4, "learning rate; its peak for cosine and onecycle", at_least=0, resume=True)
+    weight_decay: float = option("training", 0.0,
+        "decay of matrices and filters; never of norms, biases, A_logs and Ds", at_least=0, resume=True)
+    schedule: str = option("training", "constant",
+        "course of the learning rate over the run, updated with every update of the weights",
+        choices=["constant", "cosine", "onecycle"])
+    warmup_steps: int = option("training", 0,
+        "updates of linear warm-up; onecycle warms up for 30 % of the run if this is 0", at_least=0)
+    curriculum: int = option("training", 0,
+        "updates over which the forecast grows from 1 frame to all; 0: all from the start", at_least=0)
+    clip_grad: float = option("training", 0.0, "largest norm of the gradient; 0: no clipping", at_least=0, resume=True)
+    accumulate: int = option("training", 1,
+        "split each batch into this many micro-batches, to save memory; shared among the devices", at_least=1,
+        resume=True)
+    ema: float = option("training", 0.0,
+        "decay of the averaged weights, which are then evaluated and saved as best; 0: no averaging", at_least=0,
+        below=1)
+    precision: str = option("training", "fp32", "number format of matrix products and convolutions; the rest is fp32",
+        choices=["fp32", "bf16", "fp16"], resume=True)
+    compile: bool = option("training", False, "torch.compile the recurrence: a slow start, then faster steps on a GPU",
+        resume=True, test=False)
+    cuda_graph: bool = option("training", False,
+        "record the kernels of a step once and replay them: one GPU, more memory", resume=True)
+    grad_checkpoint: bool = option("training", False,
+        "compute activations again in the backward pass: far less memory, a third to a half slower", resume=True)
+    save_every: str = option("training", "10m",
+        "updates (500) or minutes (10m) between saves of last.pt; the end of an epoch is always saved",
+        rule=updates_or_minutes, resume=True)
+    log_train: int = option("training", 200,
+        "updates between training losses in log.jsonl; the end of an epoch is always logged", at_least=1, resume=True)
+    tensorboard: bool = option("training", False, "also write curves and forecasts for TensorBoard", resume=True)
+
+    scan: str = option("machine", "auto", "scan back end: auto, mamba, triton, cpu, torch, reference", resume=True,
+        test=False)
+    device: str = option("machine", "auto", "auto, cpu, cuda, cuda:1, mps", resume=True, test=False)
+    num_workers: int = option("machine", 0, "processes that prepare batches; 0: the main process", at_least=0,
+        resume=True, test=False)
+    res_dir: str = option("machine", "./results", "run folder", resume=True, test=False)
+    # fmt: on
 
     def __post_init__(self):
-        at_least_one = [
-            "patch_size", "embed_dim", "d_state", "num_frames_input", "num_frames_output", "input_channels",
-            "num_objects", "digit_size", "train_sequences", "valid_sequences", "test_sequences", "epochs",
-            "train_batch_size", "valid_batch_size", "test_batch_size", "epoch_valid", "log_train", "log_valid",
-            "accumulate",
-        ]  # fmt: skip
-        for key in at_least_one:
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} = {getattr(self, key)}: must be at least 1")
-        if not all(map(math.isfinite, self.thresholds)):
-            raise UserError(f"thresholds = {self.thresholds}: must be finite")
-        for key in ("drop_rate", "attn_drop_rate", "drop_path_rate", "ema"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key} = {getattr(self, key)}: must be in [0, 1)")
-        for key in (
-            "lr",
-            "weight_decay",
-            "clip_grad",
-            "l1_weight",
-            "step_length",
-            "warmup_steps",
-            "curriculum",
-            "num_workers",
-            "seed",
-        ):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"{key} = {getattr(self, key)}: must be zero or more, and finite")
-        if not re.fullmatch(r"[1-9]\d*m?", self.save_every):
-            raise UserError(f"save_every = {self.save_every!r}: give updates (500) or minutes (10m)")
-        if self.seed >= 2**63:
-            raise UserError(f"seed = {self.seed}: must be below 2**63")
-        if not (self.valid_fraction >= 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
+        for f in FIELDS.values():
+            complaint = check_value(f, getattr(self, f.name))
+            if complaint:
+                raise UserError(f"{f.name} = {getattr(self, f.name)!r}: {complaint}")
+        if self.valid_fraction + self.test_fraction >= 1:
             raise UserError(
-                f"valid_fraction = {self.valid_fraction}, test_fraction = {self.test_fraction}: zero or more, together below 1"
+                f"valid_fraction = {self.valid_fraction}, test_fraction = {self.test_fraction}: together below 1"
             )
-        low_high = self.data_range
-        if low_high and not (len(low_high) == 2 and low_high[0] < low_high[1] and all(map(math.isfinite, low_high))):
-            raise UserError(f"data_range = {self.data_range}: give a low and a higher number, or nothing")
-        if not all(map(math.isfinite, self.missing_value)):
-            raise UserError(f"missing_value = {self.missing_value}: give finite numbers; NaN is missing anyway")
-        if len(self.input_size) not in (1, 2):
-            raise UserError(f"input_size = {self.input_size}: give one side or height and width")
-        if min(self.input_size) < 7:
-            raise UserError(f"input_size = {self.input_size}: frames must be 7 pixels or more, the window of SSIM")
-        for f in dataclasses.fields(self):
-            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
-                raise UserError(
-                    f"{f.name} = {getattr(self, f.name)!r}: choose one of {', '.join(f.metadata['choices'])}"
-                )
 
     @property
     def frame_size(self):
@@ -175,28 +215,58 @@ class Config:
 
     @property
     def network_options(self):
-        """The arguments of functions.build_model."""
-        keys = ["model", "patch_size", "embed_dim", "depths", "depths_down", "depths_up", "d_state",
-                "drop_rate", "attn_drop_rate", "drop_path_rate", "scan"]  # fmt: skip
-        options = {key: getattr(self, key) for key in keys}
-        return options | {"img_size": self.frame_size, "in_chans": self.input_channels}
+        """The arguments of build_model. Three of them have names of the published networks."""
+        return self.of_scope("network") | {
+            "img_size": self.frame_size, "in_chans": self.input_channels, "scan": self.scan,
+        }  # fmt: skip
 
     @property
     def data_options(self):
-        """The arguments of dataset.build_dataset that the splits share."""
-        keys = ["dataset", "train_data_dir", "valid_data_dir", "test_data_dir", "cache_dir", "digits_split", "split_by",
-                "valid_fraction", "test_fraction", "array_key", "data_range", "missing_value", "num_frames_input",
-                "num_frames_output", "input_channels", "frame_fit", "num_objects", "digit_size", "step_length",
-                "seed"]  # fmt: skip
-        return {key: getattr(self, key) for key in keys} | {"input_size": self.frame_size}
+        """The arguments of build_dataset that all splits share."""
+        return self.of_scope("data") | {"input_size": self.frame_size}
+
+    def of_scope(self, scope):
+        """{name: value} of the options of one scope."""
+        return {f.name: getattr(self, f.name) for f in FIELDS.values() if f.metadata["scope"] == scope}
 
     def to_dict(self):
         return dataclasses.asdict(self)
 
 
-GROUPS = {"model": "network", "dataset": "data", "epochs": "training", "scan": "machine"}  # by a group's first key
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-LISTS = {list[int]: int, list[float]: float}  # type of a key -> type of its elements
+LISTS = {list[int]: int, list[float]: float, list[str]: str}  # type of an option -> type of its elements
+
+
+def check_value(option, value):
+    """What the row of an option finds wrong with a value of the right type; None if nothing."""
+    row = option.metadata
+    kind = LISTS.get(option.type, option.type)
+    numbers = [] if kind in (str, bool) else value if option.type in LISTS else [value]
+    low, high = row["at_least"], row["below"]
+    if kind is int and high is None:
+        high = 2**31
+    if row["choices"] and value not in row["choices"]:
+        return f"choose one of {', '.join(row['choices'])}"
+    if row["rule"] and (complaint := row["rule"](value)):
+        return complaint
+    if not all(map(math.isfinite, numbers)):
+        return "must be finite"
+    if kind is float and high is not None and not all(low <= v < high for v in numbers):
+        return f"must be in [{low}, {high})"
+    if low is not None and any(v < low for v in numbers):
+        return f"must be at least {low}" if low else "must be zero or more"
+    if high is not None and any(v >= high for v in numbers):
+        return f"must be below 2**{high.bit_length() - 1}"
+
+
+def for_test(trained):
+    """The options of a training run, a dict, without those of its machine, which a test or a forecast sets itself."""
+    return {key: value for key, value in trained.items() if key not in FIELDS or FIELDS[key].metadata["test"]}
+
+
+def changeable_on_resume():
+    """Names of the options that a resumed run may change."""
+    return {f.name for f in FIELDS.values() if f.metadata["resume"]}
 
 
 class Parser(argparse.ArgumentParser):
@@ -214,9 +284,9 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser):
     """A flag for every key of Config; one that is not given leaves no trace in the parsed arguments."""
     parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
+    groups = {scope: parser.add_argument_group(scope) for scope in SCOPES}
     for f in FIELDS.values():
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
+        group, choices = groups[f.metadata["scope"]], f.metadata["choices"]
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         is_list = f.type in LISTS
         shown = " ".join(map(str, default)) if is_list else default
@@ -226,13 +296,14 @@ def add_options(parser):
                 f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
             continue
+        kind = LISTS.get(f.type, f.type)
         group.add_argument(
             f"--{f.name}",
-            type=LISTS.get(f.type, f.type),
+            type=kind,
             nargs=("+" if default else "*") if is_list else None,
             default=argparse.SUPPRESS,
-            metavar=None if f.metadata["choices"] else {str: "TEXT", float: "X", list[float]: "X"}.get(f.type, "N"),
-            choices=f.metadata["choices"],
+            metavar=None if choices else "X" if kind is float else "TEXT" if kind is str else "N",
+            choices=choices,
             help=text,
         )
 
@@ -269,8 +340,8 @@ def check_keys(values, where):
             value = [float(v) if type(v) is int else v for v in value]
         if kind in LISTS:
             fits = isinstance(value, list) and all(type(v) is LISTS[kind] for v in value)
-            fits = fits and (bool(value) or kind == list[float])
-            wanted = "a list of integers" if kind == list[int] else "a list of numbers"
+            fits = fits and (bool(value) or not FIELDS[key].default_factory())
+            wanted = {int: "a list of integers", float: "a list of numbers", str: "a list of texts"}[LISTS[kind]]
         else:
             fits, wanted = type(value) is kind, kind.__name__
         if not fits:
