@@ -30,17 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-def metric_names(dataset, thresholds=(), data_range=(), lpips=False):
-    """The metrics of a data set, and RMSE, CSI, POD and FAR of events at `thresholds`, in the units of data_range."""
-    if dataset not in DATASETS:
-        raise UserError(f"data set {dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
-    value_range = ValueRange(*data_range)
-    # In the digits of a float32, which tell the threshold from every other
-    levels = [str(np.float32(value_range.threshold(threshold))) for threshold in thresholds]
-    events = [f"{score}_{level}" for level in levels for score in ("csi", "pod", "far")]
-    return (*DATASETS[dataset].metrics, *(["rmse"] if events else []), *events, *(["lpips"] if lpips else []))
-
-
 def build_dataset(
     split,
     *,

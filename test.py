@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from dataset import DATASETS, build_dataset, make_loader, metric_names
+from dataset import DATASETS, build_dataset, make_loader
 from functions import RolloutLoss, evaluate
 from vmrnn import config as configuration, scan
 from vmrnn.checkpoint import load_network
 from vmrnn.errors import UserError
-from vmrnn.metrics import convention, mse
+from vmrnn.metrics import figure, metric_rows
 from vmrnn.network import compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
 from vmrnn.report import pick, strict_json, write_report
@@ -65,8 +65,8 @@ def main(argv=None):
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
     test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
     config.data_range = list(test_set.data_range)
-    names = metric_names(config.dataset, config.thresholds, config.data_range, config.lpips)
-    conventions = {name: convention(name, config.data_range) for name in names}
+    metrics = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, test_set.value_range, config.lpips)
+    conventions = {metric.name: str(metric) for metric in metrics}
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     if config.compile:
         compile_model(model, device)
@@ -83,11 +83,11 @@ def main(argv=None):
             save_strip(folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}")
             if index == 0:
                 save_animation(folder / "forecast.gif", *sequence)
-        errors.extend(mse(forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
+        errors.extend(figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
 
     loss_function = RolloutLoss(config.l1_weight)
     results = evaluate(
-        model, loader, device, names, loss_function, config.precision, baselines=True, on_batch=pictures,
+        model, loader, device, metrics, loss_function, config.precision, baselines=True, on_batch=pictures,
         title="test",
     )  # fmt: skip
     loss = results.pop("loss")
@@ -112,8 +112,8 @@ def main(argv=None):
         )  # fmt: skip
 
     labelled = {LABELS[k]: result for k, result in results.items()}
-    curves = [name for name in ("mse", "ssim", "psnr") if name in names]
-    save_lead_times(folder / "lead_times.png", labelled, curves or names[:3])
+    curves = [name for name in ("mse", "ssim", "psnr") if name in conventions]
+    save_lead_times(folder / "lead_times.png", labelled, curves or [metric.name for metric in metrics[:3]])
     report = {
         "checkpoint": str(path), "data": str(test_set), "loss": loss, "conventions": conventions,
         "results": labelled, "config": config.to_dict(),

@@ -22,7 +22,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset import DATASETS, build_dataset, make_loader, metric_names
+from dataset import DATASETS, build_dataset, make_loader
 from functions import (
     GraphedStep,
     NonFinite,
@@ -34,6 +34,7 @@ from functions import (
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
+from vmrnn.metrics import metric_rows
 from vmrnn.network import build_model, compile_model
 from vmrnn.optim import lr_factor, make_optimizer
 from vmrnn.pictures import save_animation, save_curve, save_strip
@@ -142,7 +143,7 @@ def train(config, weights, resumed, device, signals):
         train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
         config.data_range = list(train_set.data_range)  # the checkpoint says how its numbers become data again
         valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
-    names = metric_names(config.dataset, config.thresholds, config.data_range, config.lpips)
+    metrics = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, valid_set.value_range, config.lpips)
     micro_batch, parts = share_of_batch(config)
     place = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
     train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **place)
@@ -329,7 +330,7 @@ def train(config, weights, resumed, device, signals):
                             board.picture("forecast/animation", folder / "forecast.gif", before + updates)
 
             results = evaluate(
-                eval_model, valid_loader, device, names, loss_function, config.precision, on_batch=watch,
+                eval_model, valid_loader, device, metrics, loss_function, config.precision, on_batch=watch,
                 title=f"validate {epoch}",
             )  # fmt: skip
             metrics = results["model"]["mean"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from vmrnn.errors import UserError
+from vmrnn.metrics import better
 from vmrnn.pictures import read_log, save
 from vmrnn.runtime import run_program
 
@@ -40,7 +41,7 @@ def main():
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for run in args.runs:
         samples, seconds, values = points(run, args.metric)
-        best = max(values) if args.metric.startswith(("ssim", "psnr", "csi", "pod")) else min(values)
+        best = (max if better(args.metric) == "higher" else min)(values)
         print(
             f"{run}: {samples[-1]:,} samples, {seconds[-1] / 3600:.2f} h, {args.metric} {values[-1]:.4f}, best {best:.4f}"
         )

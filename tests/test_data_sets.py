@@ -13,12 +13,12 @@ from test_data_media import write_images, write_video
 from test_dataset import assert_same, batches, shared
 
 import train
-from dataset import DATASETS, build_dataset, make_loader, metric_names
+from dataset import DATASETS, build_dataset, make_loader
 from vmrnn import config as configuration
 from vmrnn.data import clips, splits
 from vmrnn.data.media import resize
 from vmrnn.errors import UserError
-from vmrnn.metrics import CONVENTIONS, Metrics, convention
+from vmrnn.metrics import METRICS, Metrics, metric_rows
 from vmrnn.values import ValueRange
 
 
@@ -461,7 +461,7 @@ def test_npy_header_has_room_to_grow(tmp_path):
 
 def test_table_rows_fit_metrics_and_the_log():
     for spec in DATASETS.values():
-        assert {"mse", "ssim", "psnr"} <= set(spec.metrics) <= set(CONVENTIONS)
+        assert {"mse", "ssim", "psnr"} <= set(spec.metrics) <= set(METRICS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
@@ -543,16 +543,16 @@ def test_by_file_gives_each_part_at_least_one():
 def test_a_value_at_the_threshold_is_an_event(low, high):
     """Whatever the rounding to float32 on the [0, 1] scale does."""
     for threshold in range(int(low) + 1, int(high), 7):
-        csi = metric_names("array", [threshold], [low, high])[-3]
+        csi = metric_rows((), [threshold], ValueRange(low, high))[-3]
         for value, expected in ((threshold, 1.0), (threshold - 1, np.nan)):
             for dtype in (np.int16, np.float32, np.float64):
                 frame = torch.from_numpy(ValueRange(low, high).to_unit(np.full((1, 1, 1, 4, 4), value, dtype)))
                 meter = Metrics([csi])
                 meter.update(frame, frame)
-                np.testing.assert_equal(meter.compute()["mean"][csi], expected)
-    assert f"a value of {threshold} in the units" in convention(csi, [low, high])
-    tiny = metric_names("array", [0.001], [0.0, 128.0])[-3]
-    assert "e-06" in tiny and "a value of 0.001 in" in convention(tiny, [0.0, 128.0])
+                np.testing.assert_equal(meter.compute()["mean"][f"csi_{threshold}"], expected)
+    assert f"a value of {threshold} or more in the units" in str(csi)
+    tiny = metric_rows((), [0.001], ValueRange(0.0, 128.0))[-3]
+    assert tiny.name == "csi_0.001" and "a value of 0.001 or more in" in str(tiny)
 
 
 def test_a_program_ends_while_its_loader_has_workers(run):

@@ -19,7 +19,7 @@ from dataset import MovingMNIST, MovingMNISTFile, build_dataset, load_digits, ma
 from vmrnn.data.draws import splitmix64, uniform_draws
 from vmrnn.data.moving_mnist import resize_digits, select_digits
 from vmrnn.errors import UserError
-from vmrnn.metrics import CONVENTIONS, Metrics
+from vmrnn.metrics import METRICS, Metrics
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -505,7 +505,7 @@ def test_bad_loader_options_and_keys():
 
 def test_table_rows_fit_the_metrics():
     for spec in dataset.DATASETS.values():
-        assert set(spec.metrics) <= set(CONVENTIONS)
+        assert set(spec.metrics) <= set(METRICS)
 
 
 def test_each_split_has_its_digits_and_the_test_file_is_for_the_test():

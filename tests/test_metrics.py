@@ -10,12 +10,17 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import AlexNet_Weights, alexnet
 
 from vmrnn import metrics
+from vmrnn.data.table import IMAGE_METRICS as DEFAULT
 from vmrnn.errors import UserError
-from vmrnn.metrics import DEFAULT, Metrics
+from vmrnn.metrics import METRICS, Metrics, better, event, figure
 
 
 def frames(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ssim(pred, true, data_range):
+    return figure({1: "ssim", 2: "ssim_dr2"}[data_range], pred, true)
 
 
 def slow_ssim(pred, true, data_range):
@@ -35,7 +40,7 @@ def slow_ssim(pred, true, data_range):
 def test_ssim_is_scikit_images(data_range, channels, height, width, noise, seed):
     true = frames(2, 3, channels, height, width, seed=seed)
     pred = (true + noise * (frames(*true.shape, seed=seed + 1) - 0.5)).clamp(0, 1)
-    got = metrics.ssim(pred, true, data_range)
+    got = ssim(pred, true, data_range)
     assert got.shape == (2, 3)
     for i in range(2):
         for t in range(3):
@@ -47,7 +52,7 @@ def test_ssim_of_constant_frames(level, other):
     """Variances that are exactly zero, where float32 would leave noise."""
     pred, true = torch.full((1, 12, 9), float(level)), torch.full((1, 12, 9), float(other))
     for data_range in (1, 2):
-        got = metrics.ssim(pred, true, data_range)
+        got = ssim(pred, true, data_range)
         assert abs(got - slow_ssim(pred, true, data_range)) < 1e-9
 
 
@@ -56,7 +61,7 @@ def test_ssim_of_a_digit_on_black():
     true = torch.zeros(1, 64, 64)
     true[0, 10:30, 20:24] = 1
     pred = true.roll(2, dims=-1) * 0.8
-    one, two = metrics.ssim(pred, true, 1), metrics.ssim(pred, true, 2)
+    one, two = ssim(pred, true, 1), ssim(pred, true, 2)
     assert abs(one - slow_ssim(pred, true, 1)) < 1e-9
     assert abs(two - slow_ssim(pred, true, 2)) < 1e-9
     assert one < two < 1
@@ -64,11 +69,11 @@ def test_ssim_of_a_digit_on_black():
 
 def test_ssim_refuses_frames_below_its_window():
     with pytest.raises(UserError, match=r"6x9.*7x7"):
-        metrics.ssim(frames(1, 6, 9), frames(1, 6, 9), 1)
+        ssim(frames(1, 6, 9), frames(1, 6, 9), 1)
     small = Metrics(("mse", "psnr"))  # without ssim, such frames are welcome
     small.update(frames(2, 3, 1, 6, 9), frames(2, 3, 1, 6, 9, seed=1))
     assert small.compute()["count"] == 2
-    everything = Metrics()
+    everything = Metrics(DEFAULT)
     with pytest.raises(UserError):
         everything.update(frames(2, 3, 1, 6, 9), frames(2, 3, 1, 6, 9))
     assert everything.count == 0
@@ -77,10 +82,10 @@ def test_ssim_refuses_frames_below_its_window():
 def test_errors_by_hand():
     """Sums over C, H, W against means over them."""
     pred, true = torch.zeros(2, 2, 3, 4), torch.full((2, 2, 3, 4), 0.5)
-    assert metrics.mse(pred, true).tolist() == [6.0, 6.0]
-    assert metrics.mae(pred, true).tolist() == [12.0, 12.0]
-    assert metrics.mse_pixel(pred, true).tolist() == [0.25, 0.25]
-    assert metrics.mae_pixel(pred, true).tolist() == [0.5, 0.5]
+    assert figure("mse", pred, true).tolist() == [6.0, 6.0]
+    assert figure("mae", pred, true).tolist() == [12.0, 12.0]
+    assert figure("mse_pixel", pred, true).tolist() == [0.25, 0.25]
+    assert figure("mae_pixel", pred, true).tolist() == [0.5, 0.5]
 
 
 def test_psnr_is_scikit_images():
@@ -89,12 +94,12 @@ def test_psnr_is_scikit_images():
         peak_signal_noise_ratio(t.double().numpy(), p.double().numpy(), data_range=1)
         for p, t in zip(pred, true, strict=True)
     ]
-    np.testing.assert_allclose(metrics.psnr(pred, true), expected, rtol=1e-12)
+    np.testing.assert_allclose(figure("psnr", pred, true), expected, rtol=1e-12)
 
 
 def test_identical_frames_have_psnr_100():
-    for figure in (metrics.psnr, metrics.psnr_uint8):
-        assert figure(frames(1, 9, 9), frames(1, 9, 9)).item() == metrics.MAX_PSNR == 100
+    for name in ("psnr", "psnr_uint8"):
+        assert figure(name, frames(1, 9, 9), frames(1, 9, 9)).item() == metrics.MAX_PSNR == 100
 
 
 def published_psnr(pred, true):
@@ -109,7 +114,7 @@ def test_psnr_uint8_is_the_published_formula(seed, channels, height, width):
     pred, true = (frames(2, channels, height, width, seed=seed + i) for i in range(2))
     for x in (pred, true):
         x[1] = (x[1] * 255).round() / 255  # frames as they come from files
-    got = metrics.psnr_uint8(pred, true)
+    got = figure("psnr_uint8", pred, true)
     for i in range(2):
         expected = min(published_psnr(pred[i].numpy(), true[i].numpy()), 100)
         assert abs(got[i].item() - expected) < 1e-9
@@ -120,11 +125,12 @@ def test_psnr_uint8_wraps_twice():
     """0 against 229: 27 after the first wrap, 27 * 27 = 729, 217 after the second."""
     black, grey = torch.zeros(1, 4, 4), torch.full((1, 4, 4), 229.5 / 255)
     expected = 20 * np.log10(255) - 10 * np.log10(217)
-    assert abs(metrics.psnr_uint8(black, grey).item() - expected) < 1e-9
-    assert abs(metrics.psnr_uint8(grey, black).item() - expected) < 1e-9
+    assert abs(figure("psnr_uint8", black, grey).item() - expected) < 1e-9
+    assert abs(figure("psnr_uint8", grey, black).item() - expected) < 1e-9
 
 
-EVERY = (*DEFAULT, "rmse", "csi_0.5", "pod_0.5", "far_0.5")
+EVERY = (*DEFAULT, "rmse", *(event(kind, 0.5, 0.5) for kind in ("csi", "pod", "far")))
+NAMES = (*DEFAULT, "rmse", "csi_0.5", "pod_0.5", "far_0.5")
 
 
 def with_holes(frames, share, seed=2):
@@ -151,7 +157,7 @@ def test_batches_and_ranks_do_not_change_the_result(samples, horizon, cuts, miss
     total.merge(ranks[2])
     expected, got = whole.compute(), total.compute()
     assert got["count"] == expected["count"] == samples
-    for name in EVERY:
+    for name in NAMES:
         assert len(got["per_frame"][name]) == horizon
         for part in ("per_frame", "per_channel", "mean"):
             np.testing.assert_allclose(got[part][name], expected[part][name], rtol=1e-12)
@@ -161,23 +167,23 @@ def test_batches_and_ranks_do_not_change_the_result(samples, horizon, cuts, miss
 
 def test_per_frame_figures_are_the_functions():
     pred, true = frames(4, 3, 1, 16, 16), frames(4, 3, 1, 16, 16, seed=1)
-    total = Metrics()
+    total = Metrics(DEFAULT)
     total.update(pred, true)
     got = total.compute()["per_frame"]
     for name in set(DEFAULT) - {"ssim", "ssim_dr2"}:
-        expected = getattr(metrics, name)(pred, true).mean(dim=0)
+        expected = figure(name, pred, true).mean(dim=0)
         np.testing.assert_allclose(got[name], expected, rtol=1e-12)
-    np.testing.assert_allclose(got["ssim"], metrics.ssim(pred, true, 1).mean(dim=0), rtol=1e-12)
-    np.testing.assert_allclose(got["ssim_dr2"], metrics.ssim(pred, true, 2).mean(dim=0), rtol=1e-12)
+    np.testing.assert_allclose(got["ssim"], ssim(pred, true, 1).mean(dim=0), rtol=1e-12)
+    np.testing.assert_allclose(got["ssim_dr2"], ssim(pred, true, 2).mean(dim=0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_a_channels_figures_are_those_of_the_channel_alone(name):
+@pytest.mark.parametrize("name, metric", [*zip(NAMES, EVERY)], ids=NAMES)
+def test_a_channels_figures_are_those_of_the_channel_alone(name, metric):
     pred, true = frames(2, 3, 2, 9, 12), with_holes(frames(2, 3, 2, 9, 12, seed=1), 0.02)
-    together = Metrics((name,))
+    together = Metrics((metric,))
     together.update(pred, true)
     for c in range(2):
-        alone = Metrics((name,))
+        alone = Metrics((metric,))
         alone.update(pred[:, :, c : c + 1], true[:, :, c : c + 1])
         assert together.compute()["per_channel"][name][c] == alone.compute()["per_frame"][name]
     assert alone.compute()["per_channel"] == {}
@@ -200,7 +206,7 @@ def test_ssim_with_missing_pixels_is_scikit_images_over_whole_windows(data_range
     ]
     expected = np.mean([similarity[place] for place in valid])
     assert len(valid) < 2 * 24 * 34
-    assert abs(metrics.ssim(pred, true, data_range) - expected) < 1e-9
+    assert abs(ssim(pred, true, data_range) - expected) < 1e-9
 
 
 def test_errors_with_missing_pixels_are_those_of_the_known_ones():
@@ -209,13 +215,12 @@ def test_errors_with_missing_pixels_are_those_of_the_known_ones():
     error = (pred.double() - true.double()).numpy()
     for name, power in (("mse", 2), ("mae", 1)):
         expected = np.nanmean(np.abs(error) ** power, axis=(1, 2, 3))
-        np.testing.assert_allclose(getattr(metrics, f"{name}_pixel")(pred, true), expected, rtol=1e-12)
-        np.testing.assert_allclose(getattr(metrics, name)(pred, true), 2 * 9 * 11 * expected, rtol=1e-12)
+        np.testing.assert_allclose(figure(f"{name}_pixel", pred, true), expected, rtol=1e-12)
+        np.testing.assert_allclose(figure(name, pred, true), 2 * 9 * 11 * expected, rtol=1e-12)
     for name in ("psnr", "psnr_uint8"):
-        figure = getattr(metrics, name)
         known = ~true[0].isnan()
-        expected = figure(pred[0][known].view(1, 1, -1), true[0][known].view(1, 1, -1))
-        np.testing.assert_allclose(figure(pred, true)[0], expected, rtol=1e-12)
+        expected = figure(name, pred[0][known].view(1, 1, -1), true[0][known].view(1, 1, -1))
+        np.testing.assert_allclose(figure(name, pred, true)[0], expected, rtol=1e-12)
 
 
 def test_frames_without_a_known_pixel_are_not_counted():
@@ -225,10 +230,10 @@ def test_frames_without_a_known_pixel_are_not_counted():
     total = Metrics(EVERY)
     total.update(pred, true)
     got = total.compute()
-    kept = metrics.ssim(pred[[0, 2], 0], true[[0, 2], 0], 1).mean()
+    kept = ssim(pred[[0, 2], 0], true[[0, 2], 0], 1).mean()
     assert got["per_frame"]["ssim"] == [pytest.approx(kept.item()), pytest.approx(np.nan, nan_ok=True)]
     assert got["mean"]["ssim"] == got["per_frame"]["ssim"][0]
-    expected = [metrics.mse(pred[[0, 2], 0], true[[0, 2], 0]).mean(), metrics.mse(pred[:, 1], true[:, 1]).mean()]
+    expected = [figure("mse", pred[[0, 2], 0], true[[0, 2], 0]).mean(), figure("mse", pred[:, 1], true[:, 1]).mean()]
     np.testing.assert_allclose(got["per_frame"]["mse"], expected, rtol=1e-12)
     np.testing.assert_allclose(got["mean"]["mse"], np.mean(expected), rtol=1e-12)  # lead times count alike
     assert got["count"] == 3
@@ -247,7 +252,7 @@ def test_events_and_rmse_are_ratios_of_sums(missing):
     """CSI, POD, FAR and RMSE against plain numpy over all pixels of a lead time, not means of frames' ratios."""
     pred, true = frames(5, 3, 1, 6, 7), with_holes(frames(5, 3, 1, 6, 7, seed=1), missing)
     true[0] *= 0.1  # frames without an event at all
-    total = Metrics(("csi_0.7", "pod_0.7", "far_0.7", "rmse"))
+    total = Metrics((*(event(kind, 0.7, 0.7) for kind in ("csi", "pod", "far")), "rmse"))
     total.update(pred, true)
     got = total.compute()
     for lead, (p, t) in enumerate([*zip(pred.unbind(1), true.unbind(1)), (pred, true)]):
@@ -267,7 +272,7 @@ def test_events_and_rmse_are_ratios_of_sums(missing):
 
 
 def test_no_event_at_all_has_no_csi():
-    total = Metrics(("csi_0.9",))
+    total = Metrics((event("csi", 0.9, 0.9),))
     total.update(torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, 1, 1, 4, 4))
     assert np.isnan(total.compute()["mean"]["csi_0.9"])
 
@@ -313,17 +318,17 @@ def test_large_batches_go_in_parts():
 
 def test_forecasts_with_gradients_and_half_precision():
     pred = frames(2, 3, 1, 9, 9).bfloat16().requires_grad_()
-    total = Metrics()
+    total = Metrics(DEFAULT)
     total.update(pred, frames(2, 3, 1, 9, 9))
-    assert not total.sums.requires_grad and total.sums.dtype == torch.float64
+    assert all(not sums.requires_grad and sums.dtype == torch.float64 for sums in total.sums.values())
 
 
 def test_misuse_is_refused():
-    for name in ("lpips2", "csi", "csi_", "csi_high", "hit_0.5"):
-        with pytest.raises(UserError, match=rf"{name}'.*csi_THRESHOLD"):
+    for name in ("lpips2", "csi", "csi_", "csi_0.5", "hit_0.5"):
+        with pytest.raises(UserError, match=rf"{name}'.*thresholds"):
             Metrics(("mse", name))
     with pytest.raises(ValueError, match="no samples"):
-        Metrics().compute()
+        Metrics(DEFAULT).compute()
     total = Metrics(("mse",))
     with pytest.raises(ValueError, match="one shape"):
         total.update(frames(2, 3, 1, 8, 8), frames(2, 1, 1, 8, 8))
@@ -332,3 +337,18 @@ def test_misuse_is_refused():
         total.update(frames(2, 4, 1, 8, 8), frames(2, 4, 1, 8, 8))
     with pytest.raises(ValueError, match="do not add"):
         total.merge(Metrics(("mae",)))
+
+
+def test_an_event_has_the_number_that_was_typed():
+    """Not its value on [0, 1]. The direction of every metric is known from its name, in logs of any age."""
+    assert event("csi", 2.0, 0.0625).name == "csi_2" and event("far", 1e-5, 0.3).name == "far_1e-05"
+    total = Metrics((event("pod", 2.0, 0.0625),))
+    total.update(torch.full((1, 1, 1, 4, 4), 0.0625), torch.full((1, 1, 1, 4, 4), 0.0625))
+    assert total.compute()["mean"] == {"pod_2": 1.0}
+    directions = {
+        "lower": ("mse", "rmse", "far_2", "valid_loss"),
+        "higher": ("ssim_dr2", "psnr", "csi_0.0625", "pod_2"),
+    }
+    for direction, names in directions.items():
+        assert {better(name) for name in names} == {direction}
+    assert {row.better for row in METRICS.values()} == {"lower", "higher"}

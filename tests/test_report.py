@@ -16,12 +16,13 @@ from PIL import Image
 import test as test_program
 from vmrnn import config as configuration, pictures, report
 from vmrnn.checkpoint import save_weights
-from vmrnn.metrics import Metrics, convention, mse
+from vmrnn.metrics import Metrics, event, figure, row_of
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GIVEN, HORIZON, H, W = 3, 4, 9, 12
+METRICS = ("mse", "ssim", event("csi", 0.5, 0.5))
 NAMES = ("mse", "ssim", "csi_0.5")
 
 
@@ -45,7 +46,7 @@ def written(tmp_path):
     sequences = [(role, i, *random_sequence(i)) for i, role in enumerate(("best", "median", "worst"))]
     results = {}
     for label, black in (("forecast", False), ("black frame", True)):
-        total = Metrics(NAMES)
+        total = Metrics(METRICS)
         for *_, targets, forecast in sequences:
             total.update((torch.zeros_like(forecast) if black else forecast)[None], targets[None])
         results[label] = total.compute()
@@ -55,7 +56,7 @@ def written(tmp_path):
         path,
         title="a <title>",
         facts={"test set": "</script><b id=hole>"},
-        conventions={name: convention(name) for name in NAMES},
+        conventions={row.name: str(row) for row in map(row_of, METRICS)},
         results=results,
         sequences=sequences,
         config=config.to_dict(),
@@ -97,7 +98,7 @@ def test_sprites_hold_the_frames(monkeypatch, width):
     missing = frame_of(made["truth"], GIVEN + 1)[2, 3]
     assert tuple(missing) == tuple(round(255 * c) for c in pictures.MISSING)
     assert (frame_of(made["error"], 1)[2, 3] == missing).all()
-    assert made["mse"] == mse(forecast, targets).tolist()
+    assert made["mse"] == figure("mse", forecast, targets).tolist()
 
 
 def test_errors_are_blue_where_too_dark_and_red_where_too_bright():
@@ -211,7 +212,7 @@ def test_the_page_works_in_a_browser(written, tmp_path, width):
 
     inputs, targets, forecast = sequences[0][2:]
     last = GIVEN + HORIZON
-    figures = [f"{value:.4f}" if value < 10 else f"{value:.2f}" for value in mse(forecast, targets).tolist()]
+    figures = [f"{value:.4f}" if value < 10 else f"{value:.2f}" for value in figure("mse", forecast, targets).tolist()]
     assert found["start"][0] == f"frame {GIVEN + 1} of {last}: forecast, lead time 1, mse {figures[0]}"
     assert shows(found["start"][1], targets[0]) and shows(found["start"][2], forecast[0])
     assert found["home"][0] == f"frame 1 of {last}: given" and shows(found["home"][1], inputs[0])
@@ -225,8 +226,8 @@ def test_the_page_works_in_a_browser(written, tmp_path, width):
     assert (found["curves"], found["fewer"]) == (2 * len(NAMES), len(NAMES))
     assert found["wide"] <= 0  # nothing sticks out at this width
     assert not found["hole"] and "</script><b id=hole>" in found["text"] and "a <title>" in found["text"]
-    for name in NAMES:
-        assert convention(name) in found["text"]
+    for row in map(row_of, METRICS):
+        assert str(row) in found["text"]
 
 
 def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
@@ -243,7 +244,7 @@ def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
     data = test_program.build_dataset("test", length=7, **config.data_options)
     items = [data[i] for i in range(7)]
     with torch.no_grad():
-        errors = [mse(rollout(model, x[None], 2)[:, 2:], y[None]).mean().item() for x, y in items]
+        errors = [figure("mse", rollout(model, x[None], 2)[:, 2:], y[None]).mean().item() for x, y in items]
     page = page_of(tmp_path / "test" / "report.html")
     assert [(s["role"], s["index"]) for s in page["sequences"]] == list(report.pick(errors).items())
     assert len(page["sequences"]) == 3

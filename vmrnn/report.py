@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vmrnn.files import replacing
-from vmrnn.metrics import mse
+from vmrnn.metrics import figure
 from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -122,7 +122,7 @@ def sequence(role, index, inputs, targets, forecast, white, limit):
         "index": index,
         "given": len(inputs),
         "size": list(inputs.shape[-2:]),
-        "mse": mse(forecast, targets).tolist(),
+        "mse": figure("mse", forecast, targets).tolist(),
         "truth": sprite(as_images(torch.cat([inputs, targets]) / white)),
         "forecast": sprite(as_images(forecast / white)),
         "error": sprite(signed_colours(forecast, targets, limit)),
