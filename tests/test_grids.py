@@ -1,0 +1,354 @@
+"""Gridded fields: values, times and coordinates are those of the files, and what has two readings is refused."""
+
+import numpy as np
+import pytest
+from helpers import shared
+
+from vmrnn.data.grid_info import GridInfo
+from vmrnn.data.grids import open_grid
+from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
+from vmrnn.errors import UserError
+
+xarray = pytest.importorskip("xarray")
+h5py = pytest.importorskip("h5py")
+
+SIX_HOURS = np.arange("2020-01-01", "2020-01-03", dtype="datetime64[6h]").astype("datetime64[ns]")
+
+
+def field(times=SIX_HOURS, height=9, width=12, dims=("time", "latitude", "longitude"), name="t2m", seed=0):
+    """A field on a grid of latitudes and longitudes with random values, an xarray.Dataset."""
+    sizes = {"time": len(times), "latitude": height, "longitude": width}
+    values = np.random.default_rng(seed).normal(280, 5, [sizes[dim] for dim in dims]).astype(np.float32)
+    coordinates = {
+        "time": times,
+        "latitude": ("latitude", np.linspace(60, 50, height), {"units": "degrees_north"}),
+        "longitude": ("longitude", np.linspace(0, 11, width), {"units": "degrees_east"}),
+    }
+    return xarray.Dataset({name: (dims, values, {"units": "K"})}, coordinates)
+
+
+def write(dataset, path, **options):
+    dataset.to_netcdf(path, engine="h5netcdf", **options)
+    return str(path)
+
+
+def read(grid):
+    """All frames, (T, H, W, C)."""
+    frames = np.stack(list(grid.frames()))
+    assert frames.shape == grid.shape and frames.dtype == grid.dtype
+    return frames
+
+
+def seconds(times):
+    return np.asarray(times).astype("datetime64[ns]").astype(np.int64) / 1e9
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("stored", "facts", "missing"),
+    [
+        # The fill value bounds the range where no range is named (NetCDF User Guide): -2 is a flag
+        (np.array([0, 1, 40, -1, -2, 300], "i2"), {"scale_factor": 0.05, "add_offset": 0.0, "_FillValue": -1}, [3, 4]),
+        (np.array([0, 1, 254, 255, 7, 9], "u1"), {"_FillValue": 255}, [3]),
+        (np.array([-5, 0, 9, 99, 100, 3], "i2"), {"valid_range": [0, 99], "scale_factor": 2.0}, [0, 4]),
+        (np.array([-5, 0, 9, 99, 100, 3], "i4"), {"valid_max": 98, "missing_value": 9}, [2, 3, 4]),
+        (np.array([-5.5, 1e20, 0, np.nan, 1, 2], "f4"), {"_FillValue": 1e20}, [1, 3]),
+        # A fill of 0 bounds nothing: negative values of a field are values
+        (np.array([-5, 0, 9, -7, 100, 3], "i2"), {"_FillValue": 0}, [1]),
+    ],
+    ids=["flag beyond fill", "fill at the top", "valid range", "valid max and missing value", "float fill", "fill 0"],
+)
+def test_values_are_unpacked_and_what_the_file_allows_not_is_missing(tmp_path, stored, facts, missing):
+    with h5py.File(tmp_path / "a.nc", "w") as f:
+        f["v"] = stored.reshape(1, 2, 3)
+        for name, length in (("time", 1), ("y", 2), ("x", 3)):
+            f[name] = np.arange(length, dtype="f8")
+            f[name].make_scale(name)
+        for i, name in enumerate(("time", "y", "x")):
+            f["v"].dims[i].attach_scale(f[name])
+        for key, value in facts.items():
+            f["v"].attrs[key] = np.asarray(value, stored.dtype if key not in ("scale_factor", "add_offset") else "f8")
+    found = read(open_grid(tmp_path / "a.nc", ["v"])).ravel()
+    expected = stored.astype(np.float64) * facts.get("scale_factor", 1) + facts.get("add_offset", 0)
+    expected[missing] = np.nan
+    np.testing.assert_array_equal(found, expected.astype(found.dtype))
+
+
+def test_wide_types_and_whole_numbers_keep_their_values(tmp_path):
+    values = {"i4": 2**31 - 1 - np.arange(6), "u2": 65535 - np.arange(6), "f8": 1 + np.arange(6) * 1e-12}
+    for dtype, numbers in values.items():
+        array = numbers.astype(dtype).reshape(1, 2, 3)
+        xarray.Dataset({"v": (("time", "y", "x"), array)}).to_netcdf(tmp_path / f"{dtype}.nc", engine="h5netcdf")
+        found = read(open_grid(tmp_path / f"{dtype}.nc"))
+        np.testing.assert_array_equal(found[..., 0], array)
+
+
+def test_bom_radar_against_h5py():
+    folder = shared("fields/bom_nc")
+    files = sorted(folder.glob("*.nc"))[:8]
+    grid = open_grid(str(folder / "66_20201031_00*.nc"), ["precipitation"])
+    frames = read(grid)
+    flags = 0
+    for frame, time, file in zip(frames, grid.info.times, files):
+        with h5py.File(file) as f:
+            stored = f["precipitation"][:].astype(np.float64)
+            assert time == f["valid_time"][()]
+        flags += (stored == -2).sum()
+        expected = np.where(stored >= 0, stored * 0.05, np.nan).astype(np.float32)
+        np.testing.assert_array_equal(frame[..., 0], expected)
+    assert flags == grid.beyond_fill["precipitation"] == 1
+    assert np.nanmin(frames) == 0
+    assert grid.info.time_source == "the variable valid_time" and grid.info.units(0) == "kg m-2"
+
+
+def test_knmi_radar_against_h5py():
+    folder = shared("fields/knmi_h5")
+    files = sorted(folder.glob("*.h5"))[:3]
+    grids = [
+        open_grid(str(folder / "*2010082600[01][05].h5"), ["image1/image_data"], time_from=time_from)
+        for time_from in ("", "name:%Y%m%d%H%M", "attribute:overview/product_datetime_end")
+    ]
+    frames = read(grids[0])
+    for frame, file in zip(frames, files):
+        with h5py.File(file) as f:
+            stored = f["image1/image_data"][:]
+        np.testing.assert_array_equal(frame[..., 0], np.where(stored == 65535, np.nan, stored.astype(np.float32)))
+    expected = seconds(np.datetime64("2010-08-26")) + 300 * np.arange(4)
+    for grid in grids:
+        np.testing.assert_array_equal(grid.info.times, expected)
+
+
+def test_era_interim_against_scipy():
+    path = shared("fields/eraint_uvz.nc")
+    netcdf = pytest.importorskip("scipy.io").netcdf_file(path, mmap=False)
+    grid = open_grid(path, ["z@500", "u", "v@850"])
+    assert grid.info.names == ["z@500", "u@200", "u@500", "u@850", "v@850"]
+    assert grid.info.latitude[0] == 90 and grid.shape == (2, 241, 480, 5)
+    frames = read(grid)
+    for channel, (name, level) in enumerate([("z", 1), ("u", 0), ("u", 1), ("u", 2), ("v", 2)]):
+        stored = netcdf.variables[name]
+        expected = stored[:, level] * stored.scale_factor + stored.add_offset
+        np.testing.assert_array_equal(frames[..., channel], expected.astype(np.float32))
+
+
+def test_tiff_stack_against_tifffile(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    path = shared("media/calcium_imaging.tif")
+    np.testing.assert_array_equal(read(open_grid(path))[..., 0], tifffile.imread(path))
+    # Compressed pages are read one by one
+    pages = np.random.default_rng(0).integers(0, 2**16, (5, 16, 16), "u2")
+    tifffile.imwrite(tmp_path / "pages.tif", pages, compression="zlib", photometric="minisblack")
+    grid = open_grid(tmp_path / "pages.tif")
+    np.testing.assert_array_equal(read(grid)[..., 0], pages)
+    np.testing.assert_array_equal(np.stack(list(grid.frames(2, 4)))[..., 0], pages[2:4])
+
+
+# Dimensions
+
+
+def test_dimensions_are_found_in_any_order(tmp_path):
+    plain = field()
+    write(plain, tmp_path / "a.nc")
+    write(plain.transpose("longitude", "time", "latitude"), tmp_path / "b.nc")
+    odd = {"latitude": "row_of_map", "longitude": "column_of_map", "time": "when"}
+    facts = plain.rename(odd)
+    facts["when"].attrs["axis"], facts["row_of_map"].attrs["axis"], facts["column_of_map"].attrs["axis"] = "TYX"
+    write(facts, tmp_path / "c.nc")
+    expected = plain["t2m"].values
+    for name in "abc":
+        np.testing.assert_array_equal(read(open_grid(tmp_path / f"{name}.nc"))[..., 0], expected)
+
+
+def test_array_axes_name_the_dimensions(tmp_path):
+    values = np.random.default_rng(0).random((3, 4, 5, 6, 2)).astype("f4")  # sequences, rows, columns, time, channels
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["group/data"] = values
+    with pytest.raises(UserError, match="NHW"):
+        open_grid(tmp_path / "a.h5", ["group/data"], "NHW")
+    grid = open_grid(tmp_path / "a.h5", ["group/data"], "NHWTC")
+    expected = values.transpose(0, 3, 1, 2, 4).reshape(18, 4, 5, 2)
+    np.testing.assert_array_equal(read(grid), expected)
+    assert grid.runs() == [(0, 6), (6, 12), (12, 18)]
+    np.testing.assert_array_equal(np.stack(list(grid.frames(4, 14))), expected[4:14])
+
+
+def test_readings_that_are_not_clear_are_refused(tmp_path):
+    two = field().assign(tp=field()["t2m"])
+    write(two, tmp_path / "two.nc")
+    with pytest.raises(UserError, match="t2m, tp; pick with variables"):
+        open_grid(tmp_path / "two.nc")
+    with pytest.raises(UserError, match="no variable sst in it; it has t2m, tp"):
+        open_grid(tmp_path / "two.nc", ["sst"])
+    both = xarray.Dataset({"v": (("time", "step", "y", "x"), np.zeros((2, 3, 4, 5)))})
+    write(both, tmp_path / "both.nc")
+    with pytest.raises(UserError, match="time and step may be time; name them with array_axes"):
+        open_grid(tmp_path / "both.nc")
+    assert open_grid(tmp_path / "both.nc", array_axes="NTHW").runs() == [(0, 3), (3, 6)]
+    with pytest.raises(UserError, match="no level 3; it has 0, 1"):
+        write(xarray.Dataset({"v": (("time", "level", "y", "x"), np.zeros((2, 2, 4, 5)))}), tmp_path / "level.nc")
+        open_grid(tmp_path / "level.nc", ["v@3"])
+
+
+# Files
+
+
+def test_files_follow_one_another_in_time(tmp_path):
+    whole = field()
+    for name, part in (("b", slice(0, 3)), ("a", slice(3, 8))):  # names in another order than times
+        write(whole.isel(time=part), tmp_path / f"{name}.nc")
+    grid = open_grid(tmp_path)
+    np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"].values)
+    np.testing.assert_array_equal(grid.info.times, seconds(SIX_HOURS))
+    write(whole.isel(time=slice(2, 3)), tmp_path / "c.nc")
+    with pytest.raises(UserError, match="2020-01-01 12:00:00 comes twice"):
+        open_grid(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.assign_coords(latitude=d.latitude + 1), "coordinate latitude"),
+        (lambda d: d.assign(t2m=d.t2m.assign_attrs(units="degC")), "t2m units degC, but .*: K"),
+        (lambda d: d.isel(longitude=slice(6)), "longitude 6"),
+        (lambda d: d.drop_vars("time"), "times"),
+    ],
+    ids=["coordinate", "unit", "size", "time"],
+)
+def test_files_that_are_unlike_are_refused(tmp_path, change, message):
+    whole = field()
+    write(whole.isel(time=slice(3)), tmp_path / "a.nc")
+    write(change(whole.isel(time=slice(3, 8))), tmp_path / "b.nc")
+    with pytest.raises(UserError, match=message):
+        open_grid(str(tmp_path / "*.nc"))
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    write(field(), tmp_path / "whole.nc")
+    content = (tmp_path / "whole.nc").read_bytes()
+    for name, data, message in (
+        ("cut.nc", content[:200], "cannot be read as hdf5"),
+        ("text.nc", b"no field at all", "not a whole NetCDF"),
+        ("old.hdf", b"\x0e\x03\x13\x01" + content, "HDF4"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            open_grid(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        open_grid(tmp_path / "*.grib")
+
+
+def test_a_missing_library_is_named_with_its_installation(tmp_path):
+    try:
+        import cfgrib  # noqa: F401
+
+        pytest.skip("cfgrib is installed")
+    except ImportError:
+        (tmp_path / "a.grib").write_bytes(b"GRIB" + bytes(100))
+        with pytest.raises(UserError, match="pip install 'cfgrib'"):
+            open_grid(tmp_path / "a.grib", ["t2m"])
+
+
+def test_zarr_holds_what_netcdf_holds(tmp_path):
+    pytest.importorskip("zarr")
+    whole = field()
+    whole.to_zarr(tmp_path / "a.zarr")
+    grid = open_grid(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"].values)
+    np.testing.assert_array_equal(grid.info.times, seconds(SIX_HOURS))
+
+
+# Times
+
+
+def test_times_of_single_frames(tmp_path):
+    """From a scalar variable, else from an attribute, else from the name; time_from goes before all."""
+    frame = field().isel(time=0, drop=True)
+    with_variable = frame.assign(valid_time=SIX_HOURS[1]).assign_attrs(time="2020-01-01T12:00:00Z")
+    with_attribute = frame.assign_attrs(time="2020-01-01T12:00:00Z")
+    sources = {}
+    for name, dataset in (("variable", with_variable), ("attribute", with_attribute), ("name", frame)):
+        path = tmp_path / name / "radar_9_20200101_1800.nc"
+        path.parent.mkdir()
+        write(dataset, path)
+        time_from = "name:%Y%m%d_%H%M" if name == "name" else ""
+        info = open_grid(path, time_from=time_from).info
+        sources[name] = (info.time_source, info.times[0])
+        info = open_grid(path, time_from="name:%Y%m%d_%H%M").info
+        assert info.times[0] == seconds(SIX_HOURS)[3]
+    assert sources["variable"] == ("the variable valid_time", seconds(SIX_HOURS)[1])
+    assert sources["attribute"] == ("the attribute time", seconds(SIX_HOURS)[2])
+    assert sources["name"] == ("the file's name (%Y%m%d_%H%M)", seconds(SIX_HOURS)[3])
+    grid = open_grid(tmp_path / "name")
+    assert grid.info.times is None and "times: none" in grid.notes[1]
+
+
+def test_a_time_in_a_name_has_one_reading():
+    assert time_from_name("RAD_NL25_RAP_5min_201008260005.h5", "%Y%m%d%H%M") == 1282781100
+    assert time_from_name("2020/10/31/0010.nc", "%Y/%m/%d/%H%M") == 1604103000
+    with pytest.raises(UserError, match="fits no place"):
+        time_from_name("a_20201331.nc", "%Y%m%d")
+    with pytest.raises(UserError, match="fits 2 places"):
+        time_from_name("20200101_20200102.nc", "%Y%m%d")
+    with pytest.raises(UserError, match="%Q"):
+        time_from_name("a.nc", "%Q")
+    assert time_from_text("26-AUG-2010;00:05:00.000") == 1282781100
+    assert time_from_text("2020-10-31T01:10:00+01:00") == 1604103000
+    assert time_from_text("03/04/2020") is None
+
+
+def test_gaps_and_a_regular_step(tmp_path):
+    minutes = np.array([0, 10, 20, 31, 40, 70, 80, 91])
+    times = np.datetime64("2020-01-01", "ns") + minutes * np.timedelta64(60, "s")
+    whole = field(times)
+    write(whole, tmp_path / "a.nc")
+    assert open_grid(tmp_path / "a.nc").runs() == [(0, 5), (5, 8)]
+    grid = open_grid(tmp_path / "a.nc", time_step="20min")
+    # 0, 20, 40, (60 is missing: the nearest, 70, is as near to 80), 80, 100 (91)
+    np.testing.assert_array_equal(grid.info.times - grid.info.times[0], np.array([0, 20, 40, 80, 100]) * 60)
+    np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"].values[[0, 2, 4, 6, 7]])
+    assert grid.runs() == [(0, 3), (3, 5)]
+    with pytest.raises(UserError, match="5 min, but the frames are 10 min apart"):
+        open_grid(tmp_path / "a.nc", time_step="5min")
+    months = seconds(np.arange("2020-01", "2021-01", dtype="datetime64[M]"))
+    assert runs_without_gap(months) == [(0, 12)]
+    np.testing.assert_array_equal(
+        later_times(months, 2, "standard"), seconds(np.array(["2021-01-01", "2021-02-01"], "datetime64[D]"))
+    )
+    indices, _ = nearest_frames(np.array([0.0, 9, 10, 11, 20]), 10)
+    assert list(indices) == [0, 2, 4]
+
+
+# What a forecast is written with
+
+
+def test_a_forecast_has_names_units_and_coordinates_of_the_input(tmp_path):
+    whole = field().expand_dims(level=[500, 850], axis=1)
+    whole["t2m"].attrs |= {"units": "K", "grid_mapping": "crs"}
+    whole = whole.assign(crs=((), 0, {"grid_mapping_name": "latitude_longitude"})).assign_attrs(title="a title")
+    path = write(whole, tmp_path / "a.nc", encoding={"t2m": {"dtype": "i2", "scale_factor": 0.01, "_FillValue": -1}})
+    grid = open_grid(path)
+    assert grid.info.names == ["t2m@500", "t2m@850"]
+    grid.info.save(tmp_path)
+    info = GridInfo.load(tmp_path)
+    frames = read(grid)
+    frames[0, 2, 3] = np.nan
+    info.dataset(frames, info.next_times(info.times, 8)).to_netcdf(tmp_path / "forecast.nc", engine="h5netcdf")
+    with xarray.open_dataset(tmp_path / "forecast.nc") as forecast:
+        np.testing.assert_array_equal(forecast["t2m"].transpose("time", "latitude", "longitude", "level"), frames)
+        np.testing.assert_array_equal(forecast["time"], SIX_HOURS + np.timedelta64(48, "h"))
+        for name in ("latitude", "longitude", "level"):
+            np.testing.assert_array_equal(forecast[name], whole[name])
+        assert forecast["latitude"].attrs["units"] == "degrees_north" and forecast["t2m"].attrs["units"] == "K"
+        assert forecast.attrs["title"] == "a title"
+        assert forecast["crs"].attrs["grid_mapping_name"] == "latitude_longitude"
+    crop = info.dataset(frames[:, :4, :5], None)
+    assert crop["t2m"].shape == (8, 2, 4, 5) and "latitude" not in crop.coords
+
+
+def test_files_that_count_from_their_start_stand_for_themselves(tmp_path):
+    for name in "ab":
+        write(field(np.arange(4), seed=ord(name)), tmp_path / f"{name}.nc")
+    grid = open_grid(tmp_path)
+    assert grid.runs() == [(0, 4), (4, 8)] and "sequences: 2" in grid.notes[2]

@@ -1,0 +1,125 @@
+"""What the dimensions of a field are: sequences, time, channels, rows, columns.
+
+Names of dimensions are those of CF (https://cfconventions.org, sections 4 and 5) and those that are common in models and
+products.
+"""
+
+import numpy as np
+
+from vmrnn.data.grid_info import DEGREES_NORTH, plain_attributes
+from vmrnn.errors import UserError
+
+T_NAMES = ("time", "t", "valid_time", "date", "datetime", "month", "year", "day", "hour", "step", "lead_time", "frame",
+           "page")  # fmt: skip
+Y_NAMES = ("y", "lat", "latitude", "rlat", "nav_lat", "south_north", "northing", "row", "rows", "line", "lines", "nlat",
+           "ny", "nj", "j", "height")  # fmt: skip
+X_NAMES = ("x", "lon", "long", "longitude", "rlon", "nav_lon", "west_east", "easting", "col", "cols", "column",
+           "columns", "pixel", "pixels", "nlon", "nx", "ni", "i", "width")  # fmt: skip
+Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
+X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
+DEGREES_EAST = tuple(unit.replace("n", "e", 1) if unit.endswith("n") else unit for unit in DEGREES_NORTH)
+
+
+def read_roles(dataset, name, array_axes, path):
+    """What each dimension of a variable is: {dimension: N, T, C, H or W}, for sequences, time, channels, rows, columns.
+
+    A dimension is told by the attributes of its coordinate (axis, standard_name, units), then by its name. Where
+    neither says which are the rows and columns, they are the last two.
+    array_axes   letters for the dimensions in order, such as THW; "": as above
+
+    UserError: dimensions that array_axes does not fit, and ones that have two readings.
+    """
+    variable = dataset.variables[name]
+    shape = ", ".join(f"{dim} {size}" for dim, size in zip(variable.dims, variable.shape))
+    hint = f"{path}: {name} has the dimensions ({shape})"
+    if array_axes:
+        letters = array_axes.upper()
+        if len(letters) != variable.ndim or not {"H", "W"} <= set(letters) <= set("NTCHW") or any(
+            letters.count(letter) > 1 for letter in "NTHW"
+        ):  # fmt: skip
+            raise UserError(f"{hint}, which array_axes {array_axes} does not name; give one of N T C H W for each")
+        return dict(zip(variable.dims, letters))
+    roles = {}
+    for letter, by_facts, names in (("H", is_rows, Y_NAMES), ("W", is_columns, X_NAMES), ("T", is_time, T_NAMES)):
+        free = [dim for dim in variable.dims if dim not in roles]
+        found = [dim for dim in free if by_facts(dataset.variables.get(dim))]
+        found = found or [dim for dim in free if str(dim).lower() in names]
+        if len(found) > 1:  # dimensions of one value say nothing
+            found = [dim for dim in found if dataset.sizes[dim] > 1] or found[:1]
+        if len(found) > 1:
+            what = {"H": "rows", "W": "columns", "T": "time"}[letter]
+            raise UserError(f"{hint}, of which {' and '.join(found)} may be {what}; name them with array_axes")
+        roles |= {dim: letter for dim in found}
+    free = [dim for dim in variable.dims if dim not in roles]
+    named = sorted(roles.values())
+    if "H" not in named and "W" not in named and len(free) >= 2:
+        roles |= {free[-2]: "H", free[-1]: "W"}
+    elif "H" not in named or "W" not in named:
+        raise UserError(f"{hint}, of which rows and columns are not known; name them with array_axes")
+    free = [dim for dim in variable.dims if dim not in roles]
+    if "T" not in named and len(free) == 1 and str(free[0]).startswith("phony_dim"):  # HDF5 that names no dimension
+        roles[free[0]] = "T"
+    return {dim: roles.get(dim, "C") for dim in variable.dims}
+
+
+def facts_of(coordinate):
+    attributes = coordinate.attrs if coordinate is not None else {}
+    return {key: str(attributes.get(key, "")).lower() for key in ("axis", "standard_name", "units")}
+
+
+def is_rows(coordinate):
+    facts = facts_of(coordinate)
+    return facts["axis"] == "y" or facts["standard_name"] in Y_STANDARD or facts["units"] in DEGREES_NORTH
+
+
+def is_columns(coordinate):
+    facts = facts_of(coordinate)
+    return facts["axis"] == "x" or facts["standard_name"] in X_STANDARD or facts["units"] in DEGREES_EAST
+
+
+def is_time(coordinate):
+    facts = facts_of(coordinate)
+    return facts["axis"] == "t" or facts["standard_name"] == "time" or " since " in facts["units"]
+
+
+def levels_of(dataset, name, roles, level, path):
+    """The levels of a variable, a list of (position among all, {dimension: index}, {dimension: value}).
+
+    level   as text: the coordinate value of the one that is wanted; "": all
+
+    A dimension of one value is no level. UserError: there is no such level, or it could be of several dimensions.
+    """
+    dims = [dim for dim, letter in roles.items() if letter == "C"]
+    sizes = [dataset.sizes[dim] for dim in dims]
+    values = {}
+    for dim, size in zip(dims, sizes):
+        coordinate = dataset.variables.get(dim)
+        values[dim] = plain_attributes({"v": coordinate.values})["v"] if coordinate is not None else list(range(size))
+        if not isinstance(values[dim], list) or len(values[dim]) != size:
+            values[dim] = list(range(size))
+    wide = [dim for dim, size in zip(dims, sizes) if size > 1]
+    found = []
+    for position, index in enumerate(np.ndindex(*sizes)):
+        place = {str(dim): i for dim, i in zip(dims, index)}
+        found.append((position, place, {str(dim): values[dim][place[str(dim)]] for dim in wide}))
+    if not level:
+        return found
+    if len(wide) != 1:
+        raise UserError(
+            f"{path}: {name}@{level}: {name} has {len(wide)} dimensions of levels, not one; leave @{level} out"
+        )
+    picked = [
+        entry for entry in found if str(entry[2][str(wide[0])]) == level or same_number(entry[2][str(wide[0])], level)
+    ]
+    if len(picked) != 1:
+        raise UserError(
+            f"{path}: {name} has no level {level}; it has {', '.join(map(str, values[wide[0]]))} ({wide[0]})"
+        )
+    return picked
+
+
+def same_number(value, text):
+    try:
+        return float(value) == float(text)
+    except ValueError:
+        return False

@@ -1,0 +1,219 @@
+"""Files of gridded fields as xarray datasets whose values are still packed: NetCDF, HDF5, Zarr, GRIB, GeoTIFF, TIFF.
+
+The format is told by a file's content. The libraries are imported when they are needed.
+"""
+
+import glob
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from vmrnn.data.grid_info import import_xarray
+from vmrnn.data.media import files_in, natural_key
+from vmrnn.errors import UserError
+
+GRIDS = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5", ".hdf", ".zarr", ".grib", ".grib2", ".grb", ".grb2",
+         ".tif", ".tiff")  # fmt: skip
+
+
+def grid_files(path):
+    """The files of a gridded field in natural order: a file or Zarr folder itself, those in a folder, or of a glob.
+
+    UserError: there is none.
+    """
+    folder = Path(path)
+    if folder.is_file() or is_zarr(folder):
+        return [folder]
+    if folder.is_dir():
+        stores = sorted({store for store in folder.rglob("*.zarr") if is_zarr(store)})
+        files = [file for file in files_in(folder, GRIDS) if not any(store in file.parents for store in stores)]
+        found = sorted([*files, *stores], key=lambda file: natural_key(file.as_posix()))
+    else:
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)), key=lambda file: natural_key(file.as_posix()))
+    if not found:
+        raise UserError(f"{path}: no such file, no folder with {' '.join(GRIDS)} in it, no glob that fits a file")
+    return found
+
+
+def is_zarr(path):
+    return path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray", ".zmetadata"))
+
+
+def format_of(path):
+    """netcdf3, hdf5, zarr, grib or tiff, by the first bytes of a file. UserError: none of them."""
+    if path.is_dir():
+        return "zarr"
+    try:
+        with open(path, "rb") as f:
+            head = f.read(8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name another file") from error
+    if head.startswith((b"CDF\x01", b"CDF\x02")):
+        return "netcdf3"
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "hdf5"
+    if head.startswith(b"GRIB"):
+        return "grib"
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tiff"
+    known = {b"CDF\x05": "a NetCDF file in the CDF-5 form: write it as NetCDF-4 (nccopy -k nc4)",
+             b"\x0e\x03\x13\x01": "an HDF4 file: write it as HDF5 (h4toh5)"}  # fmt: skip
+    raise UserError(f"{path}: {known.get(head[:4], 'not a whole NetCDF, HDF5, Zarr, GRIB or TIFF file')}")
+
+
+@contextmanager
+def opened(path, group="", variable=""):
+    """One group of a file as an xarray.Dataset whose values are still packed and are read when they are asked for.
+
+    group      of an HDF5 or Zarr file, "" for its root
+    variable   in a GRIB file, which holds variables of different kinds that do not fit into one Dataset
+
+    UserError: a damaged file, a group that is not there, a library that is not there.
+    """
+    xarray = import_xarray()
+    kind = format_of(path)
+    options = {"decode_cf": False, "cache": False}
+    try:
+        if kind == "tiff":
+            store = open_tiff(path)
+        elif kind == "netcdf3":
+            store = xarray.open_dataset(path, engine="scipy", **options)
+        elif kind == "hdf5":
+            store = xarray.open_dataset(path, engine="h5netcdf", group=group or None, phony_dims="access", **options)
+        elif kind == "zarr":
+            store = xarray.open_dataset(path, engine="zarr", group=group or None, chunks=None, **options)
+        else:
+            keys = {"filter_by_keys": {"cfVarName": variable}} if variable else {}
+            store = xarray.open_dataset(path, engine="cfgrib", backend_kwargs={"indexpath": "", **keys}, **options)
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own kinds
+        raise UserError(cannot_open(path, kind, group, error)) from error
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def cannot_open(path, kind, group, error):
+    """One line for what went wrong when a file was opened."""
+    text = " ".join(str(error).split())[:160]
+    needs = {"hdf5": "h5netcdf[h5py]", "zarr": "zarr", "grib": "cfgrib", "netcdf3": "scipy", "tiff": "rioxarray"}[kind]
+    if isinstance(error, ImportError) or "unrecognized engine" in text or ("engine" in text and "install" in text):
+        return f"{path}: to read it, pip install '{needs}'"
+    if group and ("group" in text.lower() or isinstance(error, KeyError)):
+        return f"{path}: no group {group!r} in it; name the data set by its whole path with variables"
+    if kind == "grib" and "filter_by_keys" in text:
+        return f"{path}: holds several kinds of fields; name those you want with variables ({text})"
+    return f"{path}: cannot be read as {kind} ({type(error).__name__}: {text}); fetch or write it again"
+
+
+def open_tiff(path):
+    """A TIFF file as a Dataset: a GeoTIFF through rasterio, a stack of pages through tifffile.
+
+    The pages of a stack are the dimension `page` of the variable `image`. Reduced copies of a page (the levels of a
+    pyramid) are left out.
+    """
+    xarray = import_xarray()
+    try:
+        import tifffile
+    except ImportError as error:
+        raise UserError(f"{path}: to read it, pip install tifffile") from error
+    file = tifffile.TiffFile(path)
+    if 34735 in file.pages[0].tags:  # the keys of a map projection
+        file.close()
+        return xarray.open_dataset(path, engine="rasterio", mask_and_scale=False, decode_coords="all", cache=False)
+    whole = file.series[0]  # its first level is the pages at their full size
+    leading = [letter for letter in whole.axes if letter not in "YXSC"]
+    letters = {"Y": "y", "X": "x", "S": "sample", "C": "channel", "T": "time"}
+    if len(leading) == 1:
+        letters |= {leading[0]: "page"}
+    dims = [letters.get(letter, f"axis_{letter.lower()}") for letter in whole.axes]
+    # Plain pages one behind the other are one array of the file; others are read page by page
+    plain = whole.dataoffset is not None
+    pages = tifffile.memmap(path, series=0, mode="r") if plain else lazy_pages(whole)
+    store = xarray.Dataset({"image": xarray.Variable(dims, pages)})
+    store.set_close(file.close)
+    return store
+
+
+def lazy_pages(series):
+    """A series of TIFF pages as an array for xarray, which reads the pages that are asked for."""
+    from xarray.backends import BackendArray
+    from xarray.core.indexing import IndexingSupport, LazilyIndexedArray, explicit_indexing_adapter
+
+    class Pages(BackendArray):
+        shape, dtype = series.shape, np.dtype(series.dtype)
+
+        def __getitem__(self, key):
+            return explicit_indexing_adapter(key, self.shape, IndexingSupport.BASIC, self.read)
+
+        def read(self, key):
+            page = series.keyframe.shape
+            leading = self.shape[: len(self.shape) - len(page)]
+            numbers = np.arange(np.prod(leading, dtype=int)).reshape(leading)[key[: len(leading)]]
+            rest = key[len(leading) :]
+            found = [series.asarray(key=int(number)).reshape(page)[rest] for number in np.ravel(numbers)]
+            return np.stack(found).reshape(*np.shape(numbers), *found[0].shape)
+
+    return LazilyIndexedArray(Pages())
+
+
+def split_path(variable):
+    """(group, name) of a variable: image1/image_data is image_data in the group image1."""
+    group, _, name = variable.strip("/").rpartition("/")
+    return group, name
+
+
+def is_field(dataset, name):
+    """Whether a variable is a field: numbers over two dimensions or more that are no bounds of another."""
+    variable = dataset.variables[name]
+    bounds = {v.attrs.get(key) for v in dataset.variables.values() for key in ("bounds", "climatology")}
+    sizes = [size for size in variable.shape if size > 1]
+    return variable.dtype.kind in "buif" and len(sizes) >= 2 and name not in bounds and name not in variable.dims
+
+
+def find_variables(path):
+    """The names of all fields of a file, those in groups with their group in front."""
+    xarray = import_xarray()
+    if format_of(path) == "grib":
+        return grib_variables(path)
+    if format_of(path) not in ("hdf5", "zarr"):
+        with opened(path) as dataset:
+            return [str(name) for name in dataset.data_vars if is_field(dataset, name)]
+    options = {"phony_dims": "access", "engine": "h5netcdf"} if format_of(path) == "hdf5" else {"engine": "zarr"}
+    try:
+        groups = xarray.open_groups(path, decode_cf=False, **options)
+    except Exception as error:
+        raise UserError(cannot_open(path, format_of(path), "", error)) from error
+    found = []
+    for group, dataset in groups.items():
+        found += [f"{group}/{name}".strip("/") for name in dataset.data_vars if is_field(dataset, name)]
+        dataset.close()
+    return found
+
+
+def grib_variables(path):
+    """The names of all fields of a GRIB file, which may be of kinds that do not fit into one Dataset."""
+    try:
+        import cfgrib
+
+        datasets = cfgrib.open_datasets(str(path), backend_kwargs={"indexpath": ""})
+        return [str(name) for dataset in datasets for name in dataset.data_vars if is_field(dataset, name)]
+    except Exception as error:
+        raise UserError(cannot_open(path, "grib", "", error)) from error
+
+
+def choose_variables(path, variables):
+    """`variables`, or the only field of the file. UserError: it has none or several."""
+    if variables:
+        return list(variables)
+    found = find_variables(path)
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: holds {', '.join(found[:20]) or 'no field'}; pick with variables, in the order of the channels"
+            if found
+            else f"{path}: holds no field of two dimensions or more; name another file"
+        )
+    return found

@@ -1,0 +1,186 @@
+"""What is known of a gridded field beside its values, and how a forecast becomes a field of the same kind."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vmrnn.data.times import EPOCH, later_times
+from vmrnn.errors import UserError
+
+INDEX, COORDINATES = "grid.json", "grid.nc"  # the files of a GridInfo beside the cached frames
+
+
+def import_xarray():
+    """The module xarray, imported at the first use: it takes a second, and only gridded fields need it."""
+    try:
+        import xarray
+    except ImportError as error:
+        raise UserError("gridded fields are read with xarray: pip install xarray 'h5netcdf[h5py]'") from error
+    return xarray
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel of the frames.
+
+    name       such as t2m, or u@850 for one level of a variable with several
+    variable   in the file, with the groups in front of it: image1/image_data
+    level      {dimension: position} where the variable has dimensions beside time, y and x
+    value      {dimension: coordinate value at that position}
+    """
+
+    name: str
+    variable: str
+    level: dict = field(default_factory=dict)
+    value: dict = field(default_factory=dict)
+
+
+@dataclass
+class GridInfo:
+    """Names, units, coordinates and times of the frames of a gridded field.
+
+    channels      list of Channel, in the order of the frames' last axis
+    variables     {variable: its attributes}, units among them, without those that say how values are packed
+    y, x          names of the dimensions of rows and columns
+    time          name of the time dimension of a forecast
+    time_facts    attributes of the time coordinate
+    time_source   where the times come from, in words; "" where frames have no times
+    calendar      CF name of the times' calendar; "" where they count frames and are no dates
+    times         float64 (T,), see vmrnn.data.times; None where frames have no times
+    coordinates   xarray.Dataset of all that does not change with time: coordinates of y and x, the map projection, and
+                  the attributes of the file
+    """
+
+    channels: list
+    variables: dict
+    y: str
+    x: str
+    time: str
+    time_facts: dict
+    time_source: str
+    calendar: str
+    times: np.ndarray | None
+    coordinates: object
+
+    @property
+    def names(self):
+        """The names of the channels."""
+        return [channel.name for channel in self.channels]
+
+    def units(self, channel):
+        """The unit of a channel, "" where the file names none."""
+        return str(self.variables[self.channels[channel].variable].get("units", ""))
+
+    @property
+    def latitude(self):
+        """Latitude of each row (H,), or of each pixel (H, W), in degrees; None where the file has none."""
+        for coordinate in self.coordinates.variables.values():
+            facts = coordinate.attrs
+            if facts.get("standard_name") == "latitude" or str(facts.get("units", "")).lower() in DEGREES_NORTH:
+                if coordinate.dims and set(coordinate.dims) <= {self.y, self.x}:
+                    return np.asarray(coordinate.values, np.float64)
+        return None
+
+    def next_times(self, times, count):
+        """The times of the `count` frames that follow frames at `times`, float64 (count,)."""
+        return later_times(times, count, self.calendar)
+
+    def decoded_times(self, times):
+        """Times as numpy or cftime dates, or as the numbers of the file where it counts frames."""
+        if not self.calendar:
+            whole = np.rint(times)
+            return whole.astype(np.int64) if np.array_equal(whole, times) else np.asarray(times)
+        xarray = import_xarray()
+        coded = xarray.Variable("time", np.asarray(times), {"units": EPOCH, "calendar": self.calendar})
+        return xarray.decode_cf(xarray.Dataset({"time": coded}))["time"].values
+
+    def dataset(self, frames, times=None, extra=()):
+        """Frames as an xarray.Dataset with the names, units, coordinates and attributes of the input.
+
+        frames   float (..., H, W, C) in the units of the data; NaN where a value is missing
+        times    float64 (T,), the length of the last axis before H; None: no time coordinate
+        extra    names of the axes before time, such as ("sequence",)
+
+        Rows and columns get the coordinates of the file where there are as many as in the file. A variable with levels
+        has them back as a dimension.
+        """
+        xarray = import_xarray()
+        # Coordinates that fit the frames: of other sizes than the file's, such as crops, rows and columns have none
+        sizes = dict(zip((self.y, self.x), frames.shape[-3:-1]))
+        fits = {name: v for name, v in self.coordinates.coords.items()
+                if all(sizes.get(dim, size) == size for dim, size in v.sizes.items())}  # fmt: skip
+        if times is not None:
+            fits[self.time] = (self.time, self.decoded_times(times), self.time_facts)
+        # Variables: with their levels as a dimension, or each level for itself
+        axes, found = (*extra, self.time), {}
+        levels = self.shared_levels()
+        for variable, facts in self.variables.items():
+            places = [i for i, channel in enumerate(self.channels) if channel.variable == variable]
+            name, dim = variable.replace("/", "_"), levels[variable]
+            if dim:
+                values = np.stack([frames[..., i] for i in places], axis=-3)
+                found[name] = ((*axes, dim, self.y, self.x), values, facts)
+                of_dim = self.coordinates[dim].attrs if dim in self.coordinates.coords else {}
+                fits[dim] = (dim, [self.channels[i].value[dim] for i in places], of_dim)
+            else:
+                for i in places:
+                    value = self.channels[i].value
+                    label = self.channels[i].name.replace("/", "_")
+                    found[label if value else name] = ((*axes, self.y, self.x), frames[..., i], facts | value)
+        return xarray.Dataset(found, fits, dict(self.coordinates.attrs))
+
+    def shared_levels(self):
+        """{variable: its one dimension of levels, or None}: None where variables have different levels of one name."""
+        found, values = {}, {}
+        for variable in self.variables:
+            channels = [channel for channel in self.channels if channel.variable == variable]
+            dims = {tuple(channel.value) for channel in channels}
+            (dim,) = dims if len(dims) == 1 else (None,)
+            found[variable] = dim[0] if dim and len(dim) == 1 else None
+            if found[variable]:
+                values.setdefault(dim[0], set()).add(tuple(channel.value[dim[0]] for channel in channels))
+        return {variable: dim if dim and len(values[dim]) == 1 else None for variable, dim in found.items()}
+
+    def save(self, folder):
+        """Writes it beside the frames in `folder`; `load` reads it."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("coordinates", "times", "channels")}
+        facts["channels"] = [asdict(channel) for channel in self.channels]
+        facts["times"] = None if self.times is None else [float(time) for time in self.times]
+        (Path(folder) / INDEX).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        self.coordinates.to_netcdf(Path(folder) / COORDINATES, engine="h5netcdf")
+
+    @classmethod
+    def load(cls, folder):
+        """What `save` wrote into `folder`; None where there is none, so of frames that are no gridded field."""
+        index = Path(folder) / INDEX
+        if not index.exists():
+            return None
+        facts = json.loads(index.read_text(encoding="utf-8"))
+        facts["channels"] = [Channel(**channel) for channel in facts["channels"]]
+        facts["times"] = None if facts["times"] is None else np.array(facts["times"])
+        with import_xarray().open_dataset(Path(folder) / COORDINATES, engine="h5netcdf", decode_cf=False) as stored:
+            # NetCDF does not tell a coordinate from a variable unless a field names it
+            stored.attrs.pop("coordinates", None)
+            return cls(coordinates=stored.load().set_coords(list(stored.data_vars)), **facts)
+
+
+DEGREES_NORTH = ("degrees_north", "degree_north", "degree_n", "degrees_n", "degreen", "degreesn")
+
+
+def plain_attributes(attributes):
+    """Attributes as json and NetCDF can both hold: texts, numbers and lists of them; others as their text."""
+    kept = {}
+    for name, value in attributes.items():
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        elif isinstance(value, np.ndarray | np.generic):
+            value = value.tolist() if np.asarray(value).dtype.kind in "biufU" else str(value)
+        if isinstance(value, bool) or value is None or isinstance(value, dict):
+            value = str(value)
+        if isinstance(value, list | tuple):
+            kinds = {type(part) for part in value}
+            value = list(value) if len(kinds) == 1 and kinds <= {int, float, str} and value else str(value)
+        kept[str(name)] = value if isinstance(value, int | float | str | list) else str(value)
+    return kept

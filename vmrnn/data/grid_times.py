@@ -1,0 +1,155 @@
+"""The times of a file's frames: from a coordinate, a scalar variable, an attribute or the file's name."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vmrnn.data.grid_axes import T_NAMES, facts_of, is_time
+from vmrnn.data.grid_files import format_of
+from vmrnn.data.grid_info import import_xarray, plain_attributes
+from vmrnn.data.grid_values import PACKING
+from vmrnn.data.times import EPOCH, time_from_name, time_from_text
+from vmrnn.errors import UserError
+
+# Attributes that hold a frame's time where a file has no variable for it
+TIME_ATTRIBUTES = ("valid_time", "time", "datetime", "date_time", "nominal_time", "product_datetime_end",
+                   "time_coverage_start")  # fmt: skip
+
+
+def coded_times(values, attributes, path):
+    """(times, calendar) of the values of a time variable; calendar "" where they are plain numbers, not dates.
+
+    UserError: a time that is missing, a unit that is none of time.
+    """
+    xarray = import_xarray()
+    values = np.asarray(values)
+    if " since " not in str(attributes.get("units", "")) and values.dtype.kind != "M":
+        if values.dtype.kind not in "iuf":
+            return None, ""
+        return values.astype(np.float64), ""
+    calendar = str(attributes.get("calendar", "standard")).lower()
+    facts = {key: attributes[key] for key in ("units", "calendar", "_FillValue", "missing_value") if key in attributes}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = xarray.Dataset({"time": xarray.Variable([f"d{i}" for i in range(values.ndim)], values, facts)})
+            dates = xarray.decode_cf(dataset)["time"].values
+        if dates.dtype.kind != "M":
+            import cftime
+
+            return np.asarray(cftime.date2num(dates, EPOCH, calendar=calendar), np.float64), calendar
+    except ImportError as error:
+        raise UserError(f"{path}: its times are of the calendar {calendar}: pip install cftime") from error
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path}: its times cannot be read ({' '.join(str(error).split())[:120]})") from error
+    if np.isnat(dates).any():
+        raise UserError(f"{path}: a frame has no time; leave it out or fill in its time")
+    return dates.astype("datetime64[ns]").astype(np.int64) / 1e9, calendar
+
+
+@dataclass
+class FrameTimes:
+    """Times of a file's frames: float64 (T,) or (N, T), None where there are none; where from, and of which kind."""
+
+    values: np.ndarray | None = None
+    source: str = ""
+    calendar: str = ""
+    facts: dict = field(default_factory=dict)
+
+
+def find_times(dataset, roles, path, time_from):
+    """The times of a file's frames.
+
+    dataset     the group of the file that holds the field
+    roles       of its dimensions (read_roles)
+    time_from   "" or name:FORM, attribute:NAME, variable:NAME, which goes before all else
+
+    A time dimension has them in its coordinate. A file with one frame and no time dimension has them in a scalar
+    variable, in an attribute, or in its name, in this order.
+    UserError: time_from names what is not there, and two scalar variables that may be the time.
+    """
+    kind, _, wanted = time_from.partition(":")
+    if time_from and (kind not in ("name", "attribute", "variable") or not wanted):
+        raise UserError(f"time_from {time_from!r}: give name:FORM (name:%Y%m%d%H%M), attribute:NAME or variable:NAME")
+    axis = next((dim for dim, letter in roles.items() if letter == "T"), None)
+    if axis is not None and dataset.sizes[axis] > 1 and kind not in ("variable", ""):
+        raise UserError(f"{path}: time_from {time_from} gives one time, but it has {dataset.sizes[axis]} frames")
+    if kind == "variable":
+        return scalar_or_axis(dataset, wanted, axis, path)
+    # Coordinate of the time dimension, or a variable over it
+    if axis is not None and not time_from:
+        names = [axis, "valid_time", *(name for name, v in dataset.variables.items() if is_time(v))]
+        for name in names:
+            if name in dataset.variables and axis in dataset.variables[name].dims:
+                if all(roles.get(dim) in ("N", "T") for dim in dataset.variables[name].dims):
+                    return scalar_or_axis(dataset, name, axis, path)
+        if dataset.sizes[axis] > 1:
+            return FrameTimes()
+    # One frame
+    if not time_from:
+        scalars = [name for name, v in dataset.variables.items() if v.size == 1 and is_time(v)]
+        named = [name for name in scalars if facts_of(dataset.variables[name])["standard_name"] == "time"]
+        named = named or [name for name in scalars if name in T_NAMES] or scalars
+        if len(named) > 1:
+            raise UserError(
+                f"{path}: {' and '.join(map(str, named))} may be its time; pick with time_from variable:NAME"
+            )
+        if named:
+            return scalar_or_axis(dataset, named[0], None, path)
+    if kind in ("attribute", ""):
+        found = time_attribute(dataset, path, wanted)
+        if found:
+            return found
+        if kind:
+            raise UserError(f"{path}: no attribute {wanted} in it that holds a time; name another in time_from")
+    if kind == "name":
+        return FrameTimes(np.array([time_from_name(path, wanted)]), f"the file's name ({wanted})", "standard")
+    return FrameTimes()
+
+
+def scalar_or_axis(dataset, name, axis, path):
+    """FrameTimes from a variable: over the dimension `axis`, or of one value. UserError: there is none such."""
+    if name not in dataset.variables:
+        raise UserError(f"{path}: no variable {name} in it; it has {', '.join(map(str, dataset.variables))}")
+    variable = dataset.variables[name]
+    values, calendar = coded_times(variable.values, variable.attrs, path)
+    if values is None:
+        raise UserError(f"{path}: {name} holds no times; name another with time_from variable:NAME")
+    what = f"the coordinate {name}" if axis else f"the variable {name}"
+    facts = plain_attributes(
+        {k: v for k, v in variable.attrs.items() if k not in ("units", "calendar", *PACKING, "bounds")}
+    )
+    return FrameTimes(values if values.ndim else values[None], what, calendar, facts)
+
+
+def time_attribute(dataset, path, wanted=""):
+    """FrameTimes from an attribute: of the file, of the field's group, or, in HDF5, of another group. None: there is none.
+
+    wanted   its name, with its group in front: overview/product_datetime_end; "": one of TIME_ATTRIBUTES
+    """
+    attributes = dict(dataset.attrs)
+    if format_of(path) in ("hdf5", "zarr"):
+        attributes = {**group_attributes(path), **attributes}
+    for name in [wanted] if wanted else TIME_ATTRIBUTES:
+        for key, value in attributes.items():
+            if key == name or (key.rpartition("/")[2] == name and not wanted):
+                seconds = time_from_text(plain_attributes({"v": value})["v"])
+                if seconds is not None:
+                    return FrameTimes(np.array([seconds]), f"the attribute {key}", "standard")
+    if not wanted and {"what/date", "what/time"} <= set(attributes):  # ODIM
+        seconds = time_from_text(f"{attributes['what/date']}{attributes['what/time']}")
+        if seconds is not None:
+            return FrameTimes(np.array([seconds]), "the attributes what/date and what/time", "standard")
+    return None
+
+
+def group_attributes(path):
+    """{group/name: value} of the attributes of all groups of an HDF5 or Zarr file."""
+    xarray = import_xarray()
+    options = {"phony_dims": "access", "engine": "h5netcdf"} if format_of(path) == "hdf5" else {"engine": "zarr"}
+    found = {}
+    for group, dataset in xarray.open_groups(path, decode_cf=False, **options).items():
+        found |= {f"{group}/{name}".strip("/"): value for name, value in dataset.attrs.items()}
+        dataset.close()
+    return found

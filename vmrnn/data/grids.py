@@ -1,0 +1,411 @@
+"""Gridded fields: NetCDF, HDF5, Zarr, GRIB and GeoTIFF through xarray, TIFF stacks through tifffile.
+
+    grid = open_grid("radar/*.nc", ["precipitation"])
+    grid.shape                      (T, H, W, C)
+    for frame in grid.frames():     (H, W, C), in the units of the file, NaN where a value is missing
+        ...
+    grid.info                       names, units, coordinates, times: GridInfo
+
+The files follow one another in time. A file is read a few frames at a time.
+"""
+
+import warnings
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vmrnn.data.grid_axes import is_time, levels_of, read_roles
+from vmrnn.data.grid_files import choose_variables, format_of, grid_files, is_field, opened, split_path
+from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
+from vmrnn.data.grid_times import FrameTimes, find_times
+from vmrnn.data.grid_values import PACKING, decode, missing_flags, stored_type
+from vmrnn.data.times import moment, nearest_frames, parse_step, runs_without_gap
+from vmrnn.errors import UserError
+
+BLOCK = 2**22  # values of a variable that are read at once, or more where they are stored in larger pieces
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of one variable makes channels: `letters` are the roles of its dimensions in order, `positions` those of its
+    levels (all dimensions C as one), `flags` the stored numbers that mean missing."""
+
+    variable: str
+    letters: str
+    positions: tuple
+    flags: tuple
+
+
+@dataclass
+class Part:
+    """One file of a gridded field: its frames are one sequence (or, where it has a dimension N, several) of `count`."""
+
+    path: Path
+    sequences: int
+    count: int
+    times: FrameTimes
+
+    @property
+    def frames(self):
+        return self.sequences * self.count
+
+
+@dataclass
+class Grid:
+    """A gridded field in files, opened: what is in it is known, its values are still to be read.
+
+    info          GridInfo; its times are those of all frames in order
+    shape         (T, H, W, C) of all frames
+    dtype         of the frames: a float type where values may be missing
+    breaks        numbers of the frames that begin another sequence: those of a file with a dimension N
+    notes         lines that say how the files were read, for a program's start
+    taken         numbers of the frames in the files that are taken; None: all
+    step          of the times where the frames were taken at a regular one; None: the usual step of the files
+    beyond_fill   counts, by variable, the values that decode left out; complete once all frames were read
+    """
+
+    info: GridInfo
+    shape: tuple
+    dtype: np.dtype
+    breaks: list
+    notes: list
+    parts: list
+    selections: list
+    taken: np.ndarray | None = None
+    step: float | None = None
+    beyond_fill: Counter = field(default_factory=Counter)
+
+    def runs(self):
+        """The runs of frames that follow one another without a gap, a list of (start, stop)."""
+        edges = [0, *self.breaks, self.shape[0]]
+        runs = []
+        for start, stop in pairwise(edges):
+            times = None if self.info.times is None else self.info.times[start:stop]
+            found = [(0, stop - start)] if times is None else runs_without_gap(times, self.step)
+            runs += [(start + a, start + b) for a, b in found]
+        return runs
+
+    def frames(self, start=0, stop=None, bar=None):
+        """Yields the frames start to stop, (H, W, C), one at a time; `bar` (tqdm) counts them."""
+        numbers = np.arange(sum(part.frames for part in self.parts)) if self.taken is None else self.taken
+        yield from self.stored_frames(numbers[start:stop], bar)
+
+    def stored_frames(self, numbers, bar):
+        """Yields the frames with these numbers in the files, which increase."""
+        before = 0
+        for part in self.parts:
+            wanted = numbers[(before <= numbers) & (numbers < before + part.frames)] - before
+            before += part.frames
+            if len(wanted) == 0:
+                continue
+            if bar is not None:
+                bar.set_description(f"decode {part.path.name}", refresh=False)
+            with ExitStack() as stack:
+                fields = [stack.enter_context(opened_field(part.path, s.variable)) for s in self.selections]
+                pixels = int(np.prod(self.shape[1:3]))
+                step = max(1, BLOCK // pixels)
+                for selection, variable in zip(self.selections, fields):
+                    # A compressed piece is read whole, so that it is read once
+                    pieces = variable.encoding.get("chunksizes") or [1] * variable.ndim
+                    piece = dict(zip(selection.letters, pieces)).get("T", 1)
+                    step = max(step, min(piece, 16 * BLOCK // pixels))
+                while len(wanted):
+                    sequence, start = divmod(int(wanted[0]), part.count)
+                    stop = min(start + step, part.count)
+                    here = wanted[wanted < sequence * part.count + stop] - sequence * part.count - start
+                    wanted = wanted[len(here) :]
+                    place = {"N": sequence, "T": slice(start, start + int(here[-1]) + 1)}
+                    block = [self.read(part, s, v, place) for s, v in zip(self.selections, fields)]
+                    for frame in np.concatenate(block, axis=3)[here]:
+                        yield frame
+                        if bar is not None:
+                            bar.update()
+
+    def read(self, part, selection, variable, place):
+        """The frames at `place` of the channels of one selection, (n, H, W, c)."""
+        roles = dict(zip(variable.dims, selection.letters))
+        block = variable.isel({dim: place[letter] for dim, letter in roles.items() if letter in place})
+        try:
+            values, beyond = decode(block, selection.flags, self.dtype)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{part.path}: {selection.variable} cannot be read ({reason}); fetch it again") from error
+        self.beyond_fill[selection.variable] += beyond
+        order = sorted(range(block.ndim), key=lambda i: "TCHW".index(roles[block.dims[i]]))
+        values = values.transpose(order).reshape(-1, len_levels(variable, selection.letters), *self.shape[1:3])
+        return values[:, list(selection.positions)].transpose(0, 2, 3, 1)
+
+
+def len_levels(variable, letters):
+    """How many levels a variable has: the product of its dimensions C."""
+    return int(np.prod([size for size, letter in zip(variable.shape, letters) if letter == "C"], dtype=int))
+
+
+@contextmanager
+def opened_dataset(path, variable):
+    """The group of a file that holds a variable, as a Dataset. UserError: the variable is not there."""
+    group, name = split_path(variable)
+    with opened(path, group, name if format_of(path) == "grib" else "") as dataset:
+        if name not in dataset.variables:
+            found = [f"{group}/{other}".strip("/") for other in dataset.data_vars if is_field(dataset, other)]
+            raise UserError(f"{path}: no variable {variable} in it; it has {', '.join(found) or 'no field there'}")
+        yield dataset
+
+
+@contextmanager
+def opened_field(path, variable):
+    """A variable of a file, still packed, whose values are read when they are asked for."""
+    with opened_dataset(path, variable) as dataset:
+        yield dataset.variables[split_path(variable)[1]]
+
+
+def open_grid(path, variables=(), array_axes="", time_from="", time_step=""):
+    """A gridded field, opened.
+
+    path         a file, a Zarr folder, a folder of files, or a glob; the files follow one another in time
+    variables    names in the order of the channels, with the groups in front (image1/image_data), and with a level
+                 behind where only one is wanted (u@850); empty: the only field of the file
+    array_axes   letters N T C H W of the dimensions in order; "": by name and attributes (read_roles)
+    time_from    as in find_times
+    time_step    such as 10min: the frames nearest to this regular step are taken (times.nearest_frames); "": all
+
+    Returns a Grid. UserError: a file that is missing, damaged or unlike the others, a variable that is not there,
+    dimensions or times that have two readings, times that are there twice.
+    """
+    files = grid_files(path)
+    variables = choose_variables(files[0], variables)
+    first = describe(files[0], variables, array_axes, time_from)
+    parts = [first.part]
+    for file in tqdm(files[1:], "look at files", unit="file", leave=False, dynamic_ncols=True, disable=None):
+        other = describe(file, variables, array_axes, time_from)
+        check_alike(first, other, files[0], file)
+        first.dtype = np.result_type(first.dtype, other.dtype)
+        parts.append(other.part)
+    parts, times, alone = in_order(parts)
+    info = first.info
+    info.times, info.calendar = times, parts[0].times.calendar
+    info.time_source, info.time_facts = parts[0].times.source, parts[0].times.facts
+    lengths = [part.count for part in parts for _ in range(part.sequences)]
+    breaks = [int(end) for end in np.cumsum(lengths)[:-1]] if alone else []
+    shape = (sum(lengths), *first.size[2:], len(info.channels))
+    grid = Grid(info, shape, first.dtype, breaks, notes_of(first, files, shape, breaks), parts, first.selections)
+    if time_step:
+        take_nearest(grid, time_step, path)
+    return grid
+
+
+def take_nearest(grid, time_step, path):
+    """Makes of a Grid one whose frames are the nearest to a regular step. UserError: its frames have no times."""
+    step = parse_step(time_step)
+    if grid.info.times is None:
+        raise UserError(
+            f"{path}: time_step {time_step} needs times, and its frames have none; name them with time_from"
+        )
+    edges, taken, times, breaks = [0, *grid.breaks, grid.shape[0]], [], [], []
+    for start, stop in pairwise(edges):
+        indices, regular = nearest_frames(grid.info.times[start:stop], step)
+        breaks.append(sum(map(len, taken)))
+        taken.append(start + indices)
+        times.append(regular)
+    grid.taken, grid.info.times, grid.step = np.concatenate(taken), np.concatenate(times), step
+    grid.breaks = breaks[1:]
+    total, grid.shape = grid.shape[0], (len(grid.taken), *grid.shape[1:])
+    grid.notes.append(f"time step: {time_step}, of the {total} frames the {len(grid.taken)} nearest")
+
+
+@dataclass
+class Description:
+    """What is in one file.
+
+    info         GridInfo without times
+    part         Part
+    size         (sequences, frames of each, rows, columns)
+    dtype        of all channels together
+    selections   list of Selection, one per variable that was asked for
+    roles        of the dimensions of the first variable
+    facts        what all files must share, {what: text}
+    said         what an HDF5 file says of its values that is not applied
+    """
+
+    info: GridInfo
+    part: Part
+    size: tuple
+    dtype: np.dtype
+    selections: list
+    roles: dict
+    facts: dict
+    said: str
+
+
+def describe(path, variables, array_axes, time_from):
+    """Everything about one file but the values of its fields: a Description."""
+    channels, selections, attributes, dtypes, facts, coordinates, first = [], [], {}, [], {}, {}, None
+    for asked in variables:
+        variable, _, level = asked.partition("@")
+        with opened_dataset(path, variable) as dataset:
+            name = split_path(variable)[1]
+            found = dataset.variables[name]
+            if found.dtype.kind not in "buif":
+                raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another with variables")
+            # Dimensions; those beside the levels are the same for all variables
+            roles = read_roles(dataset, name, array_axes, path)
+            sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}
+            size = sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]
+            if first and size != first[0]:
+                raise UserError(f"{path}: {variable} has {frames_text(size)}, but {variables[0]} {frames_text(first[0])}; "
+                                "name variables that are alike")  # fmt: skip
+            first = first or (size, roles, find_times(dataset, roles, path, time_from))
+            # Channels
+            levels = levels_of(dataset, name, roles, level, path)
+            channels += [Channel(channel_name(variable, value), variable, place, value) for _, place, value in levels]
+            # Values
+            flags, said = missing_flags(path, variable, found.attrs)
+            dtypes.append(stored_type(found.dtype, found.attrs, flags))
+            positions = tuple(position for position, _, _ in levels)
+            selections.append(Selection(variable, "".join(roles.values()), positions, tuple(flags)))
+            # What a forecast is written with
+            attributes.setdefault(variable, field_attributes(found))
+            coordinates = steady_coordinates(dataset, roles) | coordinates
+            file_attributes = plain_attributes(dataset.attrs)
+            facts |= {
+                f"{variable} units": attributes[variable].get("units", ""),
+                f"{variable} dimensions": dims_text(found, roles), f"{variable} values": said,
+                f"{variable} missing": " ".join(map(str, flags)),
+            }  # fmt: skip
+    size, roles, times = first
+    if times.values is not None and times.values.shape[-1] != size[1]:
+        raise UserError(f"{path}: {times.source} has {times.values.shape[-1]} times for {size[1]} frames; name another")
+    dims = {letter: plain_dim(dim, letter) for dim, letter in roles.items()}
+    steady = import_xarray().Dataset(coords=coordinates, attrs=file_attributes)
+    info = GridInfo(channels, attributes, dims["H"], dims["W"], dims.get("T", "time"), {}, "", "", None, steady)
+    part = Part(path, *size[:2], times)
+    return Description(info, part, size, np.result_type(*dtypes), selections, roles, facts, said)
+
+
+def channel_name(variable, level):
+    """t2m, or u@850 for the level {"level": 850}."""
+    values = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in level.values())
+    return f"{variable}@{values}" if values else variable
+
+
+def plain_dim(dim, letter):
+    """The name of a dimension in a forecast: HDF5 that names no dimension gets time, y and x."""
+    return {"T": "time", "H": "y", "W": "x"}.get(letter, str(dim)) if str(dim).startswith("phony_dim") else str(dim)
+
+
+def dims_text(variable, roles):
+    """The dimensions of a variable that all files must share, as text: not the length of time."""
+    return ", ".join(
+        f"{plain_dim(dim, letter)} {variable.sizes[dim]}" for dim, letter in roles.items() if letter != "T"
+    )
+
+
+def frames_text(size):
+    return f"{size[0] * size[1]} frames of {size[2]}x{size[3]}"
+
+
+def field_attributes(variable):
+    """Attributes of a field as its forecast has them: without those that say how values are packed."""
+    facts = plain_attributes({key: value for key, value in variable.attrs.items() if key not in PACKING})
+    if "grid_mapping" in variable.encoding:  # the library has decoded it
+        facts["grid_mapping"] = variable.encoding["grid_mapping"]
+    return facts
+
+
+def steady_coordinates(dataset, roles):
+    """The coordinates and the map projection of a field that do not change with time: {name: (dims, values, attributes)}.
+
+    roles   of the field's dimensions
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoded = import_xarray().decode_cf(dataset, decode_times=False, mask_and_scale=False, decode_coords="all")
+    names = {dim: plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HWC"}
+    kept = {}
+    for key, coordinate in decoded.coords.items():
+        own = [dim for dim in coordinate.dims if dim in roles]
+        # Bounds have a dimension of their own
+        about = all(dim in names for dim in own) and (own or not coordinate.dims)
+        if about and coordinate.dtype.kind in "buifSU" and not is_time(coordinate.variable):
+            facts = {k: v for k, v in dataset.variables[key].attrs.items() if k != "coordinates"}
+            dims = [names.get(dim, dim) for dim in coordinate.dims]
+            kept[str(key)] = (dims, coordinate.values, plain_attributes(facts))
+    return kept
+
+
+def check_alike(first, other, first_path, path):
+    """UserError where a file has other channels, sizes, units or coordinates than the first."""
+    if other.info.names != first.info.names:
+        raise UserError(f"{path}: holds {other.info.names}, but {first_path} {first.info.names}; make them alike")
+    for key, value in first.facts.items():
+        if other.facts[key] != value:
+            raise UserError(f"{path}: {key} {other.facts[key] or 'none'}, but {first_path}: {value or 'none'}; "
+                            "make them alike")  # fmt: skip
+    for name in (first.info.y, first.info.x):
+        ours, theirs = (d.info.coordinates.variables.get(name) for d in (first, other))
+        if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours.values, theirs.values)):
+            raise UserError(f"{path}: its coordinate {name} is not that of {first_path}; they are of different places")
+    mine, its = first.part.times, other.part.times
+    if (mine.values is None) != (its.values is None) or mine.calendar != its.calendar:
+        ways = f"{its.source or 'none'}, not {mine.source or 'none'}"
+        raise UserError(f"{path}: its times are of another kind than those of {first_path} ({ways}); use time_from")
+
+
+def in_order(parts):
+    """Parts in the order of their times.
+
+    Returns (parts, times of all frames or None, whether each sequence of a file stands for itself). Files that each
+    count their frames from the start, without a date, stand for themselves, as do several sequences of one file.
+    UserError: dates that go back or are there twice.
+    """
+    alone = any(part.sequences > 1 for part in parts)
+    if parts[0].times.values is None:
+        return parts, None, alone
+    rows = [np.broadcast_to(part.times.values, (part.sequences, part.count)).ravel() for part in parts]
+    if not alone:
+        order = sorted(range(len(parts)), key=lambda i: rows[i][0])
+        times = np.concatenate([rows[i] for i in order])
+        back = np.flatnonzero(np.diff(times) <= 0)
+        if not len(back):
+            return [parts[i] for i in order], times, False
+        if parts[0].times.calendar:
+            ends = np.cumsum([parts[i].count for i in order])
+            before, after = (
+                parts[order[int(np.searchsorted(ends, at, "right"))]].path for at in (back[0], back[0] + 1)
+            )
+            where = f"after {before}" if before != after else "in itself"
+            raise UserError(f"{after}: time {moment(times[back[0] + 1])} comes twice or goes back, {where}; "
+                            "name files that follow one another")  # fmt: skip
+    if not all(np.all(np.diff(times.reshape(part.sequences, part.count)) > 0) for part, times in zip(parts, rows)):
+        raise UserError(f"{parts[0].path}: {parts[0].times.source} goes back in a sequence; leave it out of the file")
+    return parts, np.concatenate(rows), True
+
+
+def notes_of(first, files, shape, breaks):
+    """Lines that say how files were read."""
+    info, times = first.info, first.info.times
+    words = {"N": "sequences", "T": "time", "C": "channels", "H": "rows", "W": "columns"}
+    read = ", ".join(f"{dim} as {words[letter]}" for dim, letter in first.roles.items())
+    units = ", ".join(f"{name} ({info.units(i) or 'no unit'})" for i, name in enumerate(info.names))
+    notes = [
+        f"{len(files)} file{'s' * (len(files) > 1)}, {shape[0]} frames of {shape[1]}x{shape[2]}, {units}; dimensions: {read}"
+    ]
+    if times is None:
+        notes.append("times: none, the frames follow one another in the order of the files' names")
+    elif info.calendar:
+        notes.append(f"times: {moment(times.min())} to {moment(times.max())}, from {first.part.times.source}")
+    else:
+        notes.append(f"times: the numbers {times.min():g} to {times.max():g}, from {first.part.times.source}")
+    if breaks:
+        notes.append(f"sequences: {len(breaks) + 1}, each stands for itself")
+    if first.said:
+        notes.append(f"values: as stored; the file says {first.said}, which is not applied")
+    flags = sorted({flag for selection in first.selections for flag in selection.flags})
+    if flags:
+        notes.append(f"missing: the stored {', '.join(f'{flag:g}' for flag in flags)}, by the file's attributes")
+    return notes

@@ -1,0 +1,179 @@
+"""Times of frames: where they come from, the gaps between them, and the frames of a regular step.
+
+Times are float64 numbers: seconds since 1970-01-01 in a calendar, or, where a file counts its frames without a date,
+those numbers.
+"""
+
+import re
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from vmrnn.errors import UserError
+
+EPOCH = "seconds since 1970-01-01"
+UNITS = {"": 1, "s": 1, "sec": 1, "second": 1,
+         "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}  # fmt: skip
+# The forms in which files write a time as text. No other form is guessed: 03/04/2020 has two readings.
+TEXT_FORMS = (
+    "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S.%f", "%Y-%m-%d %H:%M:%S.%f", "%Y-%m-%dT%H:%M",
+    "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y%m%d%H%M%S", "%Y%m%d%H%M", "%Y%m%dT%H%M%S", "%Y%m%d %H%M%S", "%Y%m%d",
+    "%d-%b-%Y;%H:%M:%S.%f", "%d-%b-%Y %H:%M:%S",
+)  # fmt: skip
+# What each directive of a file name's form stands for
+DIRECTIVES = {"Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{2}", "d": r"\d{2}", "H": r"\d{2}", "M": r"\d{2}", "S": r"\d{2}",
+              "j": r"\d{3}", "b": "[A-Za-z]{3}", "f": r"\d{1,6}", "s": r"\d{9,11}"}  # fmt: skip
+
+
+def time_from_text(text):
+    """Seconds since 1970-01-01 of a text in one of TEXT_FORMS (UTC unless it says otherwise), or None."""
+    text = str(text).strip().removesuffix("UTC").strip()
+    if text.endswith("Z"):
+        text = text[:-1]
+    zone = re.search(r"[T ].*([+-])(\d{2}):?(\d{2})$", text)
+    offset = 0
+    if zone:
+        text = text[: zone.start(1)].strip()
+        offset = (1 if zone[1] == "+" else -1) * (3600 * int(zone[2]) + 60 * int(zone[3]))
+    for form in TEXT_FORMS:
+        try:
+            return datetime.strptime(text, form).replace(tzinfo=UTC).timestamp() - offset
+        except ValueError:
+            continue
+    return None
+
+
+def time_from_name(path, form):
+    """Seconds since 1970-01-01 (UTC) that the name of a file holds in a form such as %Y%m%d%H%M.
+
+    path   of the file. A form with a slash is looked for in the whole path, others in the file's name.
+    form   directives of strptime: %Y %y %m %d %H %M %S %j %b %f, and %s for seconds since 1970
+
+    UserError: an unknown directive, and a name that holds no such time or several.
+    """
+    text = Path(path).as_posix() if "/" in form else Path(path).name
+    parts = re.split("(%.)", form)
+    unknown = [part for part in parts[1::2] if part[1] not in DIRECTIVES]
+    if unknown or len(parts) == 1:
+        known = " ".join(f"%{letter}" for letter in DIRECTIVES)
+        raise UserError(f"time_from name:{form}: {' '.join(unknown) or 'no directive'}; the directives are {known}")
+    pattern = "".join(DIRECTIVES[part[1]] if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    found = set()
+    for match in re.finditer(rf"(?<!\d)(?=({pattern})(?!\d))", text):
+        try:
+            found.add(
+                float(match[1]) if form == "%s" else datetime.strptime(match[1], form).replace(tzinfo=UTC).timestamp()
+            )
+        except ValueError:  # digits that are no time
+            continue
+    if len(found) != 1:
+        raise UserError(f"{path}: time_from name:{form} fits {len(found) or 'no'} place{'s' * (len(found) > 1)} of the "
+                        "name; give more of the name around the time")  # fmt: skip
+    return found.pop()
+
+
+def parse_step(text):
+    """Seconds of a time step such as 10min, 1h, 30s or 1d; a bare number counts in the unit of the times themselves.
+
+    UserError: another text, or a step that is not above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    scale = match and (UNITS.get(match[2]) or UNITS.get(match[2].removesuffix("s")))
+    if not scale or float(match[1]) <= 0:
+        raise UserError(f"time_step {text!r}: give a number and s, min, h or d, such as 10min")
+    return float(match[1]) * scale
+
+
+def usual_step(times):
+    """The step that most frames are apart: the median of the steps, or None of fewer than two frames."""
+    return float(np.median(np.diff(times))) if len(times) > 1 else None
+
+
+def runs_without_gap(times, step=None):
+    """The runs of frames between gaps, a list of (start, stop).
+
+    times   float (T,), increasing
+    step    that the frames should be apart; None: their usual step
+
+    Two frames are in one run if they are more than half and less than one and a half usual steps apart. Months of 28 to
+    31 days are thus one run.
+    """
+    if len(times) < 2:
+        return [(0, len(times))]
+    steps, usual = np.diff(times), step or usual_step(times)
+    cuts = np.flatnonzero((steps <= 0.5 * usual) | (steps >= 1.5 * usual)) + 1
+    edges = [0, *map(int, cuts), len(times)]
+    return list(pairwise(edges))
+
+
+def sequences_in(runs, total):
+    """How many sequences of `total` frames the runs hold."""
+    return sum(max(0, stop - start - total + 1) for start, stop in runs)
+
+
+def nearest_frames(times, step):
+    """The frames nearest to a regular step, and the times that they then stand for.
+
+    times   float (T,), increasing
+    step    of the regular times, which start at the first frame; in the unit of `times`
+
+    Returns (indices, regular times), both (n,). A regular time without a frame within half a step is left out, so a gap
+    stays a gap. UserError: a step that is shorter than that of the frames.
+    """
+    usual = usual_step(times)
+    if usual and step < 0.75 * usual:
+        raise UserError(f"time_step is {span(step)}, but the frames are {span(usual)} apart; give that or a longer one")
+    slots = np.floor((times - times[0]) / step + 0.5)
+    distance = np.abs(times - times[0] - slots * step)
+    order = np.lexsort((distance, slots))  # by slot, the nearest frame of each first
+    first = np.unique(slots[order], return_index=True)[1]
+    indices = order[first]
+    return indices, times[0] + slots[indices] * step
+
+
+def later_times(times, count, calendar=None):
+    """The times of the `count` frames that follow: the last time plus the usual step, again and again.
+
+    times      float (T,), at least two
+    calendar   of the times: None where they count frames, else the CF name
+
+    Frames that are whole calendar months apart go on by months (standard calendars only).
+    """
+    if calendar in ("standard", "gregorian", "proleptic_gregorian"):
+        stamps = np.round(np.asarray(times) * 1000).astype("datetime64[ms]")
+        months = stamps.astype("datetime64[M]")
+        into = stamps - months.astype("datetime64[ms]")
+        by = np.unique(np.diff(months.astype(int)))
+        if len(by) == 1 and by[0] > 0 and len(np.unique(into)) == 1 and into[0] < np.timedelta64(28, "D"):
+            later = months[-1] + by[0] * np.arange(1, count + 1)
+            return (later.astype("datetime64[ms]") + into[0]).astype("int64") / 1000.0
+    return times[-1] + usual_step(times) * np.arange(1, count + 1)
+
+
+def span(seconds):
+    """A span of time as a person writes it: 300 -> 5 min."""
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size and (seconds / size) % 0.5 == 0:
+            return f"{seconds / size:g} {name}"
+    return f"{seconds:g} s"
+
+
+def moment(seconds):
+    """A time as text, to the second: 1604102400 -> 2020-10-31 00:00:00."""
+    return str(np.datetime64(round(seconds), "s")).replace("T", " ")
+
+
+def describe_gaps(runs, total):
+    """What the gaps cost, for the line at a program's start.
+
+    runs    (start, stop) of each run of frames between gaps, in order
+    total   frames of a sequence
+    """
+    gaps = len(runs) - 1
+    if not gaps:
+        return "no gap"
+    frames = sum(stop - start for start, stop in runs)
+    cost = sequences_in([(0, frames)], total) - sequences_in(runs, total)
+    return f"{gaps} gap{'s' * (gaps > 1)}, which cost{'s' * (gaps == 1)} {cost} sequences of {total} frames"
