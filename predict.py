@@ -1,12 +1,12 @@
-"""Forecast what follows the frames of a file; no labels are needed.
+"""Forecast the frames that follow those of a file. No labels are needed.
 
     python predict.py --checkpoint exps/x/best.safetensors --input clip.avi --horizon 10
     python predict.py --checkpoint exps/x/best.safetensors --input frames/ --horizon 20 --output next.npz next.gif next.mp4
     python predict.py --checkpoint trained_model_state_dict --config configs/moving_mnist_d.toml --input x.npy --horizon 10
                                                                         a published file plus its configuration
---input is a video, a folder of images, a .npy or a .npz (T, H, W[, C]); every frame of it is observed, in order, at
-its own size. A .npz output holds `forecast`, (N, H, W) or (N, H, W, C), in the units and the type of the input (whole
-numbers are rounded); .gif and .mp4 show the same frames, the data range as black to white.
+--input is a video, a folder of images, a .npy or a .npz (T, H, W[, C]). Every frame is observed, in order, at its own
+size. A .npz output holds `forecast`, (N, H, W) or (N, H, W, C), in the units and the type of the input; whole numbers are
+rounded. .gif and .mp4 show the same frames: low of the data range is black, high is white.
 """
 
 import logging
@@ -25,7 +25,7 @@ from vmrnn.runtime import describe_device, run_program
 log = logging.getLogger("vmrnn")
 
 OUTPUTS = (".npz", ".gif", ".mp4")
-GREY = np.array([0.299, 0.587, 0.114])  # of red, green, blue: ITU-R 601, as video decoders and image libraries have it
+GREY = np.array([0.299, 0.587, 0.114])  # weights of red, green, blue (ITU-R 601), as video decoders use them
 
 
 def parse_arguments(argv=None):
@@ -34,7 +34,7 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--config", metavar="FILE.toml", help="the network's configuration, where the weights hold none"
     )
-    parser.add_argument("--input", metavar="FILE", required=True, help="what to go on from")
+    parser.add_argument("--input", metavar="FILE", required=True, help="the frames to continue")
     parser.add_argument("--array_key", metavar="NAME", default="", help="the array of a .npz that holds several")
     parser.add_argument("--horizon", type=int, metavar="N", required=True, help="frames to forecast")
     parser.add_argument(
@@ -59,14 +59,14 @@ def parse_arguments(argv=None):
 
 
 def in_channels(frame, channels):
-    """A frame (H, W, C) with as many channels as the network takes: colours become grey where it takes one."""
+    """A frame (H, W, C) as the network takes it: colours become grey if the network takes one channel."""
     if frame.shape[-1] == 3 and channels == 1:
         return as_type(frame @ GREY, frame.dtype)[..., None]
     return frame
 
 
 def as_type(values, dtype):
-    """Values in another type of numbers: whole ones are rounded, and kept within what the type holds."""
+    """Values as another type of numbers. For whole numbers they are rounded, and clipped to what the type holds."""
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
         return np.rint(values).clip(limits.min, limits.max).astype(dtype)
@@ -101,7 +101,7 @@ def main(argv=None):
     if frames.shape[1:3] != trained:
         log.info("note       the network was trained on frames of %dx%d", *trained)
     for path in args.output:
-        path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be made should fail before the work
+        path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made fails before the work
     for frame in frames:
         forecaster.observe(in_channels(frame, forecaster.model.in_chans))
     forecast = forecaster.forecast_in_unit(args.horizon)

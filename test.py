@@ -1,12 +1,12 @@
-"""Test a VMRNN: metrics overall and per lead time, pictures, beside two baselines.
+"""Test a trained network: metrics overall and per lead time, and pictures, beside two baselines.
 
     python test.py --checkpoint exps/quickstart/best.safetensors        configuration read from the file
     python test.py --checkpoint exps/x/best.safetensors --test_data_dir data/mnist_test_seq.npy
     python test.py --checkpoint trained_model_state_dict --model VMRNN-D --test_data_dir data/mnist_test_seq.npy
                                                                         a published file plus flags
 Writes report.html (one file to open or to send: figures, curves, a player, how it was made), metrics.json,
-lead_times.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the
-checkpoint). Baselines: a black frame, and the last input frame repeated.
+lead_times.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the checkpoint).
+The baselines are a black frame and the last input frame, repeated.
 """
 
 import logging
@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
 
 
 def table(results, conventions):
-    """Lines of text: a row a metric with its convention, a column a forecast."""
+    """The figures as lines of text: one row per metric with its convention, one column per forecast."""
     lines = ["  ".join(["metric".ljust(12)] + [LABELS[k].rjust(16) for k in results] + ["convention"])]
     for name in results["model"]["mean"]:
         values = [f"{result['mean'][name]:16.4f}" for result in results.values()]
@@ -74,7 +74,7 @@ def main(argv=None):
 
     log.info("checkpoint %s (%s)", path, config.model)
     log.info("data       %s", test_set)
-    errors = []  # of each sequence, in the data set's order: mse, mean over the lead times that have one
+    errors = []  # mse of each sequence, in the order of the data set: the mean over lead times with known pixels
 
     def pictures(step, inputs, targets, forecast):
         for i in range(min(len(inputs), strips - len(errors))):
@@ -96,7 +96,7 @@ def main(argv=None):
     for line in table(results, conventions):
         log.info(line)
 
-    # The sequences for the report are known only now: they are forecast once more.
+    # Only now is it known which sequences the report shows, so these are forecast again.
     roles = pick(errors)
     sequences = []
 

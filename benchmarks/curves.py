@@ -9,7 +9,7 @@ Reads log.jsonl of each run folder; seconds are of the run's own machine, pauses
 import argparse
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from vmrnn.errors import UserError
 from vmrnn.metrics import better
@@ -38,7 +38,8 @@ def main():
     parser.add_argument("--output", default="curves.png")
     args = parser.parse_args()
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    figure = Figure((9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for run in args.runs:
         samples, seconds, values = points(run, args.metric)
         best = (max if better(args.metric) == "higher" else min)(values)

@@ -89,7 +89,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(written):
 def test_sprites_hold_the_frames(monkeypatch, width):
     monkeypatch.setattr(report, "SPRITE_WIDTH", width)
     inputs, targets, forecast = random_sequence(0)
-    made = report.sequence("best", 7, inputs, targets, forecast, white=1.0, limit=1.0)
+    made = report.for_player("best", 7, inputs, targets, forecast, white=1.0, limit=1.0)
     grey = [(255 * x[:, 0]).round().to(torch.uint8).numpy() for x in (inputs, forecast)]
     for t in range(GIVEN):
         assert (frame_of(made["truth"], t) == grey[0][t][..., None]).all()
@@ -115,7 +115,7 @@ def test_fields_of_small_values_are_shown_brighter():
     rain[1, 0, 5, 5] = torch.nan
     assert pictures.white_level([rain]) == pytest.approx(0.2)
     assert pictures.white_level([rain, rain + 0.5]) == pictures.white_level([rain.repeat(1, 3, 1, 1)]) == 1
-    made = report.sequence("best", 0, rain[:1], rain[1:], rain[:1], white=0.2, limit=1.0)
+    made = report.for_player("best", 0, rain[:1], rain[1:], rain[:1], white=0.2, limit=1.0)
     assert np.asarray(Image.open(io.BytesIO(base64.b64decode(made["forecast"]["uri"].split(",")[1]))))[0, 0] == 255
 
 

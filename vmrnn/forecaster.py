@@ -114,7 +114,7 @@ class Forecaster:
     def forecast_in_unit(self, horizon):
         """`forecast` on the network's scale [0, 1]."""
         if self._coming is None:
-            raise UserError("forecast() before observe(): there is nothing to go on from")
+            raise UserError("forecast() before observe(): there is nothing to continue")
         if horizon < 1:
             raise UserError(f"a forecast of {horizon} frames: ask for 1 or more")
         frames, states = [self._coming], self._states

@@ -4,27 +4,32 @@ import json
 from pathlib import Path
 
 import av
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # not pyplot, which keeps figures in global state and looks for a display
 from PIL import Image
-
-matplotlib.use("Agg")  # no window is ever opened
-import matplotlib.pyplot as plt
 
 from vmrnn.files import replacing
 
-MISSING = (0.78, 0.82, 0.88)  # the colour of a missing pixel, found in no grey frame
-LEAST_LIMIT = 0.01  # of the values that colours span, so that rounding is not painted red
+MISSING = (0.78, 0.82, 0.88)  # colour of a missing pixel; no grey frame holds it
+LEAST_LIMIT = 0.01  # smallest error that gets the full colour, so that rounding errors stay pale
 
 
 def save_strip(path, inputs, targets, forecast, title=""):
-    """PNG of one sequence: rows input, truth, forecast and difference (blue too dark, red too bright)."""
+    """Draw one sequence as a PNG with four rows: input, truth, forecast, and the difference of the last two.
+
+    path                        file to write
+    inputs, targets, forecast   (T, C, H, W) each; the difference is blue where the forecast is too dark, red where it
+                                is too bright
+    title                       text above the rows
+    """
     difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
     rows = {"input": inputs, "truth": targets, "forecast": forecast, "difference": difference}
     columns = max(len(frames) for frames in rows.values())
     height = 1.1 * len(rows) + 0.4
-    figure, axes = plt.subplots(len(rows), figsize=(0.7 + 1.05 * columns, height), layout="constrained")
+    figure = Figure((0.7 + 1.05 * columns, height), layout="constrained")
+    axes = figure.subplots(len(rows))
     for axis, (name, frames) in zip(axes, rows.items()):
         axis.imshow(side_by_side(frames, columns), interpolation="nearest", vmin=0, vmax=1)
         axis.set_ylabel(name, fontsize=9)
@@ -36,7 +41,13 @@ def save_strip(path, inputs, targets, forecast, title=""):
 
 
 def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200):
-    """GIF of one sequence: truth, forecast and difference side by side, after the input frames."""
+    """Draw one sequence as a GIF: truth, forecast and difference side by side, after the input frames.
+
+    path                        file to write
+    inputs, targets, forecast   (T, C, H, W) each
+    pixels                      smaller frames are enlarged to about this side
+    milliseconds                time per frame; the last frame stays five times as long
+    """
     difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
     blank = np.ones_like(inputs)
@@ -52,38 +63,52 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
 
 
 def save_video(path, frames, kind, pixels=256, fps=5):
-    """The frames as a GIF (kind ".gif") or an H.264 MP4 (".mp4"), enlarged to about `pixels` where they are smaller."""
+    """Write frames as a film.
+
+    path     file to write
+    frames   (T, C, H, W)
+    kind     ".gif", or ".mp4" for H.264
+    pixels   smaller frames are enlarged to about this side
+    fps      frames per second
+    """
     images = as_images(frames)
     images = as_bytes(images, max(1, pixels // max(images.shape[1:3])))
     if kind == ".gif":
         save_gif(path, images, 1000 // fps)
         return
     height, width = images.shape[1:3]
-    images = np.pad(images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colours
+    images = np.pad(
+        images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge"
+    )  # even sides: H.264 halves the resolution of the colours
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
         stream.height, stream.width = images.shape[1:3]
-        stream.pix_fmt = "yuv420p"  # what every player takes
+        stream.pix_fmt = "yuv420p"  # every player can show it
         for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
 def as_bytes(images, scale):
-    """Images (T, H, W, 3) in [0, 1] as uint8, each pixel a square of `scale`."""
+    """Images (T, H, W, 3) in [0, 1] as uint8. Every pixel becomes a square of `scale` pixels."""
     return (255 * images.clip(0, 1)).round().astype(np.uint8).repeat(scale, 1).repeat(scale, 2)
 
 
 def save_gif(path, images, milliseconds):
-    """images: uint8 (T, H, W, 3); milliseconds of each, or of every one."""
+    """Write images, uint8 (T, H, W, 3), as a GIF; milliseconds: the time per frame, one number or a list."""
     first, *rest = map(Image.fromarray, images)
     first.save(path, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
 
 
 def save_lead_times(path, results, names):
-    """PNG with one panel a metric: its value at each lead time, a line for each entry of
-    results = {label: Metrics.compute()}."""
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)
+    """Draw metrics by lead time as a PNG, one panel per metric.
+
+    path      file to write
+    results   {label: Metrics.compute()}, one line per label
+    names     metrics to draw
+    """
+    figure = Figure((3.2 * len(names), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names):
         for label, result in results.items():
             values = result["per_frame"][name]
@@ -95,9 +120,10 @@ def save_lead_times(path, results, names):
 
 
 def save_curve(path, log_file):
-    """PNG of the loss against the samples seen, from a run's log.jsonl."""
+    """Draw the losses of a run's log.jsonl by the number of samples seen, as a PNG."""
     entries = read_log(log_file)
-    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    figure = Figure((5, 3), layout="constrained")
+    axis = figure.subplots()
     for name, label, marker in (("train_loss", "training", ""), ("valid_loss", "validation", ".")):
         points = [(e["samples"], e[name]) for e in entries if name in e]
         axis.plot(*zip(*points), marker=marker, label=label)
@@ -113,50 +139,54 @@ def read_log(path):
 
 
 def save(figure, path):
+    """Write a matplotlib figure as a PNG."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
 
 
 def shown_channels(frames):
-    """(T, C, H, W) -> float32 (T, H, W, 3 or 1): three channels are colours, of any other number the first is shown."""
+    """(T, C, H, W) -> float32 (T, H, W, 3 or 1). Three channels are colours. Of any other number the first is shown."""
     frames = np.asarray(frames, dtype=np.float32)
     return (frames if frames.shape[1] == 3 else frames[:, :1]).transpose(0, 2, 3, 1)
 
 
 def as_images(frames):
-    """(T, C, H, W) -> (T, H, W, 3), colours or grey; a missing pixel has the colour MISSING."""
+    """(T, C, H, W) -> (T, H, W, 3), in colour or grey. A missing pixel has the colour MISSING."""
     images = shown_channels(frames)
     return np.where(np.isnan(images).any(-1, keepdims=True), np.float32(MISSING), images)
 
 
 def signed_colours(forecast, targets, limit=1.0):
-    """(T, H, W, 3): blue where the forecast is too dark, red where too bright, full colour from an error of `limit`."""
+    """The errors of a forecast as colours (T, H, W, 3): blue where it is too dark, red where it is too bright.
+
+    forecast, targets   (T, C, H, W)
+    limit               errors from here on get the full colour
+    """
     difference = (shown_channels(forecast) - shown_channels(targets)).mean(-1)
-    colours = matplotlib.colormaps["RdBu_r"](difference / (2 * limit) + 0.5)[..., :3].astype(np.float32)
+    colours = colormaps["RdBu_r"](difference / (2 * limit) + 0.5)[..., :3].astype(np.float32)
     return np.where(np.isnan(difference)[..., None], np.float32(MISSING), colours)
 
 
 def error_limit(pairs):
-    """The error of full colour for some (forecast, targets): the largest but for one pixel in a thousand."""
+    """The 99.9th percentile of the absolute error over pairs (forecast, targets). It gets the full colour."""
     return max(LEAST_LIMIT, nearly_largest(np.abs(shown_channels(f) - shown_channels(t)).mean(-1) for f, t in pairs))
 
 
 def white_level(frames):
-    """The value to show as white for some fields (T, C, H, W): 1, but less for those of small values, such as rain."""
+    """The value to show as white for some fields (T, C, H, W): 1, or less if the values are small, such as rain."""
     frames = list(map(shown_channels, frames))
     largest = nearly_largest(frames)
     return 1.0 if largest > 0.5 or any(f.shape[-1] == 3 for f in frames) else max(LEAST_LIMIT, largest)
 
 
 def nearly_largest(arrays):
-    """The largest value but for one in a thousand and NaN; 0 where there is none."""
+    """The 99.9th percentile of some arrays without their NaN, at least 0."""
     values = np.concatenate([np.zeros(1, np.float32), *(array.ravel() for array in arrays)])
     return float(np.nanquantile(values, 0.999))
 
 
 def side_by_side(frames, columns, gap=2):
-    """(T, H, W, 3) -> one (H, columns * (W + gap), 3) picture on white."""
+    """Frames (T, H, W, 3) in one row on white: (H, columns * (W + gap) - gap, 3)."""
     T, H, W, _ = frames.shape
     canvas = np.ones((H, columns * (W + gap) - gap, 3), dtype=np.float32)
     for t, frame in enumerate(frames):

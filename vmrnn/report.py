@@ -1,6 +1,6 @@
-"""report.html of a test: one file that shows everything without a network or a server.
+"""report.html of a test: one file that shows everything. It needs neither the internet nor a server.
 
-The page is vmrnn/report.html with a JSON object put in; its own script draws tables, curves and the player.
+The page is vmrnn/report.html with a JSON object put in. The script of the page draws tables, curves and the player.
 """
 
 import base64
@@ -22,10 +22,10 @@ from vmrnn.metrics import figure
 from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
 
 TEMPLATE = Path(__file__).with_name("report.html")
-PLACE = '"the data"'  # of the JSON object in the template
-SPRITE_WIDTH = 4096  # pixels; wider ones are refused by some browsers
+PLACEHOLDER = '"the data"'  # the template has it where the JSON object belongs
+SPRITE_WIDTH = 4096  # pixels; some browsers refuse wider images
 
-# Figures that others published, by data set: what must be equal for a comparison, and what is compared.
+# Published figures by data set. "setting": options that must be equal for a comparison. "metrics": what is compared.
 PUBLISHED = {
     "moving_mnist": {
         "setting": {
@@ -46,13 +46,17 @@ PUBLISHED = {
         "rows": {"VMRNN-B": [0.2887, 14.69, 0.9858]},
     },
 }  # fmt: skip
-MOVING_MNIST_MD5 = "be083ec986bfe91a449d63653c411eb2"  # of mnist_test_seq.npy
+MOVING_MNIST_MD5 = "be083ec986bfe91a449d63653c411eb2"  # mnist_test_seq.npy
 
 
 def published(config, mean):
-    """The published table beside this run's means: {"metrics", "rows", "note"}; None where nothing is comparable.
+    """The published figures beside those of this test.
 
-    config: a dict. The note says whether the test set is the published one.
+    config   dict of options
+    mean     {metric: figure} of this test
+
+    Returns {"metrics", "rows", "note"}; the note says whether the test set is the published one. None: no published
+    figures are of the same task.
     """
     table = PUBLISHED.get(config["dataset"])
     if table is None or any(config[key] != value for key, value in table["setting"].items()):
@@ -81,20 +85,20 @@ def md5(path):
 
 
 def pick(errors):
-    """{"best": index, "median": index, "worst": index} of sequences by their errors, each index once.
+    """The sequences to show: {"best": index, "median": index, "worst": index}, each index once.
 
-    A NaN, of a sequence with nothing to compare, is never picked.
+    errors   the error of each sequence; NaN (nothing to compare) is never picked
     """
     order = sorted((i for i, error in enumerate(errors) if not math.isnan(error)), key=errors.__getitem__)
     roles = {}
-    for role, place in (("best", 0), ("worst", -1), ("median", (len(order) - 1) // 2)):
-        if order and order[place] not in roles.values():
-            roles[role] = order[place]
+    for role, rank in (("best", 0), ("worst", -1), ("median", (len(order) - 1) // 2)):
+        if order and order[rank] not in roles.values():
+            roles[role] = order[rank]
     return {role: roles[role] for role in ("best", "median", "worst") if role in roles}
 
 
 def versions():
-    """{what: version} of what the figures depend on."""
+    """{name: version} of the software that the figures depend on."""
     found = {"Python": platform.python_version(), "system": platform.platform()}
     found |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "timm")}
     if revision := git_revision():
@@ -103,7 +107,7 @@ def versions():
 
 
 def git_revision():
-    """The commit of the code, with -dirty where files were changed; "" outside a git checkout."""
+    """The commit of the code, with -dirty if files were changed since; "" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=TEMPLATE.parent, capture_output=True, text=True)
@@ -112,10 +116,14 @@ def git_revision():
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def sequence(role, index, inputs, targets, forecast, white, limit):
-    """What the player needs of one sequence, frames (T, C, H, W) in [0, 1].
+def for_player(role, index, inputs, targets, forecast, white, limit):
+    """What the player needs of one sequence.
 
-    white: the value that is shown as white. limit: errors are coloured up to +-limit.
+    role                        best, median or worst
+    index                       position in the test set
+    inputs, targets, forecast   (T, C, H, W) in [0, 1], NaN for missing pixels
+    white                       value that is shown as white
+    limit                       errors from here on get the full colour
     """
     return {
         "role": role,
@@ -130,7 +138,7 @@ def sequence(role, index, inputs, targets, forecast, white, limit):
 
 
 def sprite(images):
-    """{"columns", "uri"}: pictures (T, H, W, 3) in [0, 1] row by row in one PNG, as a data URI."""
+    """Pictures (T, H, W, 3) in [0, 1] in one PNG, row by row: {"columns": pictures per row, "uri": data URI}."""
     T, H, W, _ = images.shape
     columns = max(1, min(T, SPRITE_WIDTH // W))
     pixels = np.zeros((-(-T // columns) * H, columns * W, 3), np.uint8)
@@ -148,9 +156,15 @@ def sprite(images):
 def write_report(path, *, title, facts, conventions, results, sequences, config, command):
     """Write the page.
 
-    facts: {label: text}, shown under the title. conventions: {metric: text}. results: {label: Metrics.compute()},
-    the forecast's first. sequences: [(role, index, inputs, targets, forecast)], tensors (T, C, H, W) in [0, 1] on the
-    CPU, NaN for missing pixels. config: a dict. command: the exact command line.
+    path          file to write
+    title         heading
+    facts         {label: text}, shown under the title
+    conventions   {metric: what it measures}
+    results       {label: Metrics.compute()}, the forecast first
+    sequences     [(role, index, inputs, targets, forecast)]; tensors (T, C, H, W) in [0, 1] on the CPU, NaN for missing
+                  pixels
+    config        dict of options
+    command       the exact command line
     """
     first = next(iter(results.values()))
     limit = error_limit([(forecast, targets) for *_, targets, forecast in sequences])
@@ -161,7 +175,7 @@ def write_report(path, *, title, facts, conventions, results, sequences, config,
         "conventions": conventions,
         "results": results,
         "published": published(config, first["mean"]),
-        "sequences": [sequence(*parts, white, limit) for parts in sequences],
+        "sequences": [for_player(*shown, white, limit) for shown in sequences],
         "white": white,
         "limit": limit,
         "channels": config["input_channels"],
@@ -172,11 +186,11 @@ def write_report(path, *, title, facts, conventions, results, sequences, config,
     # "</script>" in a text would end the page's JSON early
     text = strict_json(page).replace("<", "\\u003c")
     with replacing(path) as temporary:
-        temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text), encoding="utf-8")
+        temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text), encoding="utf-8")
 
 
 def strict_json(value, indent=None):
-    """JSON with null for numbers that are not finite, which the format does not know."""
+    """JSON text of a value, with null for numbers that are not finite: JSON has no NaN and no infinity."""
 
     def finite(value):
         if isinstance(value, dict):
