@@ -63,7 +63,7 @@ def main(argv=None):
     device = next(model.parameters()).device
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
-    test_set = build_dataset("test", length=config.test_sequences, **config.data_options)
+    test_set = build_dataset("test", config)
     config.data_range = list(test_set.data_range)
     metrics = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, test_set.value_range, config.lpips)
     conventions = {metric.name: str(metric) for metric in metrics}

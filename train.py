@@ -140,9 +140,9 @@ def train(config, weights, resumed, device, signals):
 
     # Data
     with distributed.rank_zero_first():  # one process decodes and fetches for all
-        train_set = build_dataset("train", length=config.train_sequences, **config.data_options)
+        train_set = build_dataset("train", config)
         config.data_range = list(train_set.data_range)  # the checkpoint says how its numbers become data again
-        valid_set = build_dataset("valid", length=config.valid_sequences, **config.data_options)
+        valid_set = build_dataset("valid", config, train_set.value_range)
     metrics = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, valid_set.value_range, config.lpips)
     micro_batch, parts = share_of_batch(config)
     place = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}

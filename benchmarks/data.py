@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks.timing import median_wall_seconds
-from dataset import MovingMNIST, load_digits, make_loader, select_digits
+from dataset import make_loader
+from vmrnn.data.moving_mnist import MovingMNIST, load_digits, select_digits
 from vmrnn.runtime import cpu_name
 
 ROUNDS = 7

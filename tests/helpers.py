@@ -1,5 +1,6 @@
 """What several test files need. A test file imports from here and never from another test file."""
 
+import struct
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -143,3 +144,53 @@ def fresh_scan_inputs(B, H, W, Di, N, R, dtype=torch.float32, device="cpu", seed
     tensors[3] = dt + torch.log(-torch.expm1(-dt))
     tensors[4] = torch.log(torch.arange(1.0, N + 1) * uniform(0.5, 2, 4, Di, N))
     return [t.to(device, dtype).requires_grad_() for t in tensors]
+
+
+# Data
+
+
+def data_set(split, length=None, value_range=None, **options):
+    """build_dataset with its options as keywords: `length` sequences of the split, built-in digits unless others are named."""
+    from dataset import build_dataset
+    from vmrnn.config import Config
+
+    if length is not None:
+        options[f"{split}_sequences"] = length
+    return build_dataset(split, Config(**({"train_data_dir": "builtin"} | options)), value_range)
+
+
+def batches(loader):
+    return [(inputs.clone(), targets.clone()) for inputs, targets in loader]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def idx3(images, magic=2051, shape=None):
+    return struct.pack(">4I", magic, *(shape or images.shape)) + images.tobytes()
+
+
+def write_video(path, frames, codec="ffv1", pixels=None):
+    """A video of frames (T, H, W, C). The codec ffv1 keeps every value."""
+    import av
+
+    grey = frames.shape[-1] == 1
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixels or ("gray" if grey else "bgr0")
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame[..., 0] if grey else frame, format="gray" if grey else "rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def write_images(folder, frames, name="frame_{}.png"):
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, frame in enumerate(frames, 1):
+        Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(folder / name.format(i))

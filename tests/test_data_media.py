@@ -1,10 +1,8 @@
 """Reading videos, images and arrays: what was written comes back, and what is broken says so in one line."""
 
-import av
 import numpy as np
 import pytest
-from PIL import Image
-from test_dataset import shared
+from helpers import shared, write_images, write_video
 
 from vmrnn.data.media import files_in, image_frames, npz_member, read_frames, video_frames
 from vmrnn.errors import UserError
@@ -12,25 +10,6 @@ from vmrnn.errors import UserError
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (12, 16, 20, 1), dtype=np.uint8)
 COLOUR = RNG.integers(0, 256, (12, 16, 20, 3), dtype=np.uint8)
-
-
-def write_video(path, frames, codec="ffv1", pixels=None):
-    """A video of frames (T, H, W, C); ffv1 keeps every value."""
-    grey = frames.shape[-1] == 1
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixels or ("gray" if grey else "bgr0")
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame[..., 0] if grey else frame, format="gray" if grey else "rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-
-
-def write_images(folder, frames, name="frame_{}.png"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, frame in enumerate(frames, 1):
-        Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(folder / name.format(i))
 
 
 @pytest.mark.parametrize("frames", [GREY, COLOUR], ids=["grey", "colour"])

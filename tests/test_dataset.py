@@ -12,22 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same, batches, data_set, idx3, shared
 from hypothesis import given, settings, strategies as st
 
 import dataset
-from dataset import MovingMNIST, MovingMNISTFile, build_dataset, load_digits, make_loader
+from dataset import make_loader
 from vmrnn.data.draws import splitmix64, uniform_draws
-from vmrnn.data.moving_mnist import resize_digits, select_digits
+from vmrnn.data.moving_mnist import MovingMNIST, MovingMNISTFile, load_digits, resize_digits, select_digits
+from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.metrics import METRICS, Metrics
-
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-
-
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not there: real data that is not ours to redistribute")
-    return SHARED / name
 
 
 @functools.cache
@@ -38,20 +32,6 @@ def builtin():
 def small(**changes):
     options = dict(length=23, canvas=(20, 28), digit_size=9, num_frames_input=3, num_frames_output=4)
     return MovingMNIST(builtin(), **(options | changes))
-
-
-def batches(loader):
-    return [(inputs.clone(), targets.clone()) for inputs, targets in loader]
-
-
-def assert_same(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
-
-def idx3(images, magic=2051, shape=None):
-    return struct.pack(">4I", magic, *(shape or images.shape)) + images.tobytes()
 
 
 # Draws and order
@@ -142,8 +122,8 @@ def test_ranks_share_the_order(length, world, start, shuffle):
 
 
 def test_validation_is_the_same_in_every_epoch():
-    sizes = dict(length=5, input_size=24, digit_size=9, num_objects=1)
-    train, valid, test = (build_dataset(split, **sizes) for split in ("train", "valid", "test"))
+    sizes = dict(length=5, input_size=[24], digit_size=9, num_objects=1)
+    train, valid, test = (data_set(split, **sizes) for split in ("train", "valid", "test"))
     assert torch.equal(valid[0, 2][0], valid[7, 2][0])
     assert not torch.equal(train[0, 2][0], train[7, 2][0])
     assert not torch.equal(valid[2][0], test[2][0])
@@ -245,9 +225,9 @@ def test_resized_digits_keep_range_and_ink():
 )
 def test_splits_do_not_share_digits(count, scheme, train, held_out):
     numbers = np.arange(count)
-    assert np.array_equal(dataset.select_digits(numbers, "train", scheme), numbers[slice(*train)])
+    assert np.array_equal(select_digits(numbers, "train", scheme), numbers[slice(*train)])
     for split in ("valid", "test"):
-        chosen = dataset.select_digits(numbers, split, scheme)
+        chosen = select_digits(numbers, split, scheme)
         assert np.array_equal(chosen, numbers[slice(*held_out)])
 
 
@@ -261,7 +241,7 @@ def test_idx_file_plain_and_gzipped(tmp_path, name, pack):
 def test_real_mnist():
     digits = load_digits(shared("mnist/train-images-idx3-ubyte.gz"))
     assert digits.shape == (60_000, 28, 28)
-    data = MovingMNIST(dataset.select_digits(digits, "train"), length=4)
+    data = MovingMNIST(select_digits(digits, "train"), length=4)
     assert data[3][0].shape == (10, 1, 64, 64)
 
 
@@ -278,9 +258,9 @@ IMAGES = np.zeros((4, 3, 3), np.uint8)
         (idx3(IMAGES, magic=2049), "labels"),
         (idx3(IMAGES, magic=7), "magic 7"),
         (idx3(IMAGES, shape=(0, 3, 3)), "no pixels"),
-        (gzip.compress(idx3(IMAGES))[:-9], "damaged gzip"),
-        (gzip.compress(idx3(IMAGES))[:20] + b"\xff" * 30, "damaged gzip"),
-        (gzip.compress(b"no idx file, as it is"), "not an idx3 file"),
+        (gzip.compress(idx3(IMAGES), mtime=0)[:-9], "damaged gzip"),
+        (gzip.compress(idx3(IMAGES), mtime=0)[:20] + b"\xff" * 30, "damaged gzip"),
+        (gzip.compress(b"no idx file, as it is", mtime=0), "not an idx3 file"),
     ],
 )
 def test_bad_digit_files(tmp_path, content, says):
@@ -439,7 +419,7 @@ def test_bad_sequence_files(tmp_path, write, says):
 
 def test_standard_test_file_baselines():
     """The two baselines of design.md section 6, to the integer: black 159, last input frame 265."""
-    data = build_dataset("test", test_data_dir=shared("moving_mnist_test_1000.npz"))
+    data = data_set("test", test_data_dir=shared("moving_mnist_test_1000.npz"))
     black, last = Metrics(("mse",)), Metrics(("mse",))
     for inputs, targets in make_loader(data, 100):
         black.update(torch.zeros_like(targets), targets)
@@ -460,6 +440,16 @@ def test_standard_test_file_baselines():
         (dict(digits_split="half"), "half"),
         (dict(digits_split="published"), "13000.*1797"),
         (dict(input_size=(64, 20)), "28 pixels.*64x20"),
+    ],
+)
+def test_bad_options(options, says):
+    with pytest.raises(UserError, match=says):
+        data_set(options.pop("split", "train"), **options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
         (dict(num_objects=0), "num_objects is 0"),
         (dict(length=0), "length is 0"),
         (dict(num_frames_output=0), "num_frames_output is 0"),
@@ -468,9 +458,9 @@ def test_standard_test_file_baselines():
         (dict(step_length=float("nan")), "step_length"),
     ],
 )
-def test_bad_options(options, says):
+def test_bad_sequences(options, says):
     with pytest.raises(UserError, match=says):
-        build_dataset(options.pop("split", "train"), **options)
+        small(**options)
 
 
 def test_a_malicious_file_is_not_executed(tmp_path):
@@ -492,7 +482,7 @@ def test_a_malicious_file_is_not_executed(tmp_path):
 def test_test_file_of_another_size(tmp_path, sequences):
     np.save(tmp_path / "a.npy", sequences)
     with pytest.raises(UserError, match=r"5x8.*64x64"):
-        build_dataset("test", test_data_dir=tmp_path / "a.npy", num_frames_input=1, num_frames_output=1)
+        data_set("test", test_data_dir=tmp_path / "a.npy", num_frames_input=1, num_frames_output=1)
 
 
 def test_bad_loader_options_and_keys():
@@ -504,7 +494,7 @@ def test_bad_loader_options_and_keys():
 
 
 def test_table_rows_fit_the_metrics():
-    for spec in dataset.DATASETS.values():
+    for spec in DATASETS.values():
         assert set(spec.metrics) <= set(METRICS)
 
 
@@ -512,7 +502,7 @@ def test_each_split_has_its_digits_and_the_test_file_is_for_the_test():
     digits = load_digits("builtin")
     for split in ("train", "valid", "test"):
         options = {} if split == "test" else {"test_data_dir": "absent.npy"}
-        data = build_dataset(split, train_data_dir="builtin", digit_size=8, **options)
+        data = data_set(split, digit_size=8, **options)
         np.testing.assert_array_equal(data.digits, select_digits(digits, split))
 
 

@@ -15,9 +15,9 @@ from torch.cuda._utils import _get_device_index
 
 import test as test_program
 import train
-from dataset import build_dataset
 from vmrnn import config as configuration
 from vmrnn.checkpoint import read_checkpoint, save_weights
+from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
 from vmrnn.pictures import read_log
@@ -119,7 +119,10 @@ def test_training_lowers_the_loss(tmp_path):
 def test_every_option_of_network_and_data_reaches_them():
     config = configuration.resolve(None, {})
     assert config.network_options.keys() == inspect.signature(build_model).parameters.keys()
-    assert config.data_options.keys() == inspect.signature(build_dataset).parameters.keys() - {"split", "length"}
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "vmrnn" / "data").glob("*.py"))
+    read = {*re.findall(r"\boptions\.(\w+)", source), "input_size"}  # as frame_size
+    read |= {f"{split}_data_dir" for split in SPLITS}  # getattr(options, f"{split}_data_dir")
+    assert config.of_scope("data").keys() <= read
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)

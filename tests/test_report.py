@@ -241,7 +241,7 @@ def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
     save_weights(tmp_path / "w.safetensors", model, config.to_dict())
     arguments = ["--checkpoint", str(tmp_path / "w.safetensors"), "--strips", "1", "--device", "cpu"]
     test_program.main(arguments)
-    data = test_program.build_dataset("test", length=7, **config.data_options)
+    data = test_program.build_dataset("test", config)
     items = [data[i] for i in range(7)]
     with torch.no_grad():
         errors = [figure("mse", rollout(model, x[None], 2)[:, 2:], y[None]).mean().item() for x, y in items]

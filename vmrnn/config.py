@@ -22,8 +22,8 @@ SCOPES = ("network", "data", "evaluation", "training", "machine")
 def option(scope, default, help, *, choices=None, at_least=None, below=None, rule=None, resume=False, test=True):
     """One row of Config: everything that the project knows about one option.
 
-    scope      what the option belongs to, one of SCOPES. All options of scope "network" go to build_model and all
-               options of scope "data" to build_dataset.
+    scope      what the option belongs to, one of SCOPES. All options of scope "network" go to build_model. Those
+               of scope "data" are read by vmrnn.data.
     default    value if no source gives one. A list that is empty by default may be empty.
     help       text of --help
     choices    the allowed values; None: any
@@ -219,11 +219,6 @@ class Config:
         return self.of_scope("network") | {
             "img_size": self.frame_size, "in_chans": self.input_channels, "scan": self.scan,
         }  # fmt: skip
-
-    @property
-    def data_options(self):
-        """The arguments of build_dataset that all splits share."""
-        return self.of_scope("data") | {"input_size": self.frame_size}
 
     def of_scope(self, scope):
         """{name: value} of the options of one scope."""

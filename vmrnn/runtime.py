@@ -1,7 +1,9 @@
 """How the programs start and end: errors, device, seeds, what is printed about the machine, safe writes."""
 
+import atexit
 import errno
 import logging
+import multiprocessing
 import os
 import platform
 import random
@@ -74,6 +76,31 @@ class StopSignals:
     def __exit__(self, *raised):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker):
+    """Start a loader's worker so that it ignores SIGTERM and SIGINT.
+
+    A stop reaches the whole process group. The main process finishes its update and needs its workers for that.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers_at_exit():
+    """Let this process kill its loaders' workers when it ends.
+
+    Python would send SIGTERM, which they ignore, and wait for them for ever.
+    """
+    atexit.register(kill_workers)
+
+
+def kill_workers():
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each worker as lost
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def pick_device(name):

@@ -1,7 +1,16 @@
-"""Random draws that are a function of (seed, epoch, index) only: the same at any worker count, after any resume
-and on any rank."""
+"""Random draws that depend on (seed, epoch, index) only.
+
+They are the same at any worker count, after any resume and on any rank.
+"""
 
 import numpy as np
+
+from vmrnn.data.table import SPLITS
+
+
+def split_seed(split, seed):
+    """The seed of a split's own random stream. `seed` changes training only; validation and test stay the same."""
+    return SPLITS.index(split) + (len(SPLITS) * seed if split == "train" else 0)
 
 
 def splitmix64(x):
@@ -13,18 +22,17 @@ def splitmix64(x):
 
 
 def uniform_draws(seed, epochs, indices, count):
-    """count numbers in [0, 1) for each (seed, epoch, index), float64 (len(indices), count).
+    """`count` numbers in [0, 1) for each (seed, epoch, index), float64 (len(indices), count).
 
-    Hashes of counters instead of a generator: a whole batch is drawn at once and no draw
-    depends on which samples were drawn before it.
+    The draws are hashes of counters. A whole batch is drawn at once, and no draw depends on the draws before it.
     """
     key = np.array([seed % 2**64], np.uint64)
-    for part in (np.asarray(epochs, np.uint64), np.asarray(indices, np.uint64)):
-        key = splitmix64(key) ^ part
+    for counter in (np.asarray(epochs, np.uint64), np.asarray(indices, np.uint64)):
+        key = splitmix64(key) ^ counter
     draws = splitmix64(splitmix64(splitmix64(key))[:, None] + np.arange(count, dtype=np.uint64))
     return (draws >> np.uint64(11)) * 2.0**-53
 
 
 def split_key(key):
-    """(epoch, index) of a sample's key; a plain index is of epoch 0."""
+    """(epoch, index) of a sample's key. A plain index belongs to epoch 0."""
     return key if isinstance(key, tuple) else (0, key)

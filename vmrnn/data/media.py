@@ -1,5 +1,6 @@
 """Frames from files: videos, folders of images, arrays. Values stay in the file's own type and units."""
 
+import math
 import os
 import re
 import tokenize
@@ -171,9 +172,7 @@ def npz_member(path, key=""):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as f:
-                    version = np.lib.format.read_magic(f)
-                    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    shape, _, dtype = header[version](f)
+                    shape, _, dtype = npy_header(f)
                 headers[name.removesuffix(".npy")] = shape, dtype
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a .npy or .npz file") from None
@@ -187,6 +186,37 @@ def npz_member(path, key=""):
     if not name:
         raise UserError(f"{path}: holds {listed}; name the array of frames with array_key")
     return name, *headers[name]
+
+
+def npz_rows(path, member):
+    """Yields array[0], array[1], ... of one array of a .npz file. One row is in memory at a time.
+
+    member   name of the array, from npz_member
+    UserError: a damaged file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{member}.npy") as f:
+            shape, fortran_order, dtype = npy_header(f)
+            if fortran_order:  # rows are scattered over the file
+                yield from read_array(path, member)
+                return
+            size = dtype.itemsize * math.prod(shape[1:])
+            for _ in range(shape[0]):
+                row = f.read(size)
+                if len(row) < size:
+                    raise EOFError(f"{member} ends early")
+                yield np.frombuffer(row, dtype).reshape(shape[1:])
+    except BROKEN_ARRAY as error:
+        if isinstance(error, UserError):
+            raise
+        raise broken(path, error) from error
+
+
+def npy_header(f):
+    """(shape, fortran_order, dtype) from the start of an open .npy file."""
+    version = np.lib.format.read_magic(f)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return readers[version](f)
 
 
 def resize(frames, size, antialias=True):

@@ -12,22 +12,47 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
-from vmrnn.data.draws import split_key, uniform_draws
-from vmrnn.data.media import read_array
+from vmrnn.data.draws import split_key, split_seed, uniform_draws
+from vmrnn.data.media import read_array, resize
+from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError
 from vmrnn.values import ValueRange
 
-SPLITS = ("train", "valid", "test")
+
+def moving_mnist(split, options, value_range=None):
+    """The data set of one split; a row of vmrnn.data.table.
+
+    Training draws new sequences in each epoch. Validation, and the test unless test_data_dir names a file, are the
+    same sequences in every epoch, of digits that training does not use.
+    """
+    lengths = options.num_frames_input, options.num_frames_output
+    if split == "test" and options.test_data_dir:
+        data = MovingMNISTFile(options.test_data_dir, *lengths, options.array_key)
+        height, width = data.frames.shape[2:]
+        if (height, width) != options.frame_size:
+            raise UserError(
+                f"{data.path}: frames of {height}x{width}, but input_size is "
+                f"{options.frame_size[0]}x{options.frame_size[1]}; name another file or input_size"
+            )
+        return data
+    digits = select_digits(load_digits(options.train_data_dir), split, options.digits_split)
+    return MovingMNIST(
+        digits, getattr(options, f"{split}_sequences"), *lengths, options.frame_size, options.num_objects,
+        options.digit_size, options.step_length, split_seed(split, options.seed), same_every_epoch=split != "train",
+    )  # fmt: skip
 
 
 # Digits
 
 
 def load_digits(source, download_dir="data"):
-    """Handwritten digits as uint8 (n, h, w), 0 the background and 255 full ink.
+    """Handwritten digits as uint8 (n, h, w): 0 is the background, 255 is full ink.
 
-    source: the path of an idx3 file, plain or gzipped; "mnist", fetched into download_dir once
-    (60,000 digits of 28x28); or "builtin", which needs no network (1,797 of 8x8, scikit-learn's).
+    source         path of an idx3 file, plain or gzipped
+                   "mnist": 60,000 digits of 28x28, fetched into download_dir once
+                   "builtin": 1,797 digits of 8x8 that come with scikit-learn; needs no network
+    download_dir   folder for "mnist"
+
     UserError: a missing, damaged or foreign file, or a download that failed.
     """
     if source == "builtin":
@@ -70,7 +95,7 @@ def read_idx3(path):
 
 
 def fetch_mnist(download_dir="data"):
-    """The path of MNIST's training images under download_dir; fetched by torchvision if absent."""
+    """The path of MNIST's training images under download_dir. torchvision fetches them if they are absent."""
     folder, name = Path(download_dir), "train-images-idx3-ubyte"
     kept = folder / f"{name}.gz"
     for path in (kept, folder / name, folder / "MNIST" / "raw" / name):
@@ -82,8 +107,8 @@ def fetch_mnist(download_dir="data"):
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, then a rename: a killed download leaves nothing that looks whole,
-        # and processes that fetch at the same time do not disturb each other.
+        # Fetch into a folder of its own, then rename. A killed download leaves nothing that looks complete, and
+        # processes that fetch at the same time do not disturb each other.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".mnist-") as scratch:
             MNIST(scratch, train=True, download=True)  # checks the md5 sums, shows a bar
             os.replace(Path(scratch) / "MNIST" / "raw" / kept.name, kept)
@@ -97,10 +122,10 @@ def fetch_mnist(download_dir="data"):
 
 
 def select_digits(digits, split, scheme="all"):
-    """The digits of one split: train, or the held-out ones that valid and test share.
+    """The digits of one split: those of training, or the held-out ones that valid and test share.
 
-    scheme "all": the first 50,000 of 60,000 train, the other 10,000 are held out; a smaller set
-    is cut at the same 5/6. "published": 0-9,999 train, 10,000-12,999 are held out.
+    scheme   "all": the first 50,000 of 60,000 train, the other 10,000 are held out; fewer digits are cut at 5/6 as well
+             "published": 0-9,999 train, 10,000-12,999 are held out
     """
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -120,14 +145,13 @@ def select_digits(digits, split, scheme="all"):
 
 
 def resize_digits(digits, size):
-    """Digits (n, h, w) as uint8 (n, size, size): bilinear, antialiased when they shrink."""
+    """Digits (n, h, w) as uint8 (n, size, size), bilinear; antialiased if they shrink."""
     if digits.shape[1:] == (size, size):
         return np.ascontiguousarray(digits)
     resized = np.empty((len(digits), size, size), np.uint8)
-    for i in range(0, len(digits), 4096):  # in parts: 60,000 digits as floats would take 190 MB
-        part = torch.from_numpy(digits[i : i + 4096].astype(np.float32))[:, None]
-        part = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        resized[i : i + 4096] = part[:, 0].round_().clamp_(0, 255).numpy()
+    for i in range(0, len(digits), 4096):  # 60,000 digits at once would take 190 MB as floats
+        some = resize(digits[i : i + 4096, None], (size, size))
+        resized[i : i + 4096] = some[:, 0].round_().clamp_(0, 255).numpy()
     return resized
 
 
@@ -135,12 +159,20 @@ def resize_digits(digits, size):
 
 
 class MovingMNIST(Dataset):
-    """Sequences of bouncing digits, drawn without end: item (inputs, targets), values in [0, 1].
+    """Generated sequences of bouncing digits. An item is (inputs, targets), float32 (T, 1, H, W) in [0, 1].
 
-    digits: uint8 (n, h, w), resized once to digit_size squared. length: sequences an epoch.
-    canvas: (H, W). step_length: the way of one frame, as a part of the free canvas.
-    A key is an index or (epoch, index). same_every_epoch: the epoch of the key is ignored, as
-    validation needs it. Sets of different seeds are independent draws.
+    digits              uint8 (n, h, w); resized once to digit_size x digit_size
+    length              sequences per epoch
+    num_frames_input    frames of the inputs
+    num_frames_output   frames of the targets
+    canvas              (H, W)
+    num_objects         digits per sequence
+    digit_size          side of a digit, pixels
+    step_length         how far a digit moves per frame, as a fraction of the free canvas
+    seed                of the random draws; different seeds give independent sequences
+    same_every_epoch    True: the epoch of the key is ignored, as validation needs it
+
+    A key is an index or (epoch, index).
     UserError: a size, count or step that cannot work.
     """
 
@@ -175,7 +207,7 @@ class MovingMNIST(Dataset):
             )
         if not (math.isfinite(step_length) and step_length >= 0):
             raise UserError(f"Moving MNIST: step_length is {step_length}; it must be 0 or more")
-        self.value_range = ValueRange()  # nothing to scale back: the values are in [0, 1] from the start
+        self.value_range = ValueRange()  # the values are in [0, 1] from the start
         self.data_range = []
         self.digits = resize_digits(digits, digit_size)
         self.length = length
@@ -201,7 +233,7 @@ class MovingMNIST(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):
-        """The items of a batch of keys, a list; the loader asks for whole batches by this name."""
+        """The items of a batch of keys, a list. The loader asks for whole batches by this name."""
         epochs, indices = np.array([split_key(key) for key in keys], np.int64).T
         if indices.min() < 0 or indices.max() >= self.length:
             raise IndexError(f"sample {indices} of a data set of {self.length}")
@@ -211,7 +243,7 @@ class MovingMNIST(Dataset):
         return as_items(frames, self.num_frames_input, self.num_frames_output)
 
     def trajectories(self, epochs, indices):
-        """Which digits, (B, K), and where: pixel offsets (B, T, K, 2) as (x, y) of the corner."""
+        """Numbers of the digits (B, K), and the pixel (x, y) of their corners (B, T, K, 2)."""
         height, width = self.canvas
         size = self.digits.shape[1]
         draws = uniform_draws(self.seed, epochs, indices, 4 * self.num_objects)
@@ -223,7 +255,7 @@ class MovingMNIST(Dataset):
         total = self.num_frames_input + self.num_frames_output
         corners = np.empty((len(indices), total, self.num_objects, 2), np.int64)
         for t in range(total):
-            position += step  # in the first frame, too: the published generator moves, then draws
+            position += step  # before the first frame as well: the published generator moves, then draws
             step = np.where((position <= 0) | (position >= 1), -step, step)
             np.clip(position, 0, 1, out=position)
             corners[:, t] = position * (width - size, height - size)  # rounds down
@@ -234,7 +266,7 @@ class MovingMNIST(Dataset):
         size = self.digits.shape[1]
         batch, total = corners.shape[:2]
         frames = np.zeros((batch, total, *self.canvas), np.uint8)
-        # A view of every place that a digit can take: one indexed assignment draws all frames.
+        # The view holds every place that a digit can take, so that one indexed assignment draws all frames.
         places = sliding_window_view(frames, (size, size), axis=(2, 3), writeable=True)
         for k in range(self.num_objects):
             x, y = corners[:, :, k, 0], corners[:, :, k, 1]
@@ -245,11 +277,14 @@ class MovingMNIST(Dataset):
 
 
 class MovingMNISTFile(Dataset):
-    """The sequences of a test file: item (inputs, targets), values in [0, 1].
+    """The sequences of a test file. An item is (inputs, targets), float32 (T, 1, H, W) in [0, 1].
 
-    path: .npy (opened memory-mapped) or .npz (array_key as in media.npz_member), uint8
-    (frames, sequences, H, W), the layout of mnist_test_seq.npy. The inputs are the first frames
-    of a sequence, the targets those that follow. A key is an index or (epoch, index).
+    path                .npy (opened memory-mapped) or .npz, uint8 (frames, sequences, H, W), as in mnist_test_seq.npy
+    num_frames_input    frames of the inputs: the first ones of a sequence
+    num_frames_output   frames of the targets: those that follow
+    array_key           as in media.npz_member
+
+    A key is an index or (epoch, index).
     UserError: a missing, damaged or foreign file, or too few frames.
     """
 
@@ -280,7 +315,7 @@ class MovingMNISTFile(Dataset):
         )
 
     def __getstate__(self):
-        # Workers started by spawn open the file themselves: a pickled memory map is a full copy.
+        # A pickled memory map is a full copy. Workers started by spawn open the file themselves instead.
         return self.__dict__ | {"frames": None}
 
     def __setstate__(self, state):
@@ -290,7 +325,7 @@ class MovingMNISTFile(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):
-        """The items of a batch of keys, a list; the loader asks for whole batches by this name."""
+        """The items of a batch of keys, a list. The loader asks for whole batches by this name."""
         indices = np.array([split_key(key)[1] for key in keys])
         if indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(f"sample {indices} of a data set of {len(self)}")
@@ -311,7 +346,7 @@ def open_sequences(path, array_key):
 
 def as_items(frames, num_frames_input, num_frames_output):
     """uint8 frames (B, T, H, W) as a list of B items (inputs, targets), each float32 (T, 1, H, W) in [0, 1]."""
-    # numpy: it converts and divides in one pass, and starts no threads in the way of the model's
+    # numpy converts and divides in one pass, and starts no threads that would compete with the model's.
     values = torch.from_numpy(np.divide(frames, np.float32(255), dtype=np.float32))
-    parts = values.unsqueeze(2).split((num_frames_input, num_frames_output), dim=1)
-    return list(zip(*parts, strict=True))
+    inputs, targets = values.unsqueeze(2).split((num_frames_input, num_frames_output), dim=1)
+    return list(zip(inputs, targets, strict=True))

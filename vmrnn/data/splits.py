@@ -1,7 +1,8 @@
-"""Which files make up which part of a data set: KTH, TaxiBJ, Human3.6M, and your own.
+"""Which files make up which split of a data set: KTH, TaxiBJ, Human3.6M, and your own videos, images and arrays.
 
-Each function returns (clips, windows) of one split, train, valid or test (vmrnn.data.clips). Where the literature knows no
-validation part we hold one out of the training part, so that no test sequence ever selects a checkpoint.
+Each function named in vmrnn.data.table is called as find(split, options, value_range) and returns the data set of one
+split, train, valid or test. Where the literature has no validation split, we hold one out of the training split, so
+that no test sequence ever selects a checkpoint.
 """
 
 import re
@@ -10,26 +11,50 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.clips import Clip, Source, cached_folder, cut_windows, decode, stamp, unpacked, write_npy
-from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, open_npy
+from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
+from vmrnn.data.clips import Clip, Source, decode
+from vmrnn.data.draws import split_seed
+from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, npz_member, npz_rows, open_npy
+from vmrnn.data.ranges import check_not_all_missing, scan_range
+from vmrnn.data.table import DATASETS
+from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
+from vmrnn.values import ValueRange
+
+BYTE_RANGE = (0.0, 255.0)
 
 KTH_NAME = re.compile(r"(person([0-9]{2})_([a-z]+)_d[1-4])")
-# The one person less in training costs a sixteenth of it; a part in time would be shorter than a sequence
+# Hold out person 16: it costs 1/16 of the training data. Cutting each clip in time would leave pieces shorter than one
+# sequence.
 KTH_PERSONS = {"train": range(1, 16), "valid": range(16, 17), "test": range(17, 26)}
 
 HUMAN_SUBJECTS = {"train": (1, 5, 6, 7, 8), "valid": (1, 5, 6, 7, 8), "test": (9, 11)}
-HUMAN_STEP = 5  # of the 50 frames a second, as the literature takes them
-HUMAN_VALID = 0.1  # of each training clip, its end: a whole subject would be a fifth of the training part
+HUMAN_STEP = 5  # every fifth of the 50 frames per second, as in the literature
+# The last 10 % of each training clip. Holding out a subject would cost 20 % of the training data.
+HUMAN_VALID = 0.1
 
 
-def kth(split, folder, size, cache_dir, frames):
-    """KTH: the original .avi files, or folders of frames, anywhere under `folder`; grey, resized to `size`.
+def split_path(split, options):
+    """The file or folder of one split; empty options mean that of the training split."""
+    return getattr(options, f"{split}_data_dir") or options.train_data_dir
 
-    persons: KTH_PERSONS. Frames between the repetitions are left out where their numbers are missing in a folder of
-    frames, or where `folder` has 00sequences.txt. frames: (input, output). Evaluation takes every third window of
-    jogging and running and adjoining ones of the other actions, as the literature does; training takes every window.
+
+def frames_wanted(options):
+    """(input frames, output frames) of a sequence."""
+    return options.num_frames_input, options.num_frames_output
+
+
+# Published data sets
+
+
+def kth(split, options, value_range=None):
+    """KTH: the original .avi files, or folders of frames, anywhere under the folder; grey, resized to input_size.
+
+    Splits: KTH_PERSONS. Frames between the repetitions of an action are left out if their numbers are missing in a
+    folder of frames, or if the folder has 00sequences.txt. Validation and test take every third window of jogging and
+    running, and adjoining windows of the other actions, as the literature does. Training takes every window.
     """
+    folder = split_path(split, options)
     sources = [s for s in video_sources(folder) or frame_sources(folder) if KTH_NAME.search(s.name)]
     if not sources:
         raise UserError(f"{folder}: no KTH clip in it (person01_boxing_d1_uncomp.avi, or folders of frames so named)")
@@ -39,8 +64,9 @@ def kth(split, folder, size, cache_dir, frames):
         raise UserError(
             f"{folder}: no clip of persons {persons[0]} to {persons[-1]}, the {split} part; add their files"
         )
-    # As the literature resizes: cv2.resize, bilinear without antialiasing
-    clips = decode(sources, cache_dir, "kth", 1, size, antialias=False)
+    # The literature resizes with cv2.resize: bilinear, without antialiasing.
+    clips = decode(sources, options.cache_dir, "kth", 1, options.frame_size, antialias=False)
+    # Cut each clip to the frames with an action in them.
     annotated = kth_annotations(Path(folder) / "00sequences.txt")
     runs = []
     for source, clip in zip(sources, clips):
@@ -54,31 +80,33 @@ def kth(split, folder, size, cache_dir, frames):
                         f"{Path(folder) / '00sequences.txt'}: {name} has frames {start}-{stop}, but {source.name} has "
                         f"{len(clip)}; fetch both again"
                     )
-                runs.append(clip.part(start - 1, min(stop, len(clip))))
-    total = sum(frames)
+                runs.append(clip.cut(start - 1, min(stop, len(clip))))
+    total = sum(frames_wanted(options))
     fast = [re.search("jogging|running", clip.name) is not None for clip in runs]
     strides = [1 if split == "train" else 3 if quick else total for quick in fast]
-    return runs, cut_windows(runs, total, strides)
+    return published(split, runs, cut_windows(runs, total, strides), options)
 
 
 def kth_annotations(path):
-    """{person01_boxing_d1: [(first, last), ...]}: the frames with an action in them, from 1; {} where there is no file."""
+    """{person01_boxing_d1: [(first, last), ...]}: the frames with an action, counted from 1. {} if there is no file."""
     if not path.exists():
         return {}
-    found = {}
-    for name, ranges in re.findall(r"(person\S+)\s+frames\s+([0-9, \t-]+)", path.read_text(encoding="latin-1")):
-        found[name] = [(int(first), int(last)) for first, last in re.findall(r"([0-9]+)-([0-9]+)", ranges)]
-    if not found:
+    text = path.read_text(encoding="latin-1")
+    ranges = {}
+    for name, numbers in re.findall(r"(person\S+)\s+frames\s+([0-9, \t-]+)", text):
+        ranges[name] = [(int(first), int(last)) for first, last in re.findall(r"([0-9]+)-([0-9]+)", numbers)]
+    if not ranges:
         raise UserError(f"{path}: not KTH's list of sequences; fetch it again or remove it")
-    return found
+    return ranges
 
 
-def human36m(split, folder, size, cache_dir, frames):
-    """Human3.6M: images S1_Directions.54138969_000001.jpg in one folder, or S1_.../000001.jpg; RGB, resized to `size`.
+def human36m(split, options, value_range=None):
+    """Human3.6M: images S1_Directions.54138969_000001.jpg in one folder, or S1_.../000001.jpg; RGB, resized to input_size.
 
-    Subjects: HUMAN_SUBJECTS; every fifth frame (numbers 1, 6, 11, ...). Validation: the last tenth of each training
-    clip. Training takes every window of frames = (input, output), evaluation adjoining ones.
+    Splits: HUMAN_SUBJECTS; validation is the last tenth of each training clip. Every fifth frame is used (numbers 1, 6,
+    11, ...). Training takes every window, validation and test take adjoining ones.
     """
+    folder = split_path(split, options)
     sources, subjects = [], HUMAN_SUBJECTS[split]
     for source in frame_sources(folder, by_prefix=True):
         subject = re.search(r"(?:^|/)S([0-9]+)(?=[_/])", source.name)
@@ -91,114 +119,198 @@ def human36m(split, folder, size, cache_dir, frames):
             f"{folder}: no frames of subjects {', '.join(map(str, subjects))}, the {split} part "
             "(S1_Directions.54138969_000001.jpg or S1_Directions.54138969/000001.jpg); add their files"
         )
-    clips = decode(sources, cache_dir, "human36m", 3, size)
+    clips = decode(sources, options.cache_dir, "human36m", 3, options.frame_size)
     runs = [run for s, clip in zip(sources, clips) for run in consecutive(clip, s.files, HUMAN_STEP)]
     if split != "test":
-        runs = in_time(runs, split, HUMAN_VALID, 0.0)
-    return runs, cut_windows(runs, sum(frames), [1 if split == "train" else sum(frames)] * len(runs))
+        runs = cut_in_time(runs, split, HUMAN_VALID, 0.0)
+    total = sum(frames_wanted(options))
+    strides = [1 if split == "train" else total] * len(runs)
+    return published(split, runs, cut_windows(runs, total, strides), options)
 
 
-def taxibj(split, path, size, cache_dir, frames):
-    """TaxiBJ: dataset.npz with X_train, Y_train, X_test, Y_test, floats in [-1, 1], (N, T, 2, 32, 32) or (N, T, 32, 32, 2).
+def taxibj(split, options, value_range=None):
+    """TaxiBJ: dataset.npz with X_train, Y_train, X_test, Y_test, floats in [-1, 1].
 
-    X the given frames, Y those that follow. Validation: the last tenth of X_train. frames: (input, output), at most
-    as many as X and Y have: the last of X, the first of Y.
+    Each array is (N, T, 2, 32, 32) or (N, T, 32, 32, 2). X holds the inputs and Y the frames that follow; num_frames_input
+    takes the last frames of X, num_frames_output the first of Y. Validation is the last tenth of X_train.
     """
-    path = Path(path)
+    path = Path(split_path(split, options))
     path = path / "dataset.npz" if path.is_dir() else path
-    part = "test" if split == "test" else "train"
-    given, follow = (open_npy(unpacked(path, f"{name}_{part}", cache_dir)) for name in "XY")
-    for array in (given, follow):
-        if array.ndim != 5 or array.dtype.kind != "f" or len(array) != len(given) or given.shape[2:] != array.shape[2:]:
-            raise UserError(f"{path}: holds {given.dtype} {given.shape} and {follow.dtype} {follow.shape} for {part}; "
-                            "X and Y must be floats (N, T, 2, 32, 32)")  # fmt: skip
-    first = given.shape[2] == 2
-    shape = (*given.shape[3:], given.shape[2]) if first else given.shape[2:]
-    if shape != (*size, 2):
+    set_name = "test" if split == "test" else "train"
+    inputs, outputs = frames_wanted(options)
+
+    # Check the two arrays by their headers.
+    members, shapes, dtypes = zip(*(npz_member(path, f"{name}_{set_name}") for name in "XY"))
+    x_shape, y_shape = shapes
+    alike = all(len(s) == 5 and s[0] == x_shape[0] and s[2:] == x_shape[2:] for s in shapes)
+    if not alike or any(dtype.kind != "f" for dtype in dtypes):
+        raise UserError(f"{path}: holds {dtypes[0]} {x_shape} and {dtypes[1]} {y_shape} for {set_name}; "
+                        "X and Y must be floats (N, T, 2, 32, 32)")  # fmt: skip
+    channels_first = x_shape[2] == 2
+    height, width, channels = (*x_shape[3:], x_shape[2]) if channels_first else x_shape[2:]
+    if (height, width, channels) != (*options.frame_size, 2):
         raise UserError(
-            f"{path}: frames of {shape[0]}x{shape[1]} with {shape[2]} channels; TaxiBJ's are 2x{size[0]}x{size[1]}"
+            f"{path}: frames of {height}x{width} with {channels} channels; TaxiBJ's are "
+            f"2x{options.frame_size[0]}x{options.frame_size[1]}"
         )
-    if frames[0] > given.shape[1] or frames[1] > follow.shape[1]:
+    if inputs > x_shape[1] or outputs > y_shape[1]:
         raise UserError(
-            f"{path}: sequences of {given.shape[1]}+{follow.shape[1]} frames, but {frames[0]}+{frames[1]} are asked for; "
+            f"{path}: sequences of {x_shape[1]}+{y_shape[1]} frames, but {inputs}+{outputs} are asked for; "
             "choose fewer num_frames_input or num_frames_output"
         )
 
     def write(folder):
         def sequences():
-            for x, y in zip(given, follow):
+            for x, y in zip(*(npz_rows(path, member) for member in members)):
                 values = np.concatenate((x, y)).astype(np.float32)
                 if not np.abs(values).max() <= 1:
-                    raise UserError(f"{path}: values outside [-1, 1] in {part}; fetch the scaled data set")
-                yield values.transpose(0, 2, 3, 1) if first else values
+                    raise UserError(f"{path}: values outside [-1, 1] in {set_name}; fetch the scaled data set")
+                yield values.transpose(0, 2, 3, 1) if channels_first else values
 
         write_npy(folder / "frames.npy", sequences())
 
-    store = str(cached_folder(cache_dir, "taxibj", [stamp(path), part], write) / "frames.npy")
-    start = given.shape[1] - frames[0]
-    clips = [Clip(f"{path} {part}", store, start, start + sum(frames), i) for i in range(len(given))]
-    if part == "train":
-        cut = len(clips) - round(0.1 * len(clips))
-        clips = clips[:cut] if split == "train" else clips[cut:]
-    return clips, cut_windows(clips, sum(frames))
+    store = str(cached_folder(options.cache_dir, "taxibj", [stamp(path), set_name], write) / "frames.npy")
+    start = x_shape[1] - inputs
+    clips = [Clip(f"{path} {set_name}", store, start, start + inputs + outputs, i) for i in range(x_shape[0])]
+    if split != "test":
+        first_valid = len(clips) - round(0.1 * len(clips))
+        clips = clips[:first_valid] if split == "train" else clips[first_valid:]
+    return published(split, clips, cut_windows(clips, inputs + outputs), options)
 
 
-def own(dataset, split, folders, frames, channels, size, cache_dir, split_by="time", valid_fraction=0.1, test_fraction=0.1,
-        array_key=""):  # fmt: skip
-    """Your own data: dataset "video" (a video or a folder of them), "frames" (a folder of folders of images) or "array".
+def published(split, clips, windows, options):
+    """The data set of one split of a published data set, whose value range is in the table.
 
-    folders: {"train": path, "valid": path or "", "test": path or ""}; a part without its own path is the end of the
-    training path: of each clip's time, or of the list of clips (split_by "time" or "file").
-    size: (H, W) to which videos and images are resized in the cache, None: they are kept as they are.
+    Validation takes at most valid_sequences windows; the test set is used whole.
     """
-    path = folders[split] or folders["train"]
-    if dataset == "array":
-        clips = array_clips(path, channels, array_key, cache_dir)
-    else:
-        sources = video_sources(path) if dataset == "video" else frame_sources(path)
-        if not sources:
-            kinds = VIDEOS if dataset == "video" else IMAGES
-            raise UserError(f"{path}: nothing in it for dataset {dataset} ({' '.join(kinds)}); name another path")
-        clips = decode(sources, cache_dir, dataset, channels, size)
-    whole = len(clips), sum(map(len, clips))
-    if split == "train" or not folders[split]:
-        fractions = (0.0 if folders["valid"] else valid_fraction, 0.0 if folders["test"] else test_fraction)
-        clips = (in_time if split_by == "time" else by_file)(clips, split, *fractions)
-    windows = cut_windows(clips, sum(frames))
     if not len(windows):
+        inputs, outputs = frames_wanted(options)
         raise UserError(
-            f"{path}: {whole[1]} frames in {whole[0]} clips leave no {split} sequence of {frames[0]}+{frames[1]} frames; "
-            f"ask for fewer, add clips, or change split_by, valid_fraction ({valid_fraction:g}) and test_fraction "
-            f"({test_fraction:g})"
+            f"{split_path(split, options)}: no {split} sequence of {inputs}+{outputs} frames, the longest run has "
+            f"{max(map(len, clips))}; ask for fewer"
         )
-    return clips, windows
+    if split == "valid":
+        windows = thin(windows, options.valid_sequences)
+    return clip_dataset(split, clips, windows, ValueRange(*DATASETS[options.dataset].data_range), options)
 
 
-def array_clips(path, channels, array_key, cache_dir):
-    """Clips of a .npy or .npz file, or of a folder of them: (T, H, W[, C]) one, (N, T, H, W[, C]) N."""
-    path = Path(path)
+def clip_dataset(split, clips, windows, value_range, options):
+    return ClipDataset(
+        clips, windows, *frames_wanted(options), options.frame_size, value_range, options.frame_fit,
+        random=split == "train", length=options.train_sequences, seed=split_seed(split, options.seed),
+    )  # fmt: skip
+
+
+# Your own data
+
+
+def video(split, options, value_range=None):
+    """A video, or a folder of videos: one clip per video."""
+    return own(split, options, value_range, video_clips, pictures=True)
+
+
+def frames(split, options, value_range=None):
+    """A folder of folders of images: one clip per folder."""
+    return own(split, options, value_range, image_clips, pictures=True)
+
+
+def array(split, options, value_range=None):
+    """A .npy or .npz file, or a folder of them."""
+    return own(split, options, value_range, array_clips)
+
+
+def own(split, options, value_range, list_clips, pictures=False):
+    """One split of your own data.
+
+    list_clips    list_clips(path, options) returns the clips of a file or folder
+    value_range   ValueRange of the training data, if it is known already; None: it is found here
+    pictures      True: the range of 8-bit frames is 0 to 255; False: it is that of the training data
+
+    A split without a path of its own is the end of the training path: of each clip's time, or of the list of clips
+    (split_by "time" or "file").
+    """
+    path = split_path(split, options)
+    apart = split != "train" and getattr(options, f"{split}_data_dir")
+    all_clips = list_clips(path, options)
+
+    def cut(clips, split):
+        valid_fraction = 0.0 if options.valid_data_dir else options.valid_fraction
+        test_fraction = 0.0 if options.test_data_dir else options.test_fraction
+        return CUTS[options.split_by](clips, split, valid_fraction, test_fraction)
+
+    clips = all_clips if apart else cut(all_clips, split)
+    windows = cut_windows(clips, sum(frames_wanted(options)))
+    if not len(windows):
+        inputs, outputs = frames_wanted(options)
+        raise UserError(
+            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips leave no {split} sequence of "
+            f"{inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
+            f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
+        )
+    missing = options.missing_value
+    check_not_all_missing(clips, missing)
+    if value_range is None:
+        data_range = options.data_range
+        if not data_range and pictures and clips[0].frames().dtype == np.uint8:
+            data_range = BYTE_RANGE
+        if not data_range:
+            training = list_clips(options.train_data_dir, options) if apart else all_clips
+            data_range = scan_range(cut(training, "train"), missing, options.cache_dir)
+        value_range = ValueRange(*map(float, data_range), tuple(missing))
+    if split != "train":
+        windows = thin(windows, getattr(options, f"{split}_sequences"))
+    return clip_dataset(split, clips, windows, value_range, options)
+
+
+def video_clips(path, options):
+    """Clips of a video, or of the videos in a folder, decoded into the cache."""
+    return decoded(video_sources(path), VIDEOS, path, options)
+
+
+def image_clips(path, options):
+    """Clips of a folder of folders of images, decoded into the cache."""
+    return decoded(frame_sources(path), IMAGES, path, options)
+
+
+def decoded(sources, endings, path, options):
+    if options.input_channels not in (1, 3):
+        raise UserError(f"input_channels is {options.input_channels}; {options.dataset} is read as 1 (grey) or 3 (RGB)")
+    if not sources:
+        raise UserError(f"{path}: nothing in it for dataset {options.dataset} ({' '.join(endings)}); name another path")
+    # Frames are not resized in the cache if they are cropped later, or if they have missing pixels, which resizing
+    # would spread.
+    size = options.frame_size if options.frame_fit == "resize" and not options.missing_value else None
+    return decode(sources, options.cache_dir, options.dataset, options.input_channels, size)
+
+
+def array_clips(path, options):
+    """Clips of a .npy or .npz file, or of a folder of them: (T, H, W[, C]) is one clip, (N, T, H, W[, C]) is N clips."""
+    path, channels = Path(path), options.input_channels
     files = files_in(path, ARRAYS) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no .npy or .npz in it; name another path")
-    clips, first = [], None
+    clips, first_shape = [], None
     for file in files:
         if file.suffix.lower() not in ARRAYS:
             raise UserError(f"{file}: its name does not end as one of {' '.join(ARRAYS)}; name another file")
-        store = unpacked(file, array_key, cache_dir) if file.suffix.lower() == ".npz" else str(file)
+        is_zip = file.suffix.lower() == ".npz"
+        store = unpacked(file, options.array_key, options.cache_dir) if is_zip else str(file)
         array = open_npy(store)
-        # Four dimensions are (T, H, W, C) where the last one is the channels, else sequences of one channel
+        # Four dimensions are (T, H, W, C) if the last one is the number of channels, else sequences of one channel.
         many = array.ndim == 5 or (array.ndim == 4 and channels == 1 and array.shape[3] != 1)
-        frame = array.shape[1 + many :]
+        frame_shape = array.shape[1 + many :]
         if array.dtype.kind not in "buif" or array.size == 0 or array.ndim not in (3, 4, 5):
             raise UserError(
                 f"{file}: holds {array.dtype} {array.shape}; it must hold numbers (T, H, W[, C]) or (N, T, H, W[, C])"
             )
-        found = frame[2] if len(frame) == 3 else 1
-        if found != channels:
-            raise UserError(f"{file}: {array.shape} has {found} channels, but input_channels is {channels}; change one")
-        first = first or frame
-        if frame != first:
-            raise UserError(f"{file}: frames of {frame}, but {files[0]}: {first}; make them alike")
+        array_channels = frame_shape[2] if len(frame_shape) == 3 else 1
+        if array_channels != channels:
+            raise UserError(
+                f"{file}: {array.shape} has {array_channels} channels, but input_channels is {channels}; change one"
+            )
+        first_shape = first_shape or frame_shape
+        if frame_shape != first_shape:
+            raise UserError(f"{file}: frames of {frame_shape}, but {files[0]}: {first_shape}; make them alike")
         if many:
             clips += [Clip(str(file), store, 0, array.shape[1], i) for i in range(len(array))]
         else:
@@ -206,27 +318,36 @@ def array_clips(path, channels, array_key, cache_dir):
     return clips
 
 
-def in_time(clips, split, valid_fraction, test_fraction):
-    """The part of each clip: training first, then validation, then test."""
-    parts = []
+def cut_in_time(clips, split, valid_fraction, test_fraction):
+    """One split of each clip in time: training first, then validation, then test."""
+    pieces = []
     for clip in clips:
         test = len(clip) - round(test_fraction * len(clip))
         valid = test - round(valid_fraction * len(clip))
         start, stop = {"train": (0, valid), "valid": (valid, test), "test": (test, len(clip))}[split]
-        parts.append(clip.part(start, stop))
-    return parts
+        pieces.append(clip.cut(start, stop))
+    return pieces
 
 
-def by_file(clips, split, valid_fraction, test_fraction):
-    """Whole clips: training first, then validation, then test; a part that is asked for has at least one."""
+def cut_by_file(clips, split, valid_fraction, test_fraction):
+    """Whole clips of one split: training first, then validation, then test.
+
+    A split with a fraction above 0 gets at least one clip.
+    """
     test = len(clips) - (max(1, round(test_fraction * len(clips))) if test_fraction else 0)
     valid = max(0, test - (max(1, round(valid_fraction * len(clips))) if valid_fraction else 0))
     start, stop = {"train": (0, valid), "valid": (valid, test), "test": (test, len(clips))}[split]
     return clips[start:stop]
 
 
+CUTS = {"time": cut_in_time, "file": cut_by_file}  # by the option split_by
+
+
+# Files of a folder
+
+
 def video_sources(path):
-    """A video, or the videos under a folder, in natural order."""
+    """A video, or the videos in a folder, in natural order: list of Source."""
     path = existing(path)
     if path.is_file():
         if path.suffix.lower() not in VIDEOS:
@@ -236,7 +357,10 @@ def video_sources(path):
 
 
 def frame_sources(path, by_prefix=False):
-    """A clip for each folder of images at or under `path`; by_prefix: for each beginning of a name before its number."""
+    """The folders of images at or under `path`: list of Source, one per folder.
+
+    by_prefix   one Source per folder and per beginning of a file's name, up to the last number in it
+    """
     path = existing(path)
     if path.is_file():
         raise UserError(f"{path}: a file; name a folder of folders of images")
@@ -256,14 +380,14 @@ def existing(path):
 
 
 def consecutive(clip, files, step):
-    """The parts of a clip of images whose numbers are `step` apart: no sequence jumps over missing frames."""
+    """Pieces of a clip of images in which file numbers are `step` apart. No sequence then crosses missing frames."""
     numbers = frame_numbers(files)
     cuts = [0, *(i for i in range(1, len(numbers)) if numbers[i] - numbers[i - 1] != step), len(numbers)]
-    return [clip.part(start, stop) for start, stop in pairwise(cuts)]
+    return [clip.cut(start, stop) for start, stop in pairwise(cuts)]
 
 
 def frame_numbers(files):
-    """The number of each file's name that counts frames: the last of those that are not the same in all names."""
+    """The frame number of each file. A name may hold several numbers; the last one that differs between files counts."""
     columns = list(zip(*(re.findall(r"[0-9]+", file.stem) for file in files)))
     counting = [column for column in columns if len(set(column)) > 1] or columns
     if not counting:

@@ -1,0 +1,99 @@
+"""The cache: what is decoded or unpacked once, as memory-mapped .npy files in folders named by a hash of their sources."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from vmrnn.data.media import broken, npz_member
+from vmrnn.errors import UserError
+
+CACHE_FORMAT = 1  # part of every key; raise it when the content of the cache, or the way to write it, changes
+
+
+def cached_folder(cache_dir, label, key, write):
+    """The folder in cache_dir that belongs to `key`. It is filled at the first call.
+
+    cache_dir   folder of the cache; made if it does not exist
+    label       start of the folder's name, for people
+    key         all that the content depends on, as json can hold it
+    write       write(folder) fills the folder
+
+    The folder is made under another name and renamed when it is complete. A killed process therefore leaves no folder
+    that looks complete. If two processes make the same folder, the second one uses the first one's.
+    UserError: cache_dir cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, key]).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / f"{label}-{digest}"
+    if folder.is_dir():
+        return folder
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".making-") as scratch:
+            made = Path(scratch) / folder.name
+            made.mkdir()
+            write(made)
+            try:
+                os.rename(made, folder)
+            except OSError:
+                if not folder.is_dir():  # another process was first
+                    raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{cache_dir}: cannot be written ({reason}); make room or name another cache_dir") from error
+    return folder
+
+
+def stamp(path):
+    """Name, size and time of a file, which tell one version of it from another, as json can hold them."""
+    status = os.stat(path)
+    return [Path(path).name, status.st_size, status.st_mtime_ns]
+
+
+def write_npy(path, frames):
+    """Write frames of equal shape and type as one .npy file (T, *shape). One frame is in memory at a time.
+
+    frames   iterator over arrays, such as (H, W, C)
+    """
+    with open(path, "wb") as f:
+        count = 0
+        for frame in frames:
+            if count == 0:
+                write_header(f, (0, *frame.shape), frame.dtype)
+            f.write(np.ascontiguousarray(frame).data)
+            count += 1
+        f.seek(0)
+        write_header(f, (count, *frame.shape), frame.dtype)  # as long as the first: numpy pads for a longer axis 0
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_header(f, shape, dtype):
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, header)
+
+
+def unpacked(path, array_key, cache_dir):
+    """The path of a .npy file with one array of a .npz file, unpacked into the cache.
+
+    array_key   as in media.npz_member
+    """
+    member, _, _ = npz_member(path, array_key)
+
+    def write(folder):
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{member}.npy") as packed:
+                with open(folder / "array.npy", "wb") as f:
+                    shutil.copyfileobj(packed, f, 2**22)
+                    f.flush()
+                    os.fsync(f.fileno())
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise broken(path, error) from error
+
+    return str(cached_folder(cache_dir, Path(path).stem, [stamp(path), member], write) / "array.npy")

@@ -1,0 +1,122 @@
+"""Windows: the sequences of fixed length that are cut from clips, and the data set of them."""
+
+import math
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from vmrnn.data.draws import split_key, uniform_draws
+from vmrnn.data.media import resize
+from vmrnn.errors import UserError
+
+
+def cut_windows(clips, total, strides=None):
+    """Windows of `total` frames as (number of the clip, first frame), int64 (n, 2). No window crosses a clip.
+
+    strides   per clip, the frames from one window to the next; None: 1
+
+    The last window of a clip ends with the clip's last frame.
+    """
+    windows = [np.empty((0, 2), np.int64)]
+    for i, clip in enumerate(clips):
+        starts = np.arange(len(clip) - total, -1, -(strides[i] if strides else 1))[::-1]
+        windows.append(np.stack((np.full_like(starts, i), starts), axis=1))
+    return np.concatenate(windows)
+
+
+def thin(windows, length):
+    """At most `length` windows, evenly spaced over all."""
+    if length >= len(windows):
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, length).round().astype(np.int64)]
+
+
+class ClipDataset(Dataset):
+    """Windows of clips. An item is (inputs, targets), float32 (T, C, H, W); a missing value is NaN.
+
+    clips               list of Clip whose frames (H, W, C) have one shape and type
+    windows             int64 (n, 2) from `cut_windows`
+    num_frames_input    frames of the inputs
+    num_frames_output   frames of the targets
+    size                (H, W) of the items
+    value_range         ValueRange that scales the stored values to [0, 1]; values outside it lie outside
+    frame_fit           "resize": frames of another size are resized
+                        "crop": a rectangle of the frame, at a random place (random=True) or at the centre
+    random              False: item i is window i
+                        True: an epoch draws `length` windows without replacement, and each epoch draws anew.
+                        With cropping, `length` may exceed the number of windows; they are then repeated.
+    length              items per epoch if `random`; None: as many as there are windows
+    seed                of the random draws
+
+    A key is an index or (epoch, index). An item depends on seed and key only.
+    UserError: frames too small to be cropped.
+    """
+
+    def __init__(self, clips, windows, num_frames_input, num_frames_output, size, value_range, frame_fit="resize",
+                 random=False, length=None, seed=0):  # fmt: skip
+        self.clips = clips
+        self.windows = windows
+        self.num_frames_input = num_frames_input
+        self.num_frames_output = num_frames_output
+        self.size = tuple(size)
+        self.value_range = value_range
+        self.frame_fit = frame_fit
+        self.random = random
+        self.length = len(windows)
+        if random and length:
+            self.length = length if frame_fit == "crop" else min(length, len(windows))
+        self.seed = seed
+        self.order = None  # (epoch, its windows in order)
+        if frame_fit == "crop":
+            height, width = clips[0].frames().shape[1:3]
+            if height < size[0] or width < size[1]:
+                raise UserError(
+                    f"{clips[0].name}: frames of {height}x{width} cannot be cropped to {size[0]}x{size[1]}; "
+                    "choose a smaller input_size or frame_fit resize"
+                )
+
+    def __len__(self):
+        return self.length
+
+    @property
+    def data_range(self):
+        return [self.value_range.low, self.value_range.high]
+
+    def __str__(self):
+        return (
+            f"{self.length} sequences of {self.num_frames_input}+{self.num_frames_output} frames, of {len(self.windows)} "
+            f"in {len(self.clips)} clips ({self.clips[0].name}, ...), {self.size[0]}x{self.size[1]}, "
+            f"values {self.value_range.low:g} to {self.value_range.high:g} as 0 to 1"
+        )
+
+    def __getitem__(self, key):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """The items of a batch of keys, a list. The loader asks for whole batches by this name."""
+        return [self.item(*split_key(key)) for key in keys]
+
+    def item(self, epoch, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of a data set of {self.length}")
+        total = self.num_frames_input + self.num_frames_output
+        clip, first = self.windows[self.epoch_order(epoch)[index] if self.random else index]
+        frames = self.clips[clip].frames()[first : first + total]
+        if self.frame_fit == "crop":
+            room = np.array(frames.shape[1:3]) - self.size
+            draws = uniform_draws(self.seed, [epoch], [index], 2)[0] if self.random else np.full(2, 0.5)
+            y, x = np.minimum((draws * (room + 1)).astype(np.int64), room)
+            frames = frames[:, y : y + self.size[0], x : x + self.size[1]]
+        values = self.value_range.to_unit(frames).transpose(0, 3, 1, 2)
+        values = resize(torch.from_numpy(np.ascontiguousarray(values)), self.size)
+        return values[: self.num_frames_input], values[self.num_frames_input :]
+
+    def epoch_order(self, epoch):
+        """The windows of an epoch in its order, int64 (length,)."""
+        if self.order is None or self.order[0] != epoch:
+            generator = np.random.default_rng((self.seed % 2**64, epoch, 1))
+            rounds = math.ceil(self.length / len(self.windows))
+            orders = [generator.permutation(len(self.windows)) for _ in range(rounds)]
+            self.order = epoch, np.concatenate(orders)[: self.length]
+        return self.order[1]
