@@ -172,7 +172,9 @@ def train(config, weights, resumed, device, signals):
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def learning_rate(n):
-        return config.lr * lr_factor(n, config.schedule, config.warmup_steps, config.epochs * updates)
+        return config.lr * lr_factor(
+            n, config.schedule, config.warmup_steps, config.epochs * updates, config.decay_steps
+        )
 
     def horizon(n):
         if n >= config.curriculum:

@@ -42,11 +42,16 @@ PUBLISHED = {
     "drop_path_rate": 0.1,
     "digits_split": "published",
 }
-CURRICULUM = {"curriculum": 240}
+CURRICULUM = {"curriculum": 240}  # 60 % of the updates
 EMA = {"ema": 0.995}
 MSE = {"l1_weight": 0.0}
 LITTLE_L1 = {"l1_weight": 0.1}
 MUON = {"optimizer": "muon"}
+
+
+def small_updates(batch, lr):
+    """Muon with a tenth of the L1 in updates of `batch` sequences: the same samples, 16 / batch times the updates."""
+    return recipe("onecycle", lr, **MUON, **LITTLE_L1) | {"train_batch_size": batch, "curriculum": 240 * 16 // batch}
 
 
 def recipe(schedule, lr, **others):
@@ -72,6 +77,12 @@ RECIPES = {
     "muon 3e-3, curriculum, little L1": recipe("onecycle", 3e-3, **CURRICULUM, **MUON, **LITTLE_L1),
     "muon 6e-3, curriculum, little L1": recipe("onecycle", 6e-3, **CURRICULUM, **MUON, **LITTLE_L1),
     "muon 1.2e-2, curriculum, mse": recipe("onecycle", 1.2e-2, **CURRICULUM, **MUON, **MSE),
+    "batch 8, 6e-3": small_updates(8, 6e-3),
+    "batch 4, 6e-3": small_updates(4, 6e-3),
+    "batch 4, 3e-3": small_updates(4, 3e-3),
+    "batch 2, 3e-3": small_updates(2, 3e-3),
+    "batch 2, 1.5e-3": small_updates(2, 1.5e-3),
+    "batch 1, 1.5e-3": small_updates(1, 1.5e-3),
 }
 
 

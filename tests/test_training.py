@@ -180,6 +180,15 @@ def test_a_run_in_fp16_keeps_its_scale(tmp_path):
     assert read_checkpoint(tmp_path / "x" / "last.pt")["scaler"]["_growth_tracker"] == 8
 
 
+def test_wsd_is_constant_and_then_falls_linearly_to_zero_at_the_end_of_the_run():
+    factors = [lr_factor(n, "wsd", 10, 100, 20) for n in range(100)]
+    assert factors[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert factors[10:81] == [1.0] * 71
+    assert factors[80:] == pytest.approx([(100 - n) / 20 for n in range(80, 100)])
+    assert lr_factor(89, "wsd", 10, 100) == pytest.approx(11 / 20)  # a fifth of the run, if nothing is given
+    assert factors[:50] == [lr_factor(n, "wsd", 10, 1000, 20) for n in range(50)]  # its end may be decided late
+
+
 def test_the_curriculum_lengthens_the_forecast(tmp_path, monkeypatch):
     lengths = []
     monkeypatch.setattr(

@@ -157,9 +157,11 @@ class Config:
         "decay of matrices and filters; never of norms, biases, A_logs and Ds", at_least=0, resume=True)
     schedule: str = option("training", "constant",
         "course of the learning rate over the run, updated with every update of the weights",
-        choices=["constant", "cosine", "onecycle"])
+        choices=["constant", "cosine", "onecycle", "wsd"], resume=True)
     warmup_steps: int = option("training", 0,
         "updates of linear warm-up; onecycle warms up for 30 % of the run if this is 0", at_least=0)
+    decay_steps: int = option("training", 0,
+        "updates at the end over which wsd falls linearly to zero; 0: a fifth of the run", at_least=0, resume=True)
     curriculum: int = option("training", 0,
         "updates over which the forecast grows from 1 frame to all; 0: all from the start", at_least=0)
     clip_grad: float = option("training", 0.0, "largest norm of the gradient; 0: no clipping", at_least=0, resume=True)

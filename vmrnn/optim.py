@@ -36,11 +36,18 @@ def make_optimizer(model, name, lr, weight_decay, device):
     return optimizer_class(groups, lr=lr, fused=device.type in FUSED)
 
 
-def lr_factor(step, schedule, warmup_steps, total_steps):
-    """lr as a factor of its peak at update `step` (from 0). A function of the step alone, so that a resumed
-    run needs no scheduler's state and follows --lr and --epochs where they change.
+def lr_factor(step, schedule, warmup_steps, total_steps, decay_steps=0):
+    """The learning rate at one update, as a factor of its peak.
 
-    constant and cosine (half of one, to 0) after a linear warm-up; onecycle is torch's OneCycleLR.
+    step           update of the run, from 0
+    schedule       constant, cosine (half a period, to 0) or wsd (constant, then linear to 0), each after a linear
+                   warm-up; or onecycle, which is torch's OneCycleLR
+    warmup_steps   updates of the warm-up; onecycle: 0 means 30 % of the run
+    total_steps    updates of the run
+    decay_steps    wsd: updates of the fall at the end; 0 means 20 % of the run
+
+    The factor depends on these numbers alone. A resumed run needs no scheduler's state, and it follows options that
+    were changed. wsd is the warmup-stable-decay schedule of arXiv 2404.06395: the end of the run may be decided late.
     """
 
     def half_cosine(start, end, part):
@@ -55,4 +62,6 @@ def lr_factor(step, schedule, warmup_steps, total_steps):
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
+    if schedule == "wsd":
+        return min(1.0, (total_steps - step) / (decay_steps or max(1, total_steps // 5)))
     return half_cosine(1, 0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
