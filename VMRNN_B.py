@@ -1,4 +1,4 @@
-"""Network B: cells at one resolution (VMRNN, arXiv 2403.16536). Only the wiring; layers are in vmrnn/."""
+"""Network B: cells at one resolution (VMRNN, arXiv 2403.16536, section 3.4). Only the wiring: layers are in vmrnn/."""
 
 import torch
 import torch.nn as nn
@@ -8,35 +8,45 @@ from vmrnn.network.patch import PatchInflated, check_depths, check_frame, check_
 
 
 class VMRNN(nn.Module):
-    """model(frame, states=None) -> (frame, states): the next frame from this one and the past.
+    """model(frame, states=None) -> (frame, states): forecasts the next frame from this one and the past.
 
-    img_size    int or (H, W), each a multiple of patch_size; at run time any such size will do
-    patch_size  2, 4, 8, ...
-    in_chans    channels of a frame
-    embed_dim   width C; a multiple of 16 if patch_size > 2
-    depths      VSS blocks of each cell, e.g. [6]
-    drop_rate, attn_drop_rate   dropout after the patch embedding and after each SS2D
-    drop_path_rate              the same for every block
-    scan        scan back end, see vmrnn.scan
+    img_size        int or (H, W) of the frames. Only checked; any multiple of patch_size works at run time
+    patch_size      side of a patch: 2, 4, 8, ...
+    in_chans        channels of a frame
+    embed_dim       width C; a multiple of 16 if patch_size > 2
+    depths          blocks per cell, one number per cell
+    drop_rate       dropout after the patch embedding
+    attn_drop_rate  dropout inside every block
+    drop_path_rate  probability of skipping a block for one sample, the same for all blocks
+    d_state         states per channel of the scan
+    scan            scan back end, see vmrnn.scan
+    cell            class of the cell, a value of vmrnn.network.CELLS
 
-    Frames are (B, in_chans, H, W) in [0, 1]. `states` is opaque. Raises UserError for sizes that
-    cannot work.
+    Frames are (B, in_chans, H, W) in [0, 1]. `states` holds what is kept of the past: pass it on unchanged.
+    Raises UserError for sizes that cannot work.
     """
 
-    def __init__(self, img_size, patch_size, in_chans, embed_dim, depths, drop_rate=0.0, attn_drop_rate=0.0,
-                 drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
+    def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths=(6,), drop_rate=0.0,
+                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell=VMRNNCell):  # fmt: skip
         super().__init__()
-        self.in_chans, self.stride = in_chans, patch_size  # stride: pixels of a frame to one of the coarsest map
-        self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
+        self.in_chans = in_chans
+        self.stride = patch_size  # pixels of a frame per position of the coarsest map
+        check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
         check_depths(depths=depths)
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         self.ST = nn.Module()  # the published name of everything below
         self.ST.patch_embed = patch_embed(patch_size, in_chans, embed_dim)
         self.ST.dropout = nn.Dropout(drop_rate)
         self.ST.layers = nn.ModuleList(
-            VMRNNCell(embed_dim, depth, [drop_path_rate] * depth, attn_drop_rate, d_state, scan) for depth in depths
+            cell(embed_dim, drop_path=[drop_path_rate] * depth, dropout=attn_drop_rate, d_state=d_state, scan=scan)
+            for depth in depths
         )
         self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, in_chans)
+
+    @classmethod
+    def from_options(cls, depths, depths_down=None, depths_up=None, **options):
+        """From the options of the configuration. Those of network D alone are not used."""
+        return cls(depths=depths, **options)
 
     def encode(self, frame):
         """(B, in_chans, H, W) -> tokens (B, H/p, W/p, C)."""

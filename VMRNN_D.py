@@ -1,10 +1,11 @@
-"""Network D: a path of cells down to coarser maps and one back up (VMRNN, arXiv 2403.16536).
+"""Network D: cells on a path down to coarser maps and on a path back up (VMRNN, arXiv 2403.16536, section 3.4).
 
-Only the wiring; layers are in vmrnn/.
+Only the wiring: layers are in vmrnn/.
 """
 
 import torch
 import torch.nn as nn
+from timm.layers import calculate_drop_path_rates
 
 from vmrnn.errors import UserError
 from vmrnn.network.cell import VMRNNCell
@@ -20,56 +21,58 @@ from vmrnn.network.patch import (
 )
 
 
-def drop_path_rates(rate, depths):
-    """One list of rates a level, rising linearly 0 -> rate over all blocks."""
-    rates = torch.linspace(0, rate, sum(depths)).split(depths)
-    return [level.tolist() for level in rates]
-
-
 class VMRNN(nn.Module):
-    """model(frame, states=None) -> (frame, states): the next frame from this one and the past.
+    """model(frame, states=None) -> (frame, states): forecasts the next frame from this one and the past.
 
-    img_size           int or (H, W), each a multiple of patch_size * 2**len(depths_downsample);
-                       at run time any such size will do
-    depths_downsample  VSS blocks of the cell at each level, finest first, e.g. [2, 6]
-    depths_upsample    the same for the way up, finest first too, e.g. [6, 2]: the coarsest map's cell
-                       has the last entry's blocks
-    The others as in VMRNN_B. Widths are embed_dim * 2**level. Drop path rises linearly from 0 over
-    the blocks of the way down; the way up takes its own schedule in the order its depths are used.
+    img_size           int or (H, W) of the frames. Only checked; at run time any multiple of
+                       patch_size * 2**levels works
+    depths_downsample  blocks per cell on the path down, one number per level, finest level first, such as [2, 6]
+    depths_upsample    blocks per cell on the path up, finest level first too, such as [6, 2]: the cell on the
+                       coarsest map has as many blocks as the last number says
+    drop_path_rate     probability of skipping a block for one sample. It rises linearly from 0 to this rate over the
+                       blocks of depths_downsample, and over those of depths_upsample
+
+    The other parameters are those of VMRNN_B. Widths are embed_dim * 2**level.
     """
 
-    def __init__(self, img_size, patch_size, in_chans, embed_dim, depths_downsample, depths_upsample,
-                 drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto"):  # fmt: skip
+    def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths_downsample=(2, 6),
+                 depths_upsample=(6, 2), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16,
+                 scan="auto", cell=VMRNNCell):  # fmt: skip
         super().__init__()
         check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
-        n = len(depths_downsample)
-        if len(depths_upsample) != n:
+        levels = len(depths_downsample)
+        if len(depths_upsample) != levels:
             raise UserError(f"depths down {depths_downsample} and up {depths_upsample}: give as many levels up as down")
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        self.in_chans, self.stride = in_chans, patch_size * 2**n  # stride: pixels of a frame to one of the coarsest map
-        self.img_size = check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
+        self.in_chans = in_chans
+        self.stride = patch_size * 2**levels  # pixels of a frame per position of the coarsest map
+        check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
 
-        def cells(widths, depths, rates):
+        def cells(widths, rates_per_cell):
             return nn.ModuleList(
-                VMRNNCell(width, depth, rate, attn_drop_rate, d_state, scan)
-                for width, depth, rate in zip(widths, depths, rates)
+                cell(width, drop_path=rates, dropout=attn_drop_rate, d_state=d_state, scan=scan)
+                for width, rates in zip(widths, rates_per_cell)
             )
 
-        widths = [embed_dim * 2**level for level in range(n + 1)]
+        def drop_path_rates(depths):
+            return calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        widths = [embed_dim * 2**level for level in range(levels + 1)]
         self.Downsample = nn.Module()  # the published names of the two paths
         self.Downsample.patch_embed = patch_embed(patch_size, in_chans, embed_dim)
         self.Downsample.dropout = nn.Dropout(drop_rate)
-        self.Downsample.layers = cells(
-            widths[:-1], depths_downsample, drop_path_rates(drop_path_rate, depths_downsample)
-        )
+        self.Downsample.layers = cells(widths[:-1], drop_path_rates(depths_downsample))
         self.Downsample.downsample = nn.ModuleList(PatchMerging(width) for width in widths[:-1])
         up_widths = widths[:0:-1]
         self.Upsample = nn.Module()
-        self.Upsample.layers = cells(
-            up_widths, depths_upsample[::-1], drop_path_rates(drop_path_rate, depths_upsample)[::-1]
-        )
+        self.Upsample.layers = cells(up_widths, drop_path_rates(depths_upsample)[::-1])
         self.Upsample.upsample = nn.ModuleList(PatchExpanding(width) for width in up_widths)
         self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, in_chans)
+
+    @classmethod
+    def from_options(cls, depths_down, depths_up, depths=None, **options):
+        """From the options of the configuration. That of network B alone is not used."""
+        return cls(depths_downsample=depths_down, depths_upsample=depths_up, **options)
 
     def encode(self, frame):
         """(B, in_chans, H, W) -> tokens (B, H/p, W/p, C)."""

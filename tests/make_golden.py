@@ -29,7 +29,7 @@ def main():
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = build_model(
-            config["model"], img_size=config["img_size"], patch_size=config["patch_size"],
+            config["model"], patch_size=config["patch_size"],
             in_chans=config["in_chans"], embed_dim=config["embed_dim"], depths=config.get("depths"),
             depths_down=config.get("depths_downsample"), depths_up=config.get("depths_upsample"), scan="reference",
         )  # fmt: skip

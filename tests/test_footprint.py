@@ -1,4 +1,4 @@
-"""What a training step keeps and launches, counted with fake tensors, against the same step with real ones."""
+"""The memory of a training step, counted with fake tensors, against the same step with real ones."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_as_a_step_with_real_tensors():
 def test_memory_grows_with_the_batch_and_less_with_checkpoints():
     one, three = fake(train_batch_size=8), fake(train_batch_size=24)
     weights = sum(p.numel() for p in build_model(**configuration.resolve(None, SMALL).network_options).parameters()) * 4
-    assert weights < one["kept"] < one["peak"] and one["forward"] == three["forward"]
+    assert weights < one["kept"] < one["peak"]
     assert 2.7 < (three["kept"] - weights) / (one["kept"] - weights) <= 3
     assert fake(train_batch_size=24, grad_checkpoint=True)["kept"] < 0.5 * three["kept"]
 
@@ -36,9 +36,7 @@ def test_the_program_counts_the_triton_kernels_where_none_can_run(capsys):
     printed = capsys.readouterr().out
     assert "VMRNN-D, batch 1, bf16" in printed
     found = json.loads(printed.splitlines()[-1])
-    blocks, steps = 1 + 2, 3 - 1 + 2
-    assert found["forward"]["vmrnn::scan_triton"] == found["backward"]["vmrnn::conv_silu_backward"] == blocks * steps
-    assert found["forward"]["vmrnn::cell_gate"] == 2 * steps
+    assert 0 < found["kept"] < fake(train_batch_size=1, precision="bf16")["kept"]
 
 
 def flat(value):

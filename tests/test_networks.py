@@ -1,13 +1,14 @@
 """Both networks: published numbers, sizes, what the rollout may see, what is refused."""
 
+import copy
 import json
-from pathlib import Path
+import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, relative_error
+from helpers import ROOT, SHARED, relative_error
 
 from functions import RolloutLoss, mixed_precision
 from vmrnn import scan
@@ -15,27 +16,28 @@ from vmrnn.checkpoint import load_weights
 from vmrnn.errors import UserError
 from vmrnn.network import build_model, compile_model
 from vmrnn.network.cell import VSB, VMRNNCell
+from vmrnn.network.kernels import UsesKernels
 from vmrnn.network.ss2d import SS2D
 from vmrnn.rollout import rollout
 from VMRNN_B import VMRNN as B
-from VMRNN_D import VMRNN as D, drop_path_rates
+from VMRNN_D import VMRNN as D
 
-PUBLISHED = ROOT.parent / "shared" / "golden"  # numbers of the published code, not part of the project
-OWN = Path(__file__).parent / "golden"  # the reference in float64, made by make_golden.py
+PUBLISHED = SHARED / "golden"  # numbers of the published code, not part of the project
+OWN = ROOT / "tests" / "golden"  # the reference in float64, made by make_golden.py
 
 
 BACK_ENDS = [
     pytest.param(device, name, id=f"{device}-{name}", marks=[pytest.mark.gpu] * (device == "cuda"))
     for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    for name, (ok, _) in scan.available(device).items()
-    if ok
+    for name, module in scan.BACKENDS.items()
+    if module.can_run(device, torch.float32, 16)[0]
 ]
 
 
 def golden_model(file, back_end):
     config = json.loads(str(file["config"]))
     model = build_model(
-        config["model"], img_size=config["img_size"], patch_size=config["patch_size"], in_chans=config["in_chans"],
+        config["model"], patch_size=config["patch_size"], in_chans=config["in_chans"],
         embed_dim=config["embed_dim"], depths=config.get("depths"), depths_down=config.get("depths_downsample"),
         depths_up=config.get("depths_upsample"), scan=back_end,
     )  # fmt: skip
@@ -76,14 +78,15 @@ def test_parameter_counts_of_the_paper_without_the_dead_weights():
 
 
 @pytest.mark.parametrize(
-    "model, channels",
-    [(B((24, 16), 4, 3, 16, [1, 2]), 3), (D((16, 32), 2, 2, 8, [2, 1], [1, 2]), 2)],
+    "network, size, channels, options",
+    [(B, (24, 16), 3, (4, 3, 16, [1, 2])), (D, (16, 32), 2, (2, 2, 8, [2, 1], [1, 2]))],
     ids=["B", "D"],
 )
-def test_every_parameter_gets_a_gradient_on_frames_that_are_not_square(model, channels):
-    inputs, targets = torch.rand(2, 3, channels, *model.img_size), torch.rand(2, 2, channels, *model.img_size)
+def test_every_parameter_gets_a_gradient_on_frames_that_are_not_square(network, size, channels, options):
+    model = network(size, *options)
+    inputs, targets = torch.rand(2, 3, channels, *size), torch.rand(2, 2, channels, *size)
     outputs = rollout(model, inputs, 2)
-    assert outputs.shape == (2, 4, channels, *model.img_size)
+    assert outputs.shape == (2, 4, channels, *size)
     assert outputs.min() >= 0 and outputs.max() <= 1
     RolloutLoss()(outputs, inputs, targets).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -97,7 +100,7 @@ def test_a_trained_network_takes_frames_of_another_size():
 
 
 def test_the_gate():
-    cell = VMRNNCell(16, 2, [0.0, 0.0]).eval()
+    cell = VMRNNCell(16, drop_path=[0.0, 0.0]).eval()
     x, h, c = torch.randn(3, 1, 4, 5, 16).unbind(0)
     o = cell.VSBs[1](cell.VSBs[0](x, h))
     f = torch.sigmoid(o)
@@ -224,11 +227,55 @@ def test_dropout_and_stochastic_depth():
 def test_drop_path_rates_follow_the_published_schedule():
     rates = [block.drop_path.drop_prob for cell in B(8, 2, 1, 16, [2, 1]).ST.layers for block in cell.VSBs]
     assert rates == [0.1] * 3
-    assert drop_path_rates(0.1, [2, 1]) == [pytest.approx([0, 0.05]), pytest.approx([0.1])]
     model = D(16, 2, 1, 8, [2, 1], [1, 2])
+    down = [[block.drop_path.drop_prob for block in cell.VSBs] for cell in model.Downsample.layers]
+    assert down == [pytest.approx([0, 0.05]), pytest.approx([0.1])]
     up = [[block.drop_path.drop_prob for block in cell.VSBs] for cell in model.Upsample.layers]
     assert up == [pytest.approx([0.05, 0.1]), pytest.approx([0])]  # coarsest first
     assert [len(cell.VSBs) for cell in model.Upsample.layers] == [2, 1]
+
+
+def test_kernels_are_chosen_once_and_again_when_the_network_moves(monkeypatch):
+    asked = []
+    resolve = scan.resolve
+    monkeypatch.setattr(scan, "resolve", lambda *args: asked.append(args) or resolve(*args))
+    model, frame = B(8, 2, 1, 16, [2]), torch.rand(1, 1, 8, 8)
+    modules = sum(isinstance(m, UsesKernels) for m in model.modules())
+    assert modules == 1 + 2 * 2  # the cell, and two blocks with an SS2D each
+    for _ in range(3):
+        expected = model(frame)[0]
+    assert asked == [("auto", "cpu", torch.float32, 16)] * modules
+    model.double()
+    assert asked[modules:] == [("auto", "cpu", torch.float64, 16)] * modules
+    torch.testing.assert_close(model(frame.double())[0].float(), expected)
+    model.to("meta")
+    assert len(asked) == 2 * modules  # nothing to run
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_network_compute_the_same(copied):
+    model, frame = D(8, 2, 1, 16, [1], [1]).eval(), torch.rand(1, 1, 8, 8)
+    expected = model(frame)[0]
+    other = copied(model)
+    assert torch.equal(other(frame)[0], expected)
+    assert {key: value.shape for key, value in other.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+
+
+def test_a_network_is_exported():
+    model, frame = B(8, 2, 1, 16, [1]).eval(), torch.rand(1, 1, 8, 8)
+    states = model(frame)[1]
+    exported = torch.export.export(model, (frame, states)).module()
+    torch.testing.assert_close(exported(frame, states)[0], model(frame, states)[0])
+
+
+def test_a_back_end_that_cannot_run_is_refused_when_the_network_moves():
+    model = B(8, 2, 1, 16, [1], scan="mamba")  # a network for a GPU can be built on a CPU
+    with pytest.raises(UserError, match="CUDA"):
+        model.to("cpu")
+    with pytest.raises(UserError, match="CUDA"):
+        model(torch.rand(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8, 16])

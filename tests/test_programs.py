@@ -128,8 +128,7 @@ def test_every_option_of_network_and_data_reaches_them():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_config_parses_and_builds(path):
     config = configuration.resolve(path, {})
-    model = build_model(**config.network_options)
-    assert model.img_size == config.frame_size
+    build_model(**config.network_options)
     assert path.read_text().startswith("#"), "a config opens with its command and what to expect"
 
 

@@ -4,41 +4,16 @@ import logging
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import SCAN_NAMES, SCAN_SHAPES, assert_close, outputs_and_gradients, relative_error, scan_inputs
 
 from vmrnn import scan
 from vmrnn.errors import UserError
 from vmrnn.scan import reference
 
-NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
-#          B  H  W  Di  N   R
-SHAPES = [(2, 5, 7, 24, 16, 3), (1, 1, 1, 8, 1, 1), (1, 1, 9, 17, 5, 2), (3, 40, 3, 16, 8, 1), (1, 8, 8, 32, 16, 2)]
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
-def scan_inputs(B, H, W, Di, N, R, dtype=torch.float64, device="cpu"):
-    generator = torch.Generator().manual_seed(B + 10 * H + 100 * W + 1000 * Di)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    tensors = (
-        normal(B, H, W, Di),
-        normal(B, H, W, 4, R + 2 * N),
-        normal(4, Di, R) * R**-0.5,
-        normal(4, Di) - 2,
-        normal(4, Di, N),
-        normal(4, Di),
-    )
-    return [t.to(device, dtype).requires_grad_() for t in tensors]
-
-
-def outputs_and_gradients(function, inputs):
-    y = function(*inputs)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y)
-    return {"y": y.detach()} | dict(zip(NAMES, torch.autograd.grad((y * weights).sum(), inputs)))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SCAN_SHAPES, ids=str)
 @pytest.mark.parametrize(
     "name, device",
     [
@@ -55,8 +30,7 @@ def test_parity(name, device, shape):
     inputs = scan_inputs(*shape, dtype=torch.float32, device=device)
     got = outputs_and_gradients(lambda *t: scan.scan_2d(*t, backend=name), inputs)
     steps = shape[1] * shape[2] if device == "cuda" else 0  # see test_scan_triton.py
-    for key, value in got.items():
-        assert relative_error(value.cpu(), expected[key]) <= 5e-6 + steps * 2**-24, key
+    assert_close(got, expected, 5e-6 + steps * 2**-24)
 
 
 def test_the_reference_against_four_explicit_walks():
@@ -93,7 +67,7 @@ def test_bf16_goes_through_fp32():
         assert relative_error(scan.scan_2d(*singles, backend="torch"), exact) < 1e-5
 
 
-@pytest.mark.parametrize("wrong", range(1, 6), ids=NAMES[1:])
+@pytest.mark.parametrize("wrong", range(1, 6), ids=SCAN_NAMES[1:])
 def test_shapes_that_do_not_belong_together_reach_no_kernel(wrong):
     inputs = scan_inputs(1, 3, 4, 8, 4, 2, dtype=torch.float32)
     inputs[wrong] = inputs[wrong][..., :-1]
@@ -109,7 +83,6 @@ def test_a_named_back_end_never_falls_back():
 
 
 def test_auto_says_when_it_is_slow(monkeypatch, caplog):
-    scan.choose.cache_clear()
     monkeypatch.setattr(scan, "ORDER", {"cpu": ("mamba", "torch")})
     monkeypatch.setattr(scan, "_logged", set())
     caplog.clear()
@@ -118,11 +91,9 @@ def test_auto_says_when_it_is_slow(monkeypatch, caplog):
     (entry,) = caplog.records  # once, not at every call
     assert entry.levelno == logging.WARNING
     assert "SLOW" in entry.message and "mamba" in entry.message
-    scan.choose.cache_clear()
 
 
-def test_available_names_every_back_end_with_a_reason():
-    answers = scan.available("cpu")
-    assert answers.keys() == scan.BACKENDS.keys()
+def test_every_back_end_gives_a_reason():
+    answers = {name: module.can_run("cpu", torch.float32, 16) for name, module in scan.BACKENDS.items()}
     assert all(reason for _, reason in answers.values())
     assert answers["torch"][0] and not answers["mamba"][0]

@@ -6,8 +6,7 @@ selective_scan.cpp refuses. On a GPU with the extension test_scan.py has the par
 
 import pytest
 import torch
-from helpers import relative_error
-from test_scan import SHAPES, outputs_and_gradients, scan_inputs
+from helpers import SCAN_SHAPES, assert_close, outputs_and_gradients, relative_error, scan_inputs
 
 from vmrnn.scan import mamba, reference
 
@@ -57,12 +56,11 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(mamba, "extension", lambda: (StandIn, None))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SCAN_SHAPES, ids=str)
 def test_parity_with_a_stand_in(stand_in, shape):
     expected = outputs_and_gradients(reference.scan_2d, scan_inputs(*shape))
     got = outputs_and_gradients(mamba.scan_2d, scan_inputs(*shape, dtype=torch.float32))
-    for name, value in got.items():
-        assert relative_error(value, expected[name]) <= 5e-6, name
+    assert_close(got, expected, 5e-6)
 
 
 def test_half_precision_goes_in_as_fp32(stand_in):

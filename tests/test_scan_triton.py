@@ -1,8 +1,7 @@
 """The Triton scan: against the reference in float64, and what the compiler makes of it.
 
 No GPU is needed. Numbers come from Triton's interpreter, in one process of its own, since
-TRITON_INTERPRET must be set before triton is imported; registers and spills from compiling ahead of time, as
-benchmarks/machine_code.py does.
+TRITON_INTERPRET must be set before triton is imported; registers and spills from compiling ahead of time.
 """
 
 import json
@@ -12,16 +11,24 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, relative_error
-from test_scan import SHAPES, outputs_and_gradients, scan_inputs
+from helpers import (
+    ROOT,
+    SCAN_SHAPES,
+    assert_small,
+    nan_filled_memory,
+    outputs_and_gradients,
+    relative_error,
+    relative_errors,
+    scan_inputs,
+)
+from triton_helpers import ARCHITECTURES, GPU, NO_GPU, build, needs_triton, run_interpreter, scan_kernels
 
-from benchmarks.machine_code import SHAPES as SHAPES_OF_D, build, kernels_of
 from vmrnn.scan import reference, triton_scan
 
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
 
 # name: ((B, H, W, Di, N, R), what the sequence is split into, forward and backward: see `lengths`). The interpreter
-# takes about 30 ms a step of a program, and a program is a batch item, a direction, a block of channels and a part.
+# takes about 30 ms per step of a program, and a program is a batch item, a direction, a block of channels and a part.
 CASES = {
     "1x1": ((1, 1, 1, 8, 2, 1), (1, 1)),
     "rows and columns differ": ((1, 3, 5, 9, 16, 3), (1, 1)),
@@ -47,7 +54,7 @@ def errors_of(function, inputs, dtype=torch.float32, oracle=reference.scan_2d):
     got = outputs_and_gradients(function, inputs)
     wrong_type = [name for name, t in got.items() if t.dtype != dtype]
     assert not wrong_type, wrong_type
-    return {name: relative_error(t.cpu(), expected[name].cpu()) for name, t in got.items()}
+    return relative_errors(got, expected)
 
 
 def interpret():
@@ -97,36 +104,9 @@ def interpret():
     return answers
 
 
-needs_triton = pytest.mark.skipif(
-    triton_scan.triton is None or triton_scan.triton_version() < triton_scan.OLDEST,
-    reason=f"no Triton of {triton_scan.OLDEST} or newer",
-)
-
-
-def run_interpreter(file):
-    """What `file`, run as a program in Triton's interpreter, prints last: JSON."""
-    done = subprocess.run(
-        [sys.executable, file],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this Triton's interpreter does not work with NumPy 2.4 and newer (Triton 3.6)")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted():
     return run_interpreter(__file__)
-
-
-def assert_small(errors, tolerance):
-    assert errors
-    for name, error in errors.items():
-        assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 @needs_triton
@@ -155,14 +135,17 @@ def test_same_bits_in_the_interpreter(interpreted):
     assert_small(interpreted["exact"], 0.0)
 
 
-GPU, NO_GPU = triton_scan.can_run("cuda", torch.float32, 16)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason=NO_GPU)
 @pytest.mark.parametrize(
     "shape",
-    [*SHAPES, (1, 32, 32, 256, 16, 8), (8, 32, 32, 256, 16, 8), (16, 16, 16, 512, 16, 16), (16, 8, 8, 1024, 16, 32)],
+    [
+        *SCAN_SHAPES,
+        (1, 32, 32, 256, 16, 8),
+        (8, 32, 32, 256, 16, 8),
+        (16, 16, 16, 512, 16, 16),
+        (16, 8, 8, 1024, 16, 32),
+    ],
     ids=str,
 )
 def test_parity_on_a_gpu(shape):
@@ -178,17 +161,14 @@ def test_parity_on_a_gpu(shape):
         assert torch.equal(t, second[name]), name
 
 
-ARCHITECTURES = (80, 90, 120)
-
-
 @needs_triton
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("batch, side", [(16, "32x32"), (16, "16x16"), (16, "8x8"), (1, "32x32")])
 def test_compiled_without_spills(batch, side, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype = "bf16" if side == "16x16" else "fp32"  # both, in half the time that both of each take
-    for name, kernel in kernels_of(SHAPES_OF_D[side], batch).items():
-        registers, stack, shared, _ = build(*kernel, dtype, arch)
+    for name, kernel in scan_kernels(side, batch).items():
+        registers, stack, shared = build(*kernel, dtype, arch)
         assert stack == 0, f"{name}: {stack} bytes of spills"
         assert registers <= 255 and shared <= 1024, f"{name}: {registers} registers, {shared} bytes shared"
 
@@ -196,7 +176,7 @@ def test_compiled_without_spills(batch, side, arch, tmp_path, monkeypatch):
 @needs_triton
 def test_many_states_compiled_without_spills(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name, kernel in kernels_of(SHAPES_OF_D["32x32"], 16, N=64).items():
+    for name, kernel in scan_kernels("32x32", 16, N=64).items():
         assert build(*kernel, "fp32", 90)[1] == 0, name
 
 
@@ -250,6 +230,7 @@ print(triton_scan.can_run("cuda", torch.float32, 16))
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print(json.dumps(interpret()))
+        with nan_filled_memory():
+            print(json.dumps(interpret()))
     else:
         sys.exit("run by pytest")

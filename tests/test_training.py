@@ -23,9 +23,9 @@ from vmrnn.pictures import read_log
 from vmrnn.rollout import Rollout, pad_frames, rollout
 
 
-def small(model="VMRNN-B", img_size=16, depths=(1,), drop_path_rate=0.0, embed_dim=16):
+def small(model="VMRNN-B", depths=(1,), drop_path_rate=0.0, embed_dim=16):
     return build_model(
-        model, img_size=img_size, patch_size=4, in_chans=1, embed_dim=embed_dim, depths=list(depths), depths_down=[1],
+        model, patch_size=4, in_chans=1, embed_dim=embed_dim, depths=list(depths), depths_down=[1],
         depths_up=[1], d_state=4, drop_path_rate=drop_path_rate,
     )  # fmt: skip
 

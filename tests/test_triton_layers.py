@@ -10,11 +10,10 @@ import sys
 
 import pytest
 import torch
-from helpers import relative_error
-from test_scan_triton import ARCHITECTURES, GPU, NO_GPU, assert_small, needs_triton, run_interpreter
+from helpers import assert_small, nan_filled_memory, outputs_and_gradients, relative_errors
+from triton_helpers import ARCHITECTURES, GPU, NO_GPU, build, needs_triton, run_interpreter
 
-from benchmarks.machine_code import build
-from vmrnn.network import fused as layers, fused_triton as triton_layers
+from vmrnn.network import fused, fused_triton
 from vmrnn.network.cell import VMRNNCell
 from vmrnn.network.fused_triton import conv_blocks
 from vmrnn.scan import triton_scan
@@ -29,75 +28,67 @@ def with_eps(layers):
     return lambda *tensors: layers.norm_gate_linear(*tensors[:4], 1e-5, *tensors[4:])
 
 
-# {name: (fused, plain, shapes of the inputs for a map of (B, H, W, C), how many of them autocast has in half precision)}
+# {name: function of the shape of a map (B, H, W, C), which gives: the Triton layer, the torch layer, the shapes of the
+# inputs, how many of the inputs are in half precision under autocast}
 LAYERS = {
-    "conv_silu": lambda m: (triton_layers.conv_silu, layers.conv_silu, [m, (m[-1], 1, 3, 3), m[-1:]], 1),
+    "conv_silu": lambda m: (fused_triton.conv_silu, fused.conv_silu, [m, (m[-1], 1, 3, 3), m[-1:]], 1),
     "norm": lambda m: (
-        lambda *t: triton_layers.norm(*t, 1e-5),
-        lambda *t: layers.norm(*t, 1e-5),
+        lambda *t: fused_triton.norm(*t, 1e-5),
+        lambda *t: fused.norm(*t, 1e-5),
         [m, m[-1:], m[-1:]],
         0,
     ),
     "norm_gate_linear": lambda m: (
-        with_eps(triton_layers),
-        with_eps(layers),
+        with_eps(fused_triton),
+        with_eps(fused),
         [m, m, m[-1:], m[-1:], (7, m[-1])],
         2,
     ),
-    "cell_gate": lambda m: (triton_layers.cell_gate, layers.cell_gate, [m, m], 0),
+    "cell_gate": lambda m: (fused_triton.cell_gate, fused.cell_gate, [m, m], 0),
 }
 
 
-def results(function, inputs, weights=None):
-    """Outputs, the gradients of their sum weighted by `weights` (drawn where there are none); and the weights."""
-    outputs = function(*inputs)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    weights = weights or [torch.randn_like(t) for t in outputs]
-    total = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
-    return [t.detach() for t in outputs] + list(torch.autograd.grad(total, inputs)), weights
-
-
 def errors_of(case, shape, dtype=torch.float32, device="cpu"):
-    """{each output and gradient: relative error}; where dtype is a half precision, under autocast and with its types."""
+    """{each output and gradient: relative error}. In a half precision: under autocast, with the dtypes it gives."""
     function, plain, shapes, halves = LAYERS[case](shape)
     torch.manual_seed(0)
     inputs = [torch.randn(s, device=device).to(dtype if i < halves else torch.float32).requires_grad_()
               for i, s in enumerate(shapes)]  # fmt: skip
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        got, weights = results(function, inputs)
-    expected, _ = results(plain, [t.detach().double().requires_grad_() for t in inputs], [w.double() for w in weights])
-    assert got[0].dtype == (torch.float32 if case == "cell_gate" else dtype)
-    return {f"result {i}": relative_error(g.cpu(), e.cpu()) for i, (g, e) in enumerate(zip(got, expected, strict=True))}
+        got = outputs_and_gradients(function, inputs)
+    assert got["output 0"].dtype == (torch.float32 if case == "cell_gate" else dtype)
+    return relative_errors(got, outputs_and_gradients(plain, [t.detach().double().requires_grad_() for t in inputs]))
 
 
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    triton_layers.NORM_PROGRAMS = 2  # whose loops then run more than once
-    triton_layers.NORM_ELEMENTS, triton_layers.ELEMENTS = 64, 128
-    triton_layers.ROWS, triton_layers.ROWS_BACK = 4, 3  # several strips, and parts of them
+    fused_triton.NORM_PROGRAMS = 2  # whose loops then run more than once
+    fused_triton.NORM_ELEMENTS, fused_triton.ELEMENTS = 64, 128
+    fused_triton.ROWS, fused_triton.ROWS_BACK = 4, 3  # several strips, and strips that are not full
     answers = {f"{case} {shape}": errors_of(case, shape) for case in LAYERS for shape in MAPS}
     for dtype in (torch.bfloat16, torch.float16):
         answers |= {f"{case} {dtype}": errors_of(case, (2, 3, 2, 8), dtype) for case in LAYERS}
+
+    # torch.compile, an input with a stride between positions, and one that is not contiguous change no bit.
     answers["exact"] = {}
     for case, make in LAYERS.items():
         function, _, shapes, _ = make((2, 3, 5, 4))
         inputs = [torch.randn(s).requires_grad_() for s in shapes]
-        expected, weights = results(function, inputs)
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        expected = outputs_and_gradients(function, inputs)
         half = [
             t.repeat(*[1] * (t.ndim - 1), 2).chunk(2, -1)[0] if t.ndim == 4 and t.shape[1] > 1 else t for t in inputs
         ]
         turned = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
-        turned_weights = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights]
-        for name, (got, _) in (
-            ("compiled", results(compiled, inputs, weights)),
-            ("half of the columns", results(function, half, weights)),
-            ("strides", results(function, turned, turned_weights)),
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for name, got in (
+            ("compiled", outputs_and_gradients(compiled, inputs)),
+            ("half of the columns", outputs_and_gradients(function, half)),
+            ("strides", outputs_and_gradients(function, turned)),
         ):
-            answers["exact"][f"{case} {name}"] = max(
-                (g - e).abs().max().item() for g, e in zip(got, expected, strict=True)
-            )
+            answers["exact"][f"{case} {name}"] = max(relative_errors(got, expected).values())
+
+    # opcheck raises where an op is not registered as it should be.
     maps, channels = [torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(2)], torch.randn(2, 4).unbind()
     for name, arguments in {
         "conv_silu": (maps[0], torch.randn(4, 1, 3, 3), channels[0]),
@@ -108,21 +99,23 @@ def interpret():
     }.items():
         torch.library.opcheck(getattr(torch.ops.vmrnn, name), tuple(arguments))
 
-    # Where the scan is Triton's, so are the layers around it and the cell's gate.
+    # A cell whose scan is Triton's uses Triton layers and the Triton gate.
     triton_scan.can_run = lambda *_: (True, "in the interpreter")
     launches = []
     for name in ("conv_kernel", "norm_kernel", "cell_gate_kernel"):
-        setattr(triton_layers, name, Counted(getattr(triton_layers, name), launches))
-    torch.manual_seed(0)
-    cell = VMRNNCell(4, 1, [0.0], d_state=2)
+        setattr(fused_triton, name, Counted(getattr(fused_triton, name), launches))
     inputs = [torch.randn(B, 3, 2, 4).requires_grad_() for B in (2, 1, 1)]  # one state for all frames
-    runs = {}
-    for name in ("triton", "reference"):
-        cell.VSBs[0].self_attention.scan = name
-        h, (_, c) = cell(inputs[0], tuple(inputs[1:]))
-        runs[name] = [h, c, *torch.autograd.grad((h * c).sum(), [*inputs, *cell.parameters()])]
-    pairs = zip(runs["triton"], runs["reference"], strict=True)
-    answers["cell"] = {f"result {i}": relative_error(a.detach(), b.detach()) for i, (a, b) in enumerate(pairs)}
+    runs = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        cell = VMRNNCell(4, drop_path=[0.0], d_state=2, scan=backend)
+
+        def step(x, h, c, *parameters, cell=cell):
+            h, (_, c) = cell(x, (h, c))
+            return h, c
+
+        runs.append(outputs_and_gradients(step, [*inputs, *cell.parameters()]))
+    answers["cell"] = relative_errors(*runs)
     answers["exact"]["launches"] = abs(len(launches) - 6)  # conv forward and backward, LN of x and h, norm, gate
     return answers
 
@@ -178,24 +171,24 @@ def kernels():
     """{name: (kernel, constants)} at the blocks of network D."""
     built = {}
     for side, C in ((32, 256), (8, 1024)):
-        conv = conv_blocks((16, side, side, C), triton_layers.ROWS)[2]
-        back = conv_blocks((16, side, side, C), triton_layers.ROWS_BACK)[2]
+        conv = conv_blocks((16, side, side, C), fused_triton.ROWS)[2]
+        back = conv_blocks((16, side, side, C), fused_triton.ROWS_BACK)[2]
         built |= {
-            f"conv {side}": (triton_layers.conv_kernel, conv | dict(TRANSPOSED=False)),
-            f"conv transposed {side}": (triton_layers.conv_kernel, conv | dict(TRANSPOSED=True)),
-            f"conv backward {side}": (triton_layers.conv_backward_kernel, back),
+            f"conv {side}": (fused_triton.conv_kernel, conv | dict(TRANSPOSED=False)),
+            f"conv transposed {side}": (fused_triton.conv_kernel, conv | dict(TRANSPOSED=True)),
+            f"conv backward {side}": (fused_triton.conv_backward_kernel, back),
         }
     for C in (256, 1024):
-        blocks = triton_layers.norm_blocks(1, C)[1]
+        blocks = fused_triton.norm_blocks(1, C)[1]
         built |= {
-            f"norm {C}": (triton_layers.norm_kernel, blocks | dict(GATED=False)),
-            f"norm backward {C}": (triton_layers.norm_backward_kernel, blocks | dict(GATED=False)),
-            f"norm and gate {C}": (triton_layers.norm_kernel, blocks | dict(GATED=True)),
-            f"norm and gate backward {C}": (triton_layers.norm_backward_kernel, blocks | dict(GATED=True)),
+            f"norm {C}": (fused_triton.norm_kernel, blocks | dict(GATED=False)),
+            f"norm backward {C}": (fused_triton.norm_backward_kernel, blocks | dict(GATED=False)),
+            f"norm and gate {C}": (fused_triton.norm_kernel, blocks | dict(GATED=True)),
+            f"norm and gate backward {C}": (fused_triton.norm_backward_kernel, blocks | dict(GATED=True)),
         }
-    block = dict(BLOCK=triton_layers.NORM_ELEMENTS)
-    built["cell gate"] = triton_layers.cell_gate_kernel, block
-    built["cell gate backward"] = triton_layers.cell_gate_backward_kernel, block
+    block = dict(BLOCK=fused_triton.NORM_ELEMENTS)
+    built["cell gate"] = fused_triton.cell_gate_kernel, block
+    built["cell gate backward"] = fused_triton.cell_gate_backward_kernel, block
     return built
 
 
@@ -204,13 +197,14 @@ def kernels():
 def test_compiled_without_spills(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, (kernel, constants) in kernels().items():
-        registers, stack, shared, _ = build(kernel, constants, triton_layers.OPTIONS, "bf16", arch)
+        registers, stack, shared = build(kernel, constants, fused_triton.OPTIONS, "bf16", arch)
         assert stack == 0, f"{name}: {stack} bytes of spills"
         assert registers <= 168 and shared <= 8192, f"{name}: {registers} registers, {shared} bytes shared"
 
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print(json.dumps(interpret()))
+        with nan_filled_memory():
+            print(json.dumps(interpret()))
     else:
         sys.exit("run by pytest")

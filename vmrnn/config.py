@@ -217,10 +217,8 @@ class Config:
 
     @property
     def network_options(self):
-        """The arguments of build_model. Three of them have names of the published networks."""
-        return self.of_scope("network") | {
-            "img_size": self.frame_size, "in_chans": self.input_channels, "scan": self.scan,
-        }  # fmt: skip
+        """The arguments of build_model. `in_chans` is the published name."""
+        return self.of_scope("network") | {"in_chans": self.input_channels, "scan": self.scan}
 
     def of_scope(self, scope):
         """{name: value} of the options of one scope."""

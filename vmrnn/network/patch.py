@@ -1,4 +1,4 @@
-"""Between frames and tokens: patch embedding, merging, expanding, and the head. Maps are (B, H, W, C)."""
+"""Patch embedding, merging, expanding and the head: the ways between frames and maps (B, H, W, C)."""
 
 import torch
 import torch.nn as nn
@@ -9,25 +9,29 @@ from vmrnn.errors import UserError
 
 
 def check_network(img_size, patch_size, in_chans, embed_dim, stride):
-    """(H, W) from an int or a pair; raises UserError, with the reason, for a network that cannot be built."""
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2:
-        raise UserError(f"img_size {img_size}: give an int or (height, width)")
-    H, W = size
+    """Raises UserError, with the reason, for a network that cannot be built.
+
+    img_size  int, (H, W), or None where the size is not known yet
+    stride    pixels of a frame per position of the coarsest map
+    The others are those of the networks.
+    """
     if patch_size < 2 or patch_size & (patch_size - 1):
         raise UserError(f"patch_size {patch_size}: the head doubles the map, so it must be 2, 4, 8, ...")
-    if min(H, W, in_chans, embed_dim) < 1:
-        raise UserError(f"img_size {H}x{W}, in_chans {in_chans}, embed_dim {embed_dim}: all must be at least 1")
+    if min(in_chans, embed_dim) < 1:
+        raise UserError(f"in_chans {in_chans}, embed_dim {embed_dim}: both must be at least 1")
     if patch_size > 2 and embed_dim % 16:
         raise UserError(
             f"embed_dim {embed_dim}: with patch_size {patch_size} the head's GroupNorm needs a multiple of 16"
         )
-    check_frame_size(H, W, stride)
-    return H, W
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(size) != 2 or min(size) < 1:
+            raise UserError(f"img_size {img_size}: give an int or (height, width), at least 1")
+        check_frame_size(*size, stride)
 
 
 def check_frame(shape, in_chans, stride):
-    """UserError unless frames of `shape` (B, C, H, W) fit a network of in_chans channels and that stride."""
+    """Raises UserError unless frames of `shape` (B, C, H, W) fit a network of in_chans channels and that stride."""
     if shape[1] != in_chans:
         raise UserError(f"frames of {shape[1]} channels, but the network takes {in_chans}; set --input_channels")
     check_frame_size(*shape[2:], stride)
@@ -41,12 +45,14 @@ def check_frame_size(H, W, stride):
 
 
 def check_depths(**depths):
+    """Raises UserError unless every value is a list of numbers of blocks."""
     for name, blocks in depths.items():
         if not isinstance(blocks, list | tuple) or not blocks or any(not isinstance(d, int) or d < 1 for d in blocks):
             raise UserError(f"{name} {blocks}: give a list of whole numbers, at least 1, one for each cell")
 
 
 def check_options(d_state, **rates):
+    """Raises UserError unless d_state is at least 1 and every rate in [0, 1)."""
     if d_state < 1:
         raise UserError(f"d_state {d_state}: must be at least 1")
     for name, rate in rates.items():
@@ -55,7 +61,7 @@ def check_options(d_state, **rates):
 
 
 def patch_embed(patch_size, in_chans, embed_dim):
-    """(B, in_chans, H, W) -> (B, H/p, W/p, embed_dim): strided convolution and LN; any H, W divisible by p."""
+    """(B, in_chans, H, W) -> (B, H/p, W/p, embed_dim): strided convolution, then LN. H, W: any multiples of p."""
     return PatchEmbed(
         img_size=None,
         patch_size=patch_size,
@@ -67,7 +73,10 @@ def patch_embed(patch_size, in_chans, embed_dim):
 
 
 class PatchMerging(nn.Module):
-    """(B, H, W, C) -> (B, H/2, W/2, 2C), neighbours in the order (0,0), (1,0), (0,1), (1,1) as (row, column)."""
+    """(B, H, W, C) -> (B, H/2, W/2, 2C).
+
+    The four neighbours are taken in the order (0,0), (1,0), (0,1), (1,1), as (row, column).
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -95,9 +104,9 @@ def doubling_convolution(in_chans, out_chans):
 
 
 class PatchInflated(nn.Module):
-    """The head: (B, H/p, W/p, C) -> (B, out_chans, H, W) before the sigmoid, doubling log2(p) times.
+    """The head: (B, H/p, W/p, C) -> (B, out_chans, H, W) before the sigmoid. It doubles the map log2(p) times.
 
-    The published code inserts p // 4 inner doublings: the same for 2, 4 and 8, 32-fold for 16.
+    The published code doubles it p // 4 + 1 times. That is the same for p = 2, 4 and 8, and 32-fold for p = 16.
     """
 
     def __init__(self, patch_size, dim, out_chans):
@@ -110,4 +119,4 @@ class PatchInflated(nn.Module):
 
     def forward(self, x):
         x = self.Conv(self.Conv_(rearrange(x, "b h w c -> b c h w")))
-        return x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 has 8 bits: too few for a frame
+        return x.to(torch.promote_types(x.dtype, torch.float32))  # the 8 bits of bf16 are too few for a frame

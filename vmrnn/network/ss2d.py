@@ -6,32 +6,34 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vmrnn.network import fused as layers, fused_triton as triton_layers
-from vmrnn.scan import DIRECTIONS, resolve, scan_2d
+from vmrnn.network.kernels import UsesKernels
+from vmrnn.scan import DIRECTIONS
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # the range of step sizes at initialisation
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step sizes at initialisation
 
 
-class SS2D(nn.Module):
+class SS2D(UsesKernels):
     """(B, H, W, C) -> (B, H, W, C); H and W are free.
 
-    Parameter names and shapes are those of the published checkpoints. `A_logs`, `Ds` and
-    `dt_projs_bias` are tagged `_no_weight_decay`: decay would pull the state's time constants and
-    step sizes towards values that mean nothing.
+    d_model  width C
+    d_state  states per channel, N
+    expand   inner channels per channel: Di = expand * C
+    dropout  dropout of the output
+    scan     scan back end, see vmrnn.scan
+
+    Parameter names and shapes are those of the published checkpoints. `A_logs`, `Ds` and `dt_projs_bias` are marked
+    `_no_weight_decay`: decay would pull time constants and step sizes towards arbitrary values.
     """
 
-    def __init__(self, d_model, d_state=16, expand=2, dropout=0.0, scan="auto"):
-        super().__init__()
+    def __init__(self, d_model, *, d_state=16, expand=2, dropout=0.0, scan="auto"):
+        super().__init__(scan, d_state)
         K, Di, N, R = DIRECTIONS, expand * d_model, d_state, math.ceil(d_model / 16)
-        self.scan = scan
-        self.d_state = N
         self.in_proj = nn.Linear(d_model, 2 * Di, bias=False)
         self.conv2d = nn.Conv2d(Di, Di, 3, padding=1, groups=Di)
         self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, Di).uniform_(-(Di**-0.5), Di**-0.5))
-        # The variance of dt_low survives the expansion.
+        # This range keeps the expanded step sizes at the scale of dt_low, whatever R is.
         self.dt_projs_weight = nn.Parameter(torch.empty(K, Di, R).uniform_(-(R**-0.5), R**-0.5))
-        # softplus(bias) is log-uniform in [DT_MIN, DT_MAX]: channels start with memories of 10 to
-        # 1000 steps.
+        # softplus(bias) is log-uniform in [DT_MIN, DT_MAX]: channels start with memories of 10 to 1000 steps.
         dt = torch.exp(torch.empty(K, Di).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
         self.dt_projs_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         # S4D-real: state n of every channel decays at rate n (arXiv 2206.11893).
@@ -43,29 +45,18 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(Di, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def backend(self, x):
-        """The name of the scan back end for maps like x."""
-        return resolve(self.scan, x.device.type, x.dtype, self.d_state)
-
-    def layers(self, x):
-        """The module of the layers around the scan: Triton's where the scan is."""
-        return triton_layers if self.backend(x) == "triton" else layers
-
     def forward(self, u):
-        layers = self.layers(u)
-        x, z = layers.in_proj(u, self.in_proj.weight)
-        x = layers.conv_silu(x, self.conv2d.weight, self.conv2d.bias)
-        # x_proj is linear per position: one GEMM in natural order serves all four directions.
+        kernels, norm = self.kernels, self.out_norm
+        x, z = kernels.in_proj(u, self.in_proj.weight)
+        x = kernels.conv_silu(x, self.conv2d.weight, self.conv2d.bias)
+        # x_proj is linear per position: one product in row-major order serves all four directions.
         dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))
-        y = scan_2d(
+        y = kernels.scan(
             x,
             dbl,
             self.dt_projs_weight,
             self.dt_projs_bias,
             self.A_logs.view(DIRECTIONS, -1, self.d_state),
             self.Ds.view(DIRECTIONS, -1),
-            backend=self.backend(x),
         )
-        norm = self.out_norm
-        y = layers.norm_gate_linear(y, z, norm.weight, norm.bias, norm.eps, self.out_proj.weight)
-        return self.dropout(y)
+        return self.dropout(kernels.norm_gate_linear(y, z, norm.weight, norm.bias, norm.eps, self.out_proj.weight))

@@ -5,7 +5,6 @@ Every back end is a module with `scan_2d(x, dbl, dt_weight, dt_bias, A_log, D) -
 """
 
 import logging
-from functools import cache
 
 import torch
 
@@ -15,7 +14,7 @@ from vmrnn.scan import chunked, cpu, mamba, reference, triton_scan
 DIRECTIONS = reference.DIRECTIONS
 BACKENDS = {"mamba": mamba, "triton": triton_scan, "cpu": cpu, "torch": chunked, "reference": reference}
 
-# What `auto` tries, first to last; change it only on numbers from benchmarks/.
+# What `auto` tries, first to last. Change the order only on numbers from benchmarks/.
 ORDER = {"cuda": ("mamba", "triton", "torch"), "cpu": ("cpu", "torch")}
 OTHER_DEVICES = ("torch",)
 
@@ -24,18 +23,23 @@ _logged = set()
 
 
 def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D, backend="auto"):
-    """Four-direction selective scan of a feature map, summed; see `reference.scan_2d` for shapes.
+    """Selective scan of a feature map in four directions, summed; see `reference.scan_2d` for shapes.
 
-    backend: "auto" or a key of BACKENDS. A named one that cannot run raises UserError and never
-    falls back.
+    backend  "auto" or a key of BACKENDS. A named back end that cannot run raises UserError and never falls back.
+
+    The choice is made at every call. A network makes it once: vmrnn/network/kernels.py.
     """
+    return run(resolve(backend, x.device.type, x.dtype, A_log.shape[-1]), x, dbl, dt_weight, dt_bias, A_log, D)
+
+
+def run(name, x, dbl, dt_weight, dt_bias, A_log, D):
+    """scan_2d by the back end `name`, a name that `resolve` has returned."""
     check_shapes(x, dbl, dt_weight, dt_bias, A_log, D)
-    name = resolve(backend, x.device.type, x.dtype, A_log.shape[-1])
     return BACKENDS[name].scan_2d(x, dbl, dt_weight, dt_bias, A_log, D)
 
 
 def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
-    """ValueError unless the shapes belong together: a kernel would read beyond a tensor's end."""
+    """Raises ValueError if a shape does not fit: a kernel would then read beyond the end of a tensor."""
     *map_shape, Di = x.shape
     K, N, R = DIRECTIONS, A_log.shape[-1], dt_weight.shape[-1]
     expected = {"dbl": (*map_shape, K, R + 2 * N), "dt_weight": (K, Di, R), "dt_bias": (K, Di), "A_log": (K, Di, N),
@@ -45,18 +49,16 @@ def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
             raise ValueError(f"scan: {name} is {tuple(tensor.shape)}, x {tuple(x.shape)} (B, H, W, Di) needs {shape}")
 
 
-# The choice is made while tracing, from constants, so a compiled graph holds the kernel alone.
-@torch.compiler.assume_constant_result
 def resolve(backend, device, dtype=torch.float32, d_state=16):
-    """The name of the back end that `backend` means on `device` ("cpu", "cuda", ...); asked once, then remembered.
+    """The name of the back end that `backend` means, logged the first time.
 
-    Raises UserError for a name that does not exist or cannot run, with the reason.
+    backend  "auto" or a key of BACKENDS
+    device   type of the device: "cpu", "cuda", ...
+    dtype    of the feature map
+    d_state  states per channel
+
+    Raises UserError, with the reason, for a name that does not exist or a back end that cannot run.
     """
-    return choose(backend, device, dtype, d_state)
-
-
-@cache  # every block asks at every frame: without it a tenth of a small network's frame
-def choose(backend, device, dtype, d_state):
     if backend == "auto":
         return _first_that_runs(device, dtype, d_state)
     if backend not in BACKENDS:
@@ -66,11 +68,6 @@ def choose(backend, device, dtype, d_state):
         raise UserError(f"scan back end {backend!r} cannot run on {device} here: {reason}")
     _log_once(backend, device, reason)
     return backend
-
-
-def available(device="cpu", dtype=torch.float32, d_state=16):
-    """{name: (can run, reason)} of every back end for `device`, in no order of preference."""
-    return {name: module.can_run(device, dtype, d_state) for name, module in BACKENDS.items()}
 
 
 def _first_that_runs(device, dtype, d_state):

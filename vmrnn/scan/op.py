@@ -1,15 +1,14 @@
-"""What the kernels' torch.library ops share.
+"""What the kernels' torch.library ops share. A back end with a kernel has two ops:
 
-scan_op(x, dbl, dt_weight, dt_bias, A_log, D, save) -> (y, checkpoints) and
-backward_op(dy, x, dbl, dt_weight, dt_bias, A_log, D, checkpoints) -> the six gradients;
-the cpu back end's have A in place of A_log.
+scan_op(x, dbl, dt_weight, dt_bias, A_log, D, save) -> (y, checkpoints)
+backward_op(dy, x, dbl, dt_weight, dt_bias, A_log, D, checkpoints) -> the six gradients
 """
 
 import torch
 
 
 def connect(scan_op, backward_op):
-    """Make `scan_op` differentiable by `backward_op`, and both known to torch.compile."""
+    """Register `backward_op` as the gradient of `scan_op`, and what torch.compile needs of it."""
 
     @backward_op.register_fake
     def _(dy, *inputs_and_checkpoints):
@@ -19,7 +18,7 @@ def connect(scan_op, backward_op):
         *tensors, save = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # no zeros the size of the checkpoints
+        ctx.set_materialize_grads(False)  # or autograd makes zeros as large as the checkpoints
 
     def backward(ctx, dy, _):
         return *backward_op(dy, *ctx.saved_tensors), None
@@ -28,6 +27,6 @@ def connect(scan_op, backward_op):
 
 
 def call(scan_op, *tensors):
-    """y of `scan_op`, which keeps checkpoints only if a backward may follow."""
+    """y of `scan_op`. Checkpoints are kept only if a backward can follow."""
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return scan_op(*tensors, save)[0]

@@ -21,7 +21,7 @@ from vmrnn.scan.triton_kernels import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The sizes below are chosen by counts and the model of benchmarks/machine_code.py; no GPU has timed them yet.
+# The sizes below were chosen by counting instructions of compiled kernels. No GPU has timed them yet.
 CHUNK = 128  # steps between the states that the forward keeps for the backward
 STEPS = 2  # of the forward, loaded together
 STEPS_BACK = 4  # of the backward, whose states are in registers together; it divides CHUNK

@@ -1,0 +1,107 @@
+"""Shared libraries from C++ sources: the compiler, and the folder that keeps what it built.
+
+Environment: CXX names the compiler, VMRNN_CACHE the folder.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from vmrnn.errors import UserError
+
+
+def cache_folder():
+    if "VMRNN_CACHE" in os.environ:
+        return Path(os.environ["VMRNN_CACHE"])
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vmrnn"
+
+
+def find_compiler():
+    """The command of the C++ compiler as a list, or None if there is none.
+
+    It is $CXX, which may hold several words such as "ccache g++", else the first of c++, g++ and clang++ on the PATH.
+    Raises UserError if $CXX is set and does not exist: whoever set it wants that compiler.
+    """
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if not shutil.which(command[0]):
+            raise UserError(f"CXX={os.environ['CXX']}: not found; set it to a C++ compiler or unset it")
+        return command
+    return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def openmp_flags():
+    """Flags that turn OpenMP on, a list of ways, best first. The last way is to do without.
+
+    The library must use the OpenMP runtime that torch has loaded, so that both share its threads. On Linux both ask
+    for libgomp.so.1 by name, and the loader gives them the same one. Apple's clang has no runtime of its own: torch's
+    libomp is linked.
+    """
+    if sys.platform == "darwin":
+        libomp = Path(torch.__file__).parent / "lib" / "libomp.dylib"
+        return (("-Xpreprocessor", "-fopenmp", str(libomp)), ())
+    return (("-fopenmp",), ())
+
+
+def digest(*parts):
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def build(name, sources, flags):
+    """The path of a shared library. It is compiled unless the cache has it.
+
+    name     start of the file's name
+    sources  paths: the first is compiled, the others are what it includes
+    flags    of the compiler, besides those for OpenMP
+
+    Files are named <name>-<digest of sources and flags>-<digest of the compiler>-<their own checksum>.lib. A file is
+    written under a temporary name and renamed, so several processes may build at once, and the checksum shows a
+    damaged file.
+
+    Raises UserError if there is no compiler or it fails.
+    """
+    folder = cache_folder()
+    source = digest(*(path.read_text() for path in sources), flags, openmp_flags(), platform.machine())
+    compiler = find_compiler()
+    version = compiler and subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+
+    # What is there already. Without a compiler, the library of any compiler is good enough.
+    for path in sorted(folder.glob(f"{name}-{source}-{digest(compiler, version) if compiler else '*'}-*.lib")):
+        if path.stem.rsplit("-", 1)[1] == checksum(path):
+            return path
+        path.unlink(missing_ok=True)
+    if compiler is None:
+        raise UserError("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or set CXX")
+
+    # The first way to get OpenMP that compiles.
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        output = Path(scratch) / "library"
+        for openmp in openmp_flags():
+            command = [*compiler, *flags, str(sources[0]), "-o", str(output), *openmp]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+        else:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            first = next((line for line in lines if "error" in line), lines[0])
+            raise UserError(f"{' '.join(compiler)} failed: {first}; set CXX to GCC 9 or clang 12 or newer")
+        path = folder / f"{name}-{source}-{digest(compiler, version)}-{checksum(output)}.lib"
+        os.replace(output, path)
+    return path
