@@ -1,90 +1,78 @@
-"""What a network costs: parameters, multiply-adds with and without the scan, frames a second, peak memory.
+"""What a network costs: parameters, multiply-adds with and without the scan, frames per second, peak memory.
 
     python -m benchmarks.cost --config configs/moving_mnist_d.toml
     python -m benchmarks.cost --model VMRNN-B --patch_size 4 --depths 12 --input_channels 2 --input_size 32 \\
         --num_frames_input 4 --num_frames_output 4
     python -m benchmarks.cost --config configs/moving_mnist_d.toml --device cuda --test_batch_size 16 --precision bf16
 
-Any key of the configuration is a flag. Counted, for one frame and for the rollout of a sequence
-(num_frames_input - 1 + num_frames_output steps), batch 1:
+Any key of the configuration is a flag. Counted, with batch 1, for one frame and for the rollout of a sequence
+(num_frames_input - 1 + num_frames_output steps):
 
-multiply-adds    of all products and convolutions, the scan's projection of the step size included. Published
-                 figures of this family are these alone, under the name of FLOPs.
-scan             operations of the recurrence, as VMamba counts them: 9 for each state and 1 for D, at each position,
-                 channel and direction. Norms, gates and activations are in neither.
+multiply-adds    of all products and convolutions, the scan's projection of the step size included. This is what papers
+                 of this family publish under the name of FLOPs
+scan             operations of the recurrence, counted as VMamba does: 9 per state and 1 for D, per position, channel and
+                 direction. Norms, gates and activations are in neither count
 
-Then measured: forecasting sequences of random frames, --test_batch_size (here 1) at a time, weights as initialised. Peak
-memory is the whole process's, with the import of torch, on a CPU; torch's own allocations on a GPU. A table, then one
-JSON line.
+Measured: the forecast of sequences of random frames with fresh weights, --test_batch_size (here 1) at a time. Peak memory
+on a CPU is that of the whole process, the import of torch included; on a GPU it is that of torch's tensors. Prints a
+table, then one JSON line.
 """
 
 import json
 import sys
-from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import median_wall_seconds, peak_mib
+from benchmarks.timing import peak_mib, wall_seconds
 from functions import mixed_precision
 from vmrnn import config as configuration
 from vmrnn.network import build_model, compile_model
-from vmrnn.network.cell import VMRNNCell
+from vmrnn.network.kernels import UsesKernels, kernels_of
 from vmrnn.rollout import rollout
 from vmrnn.runtime import describe_device, pick_device, run_program
 from vmrnn.scan import DIRECTIONS
 
-ROUNDS = 3
-
 
 class ScanCount:
-    """Stands in for the scan, counts what it would do, and returns a map of the right shape."""
+    """Takes the place of the scan: counts what a scan would do, and returns a map of the right shape."""
 
     def __init__(self):
         self.projection = self.operations = 0
 
-    def __call__(self, x, dbl, dt_weight, dt_bias, A_log, D, backend):
+    def __call__(self, x, dbl, dt_weight, dt_bias, A_log, D):
         N, R = A_log.shape[-1], dt_weight.shape[-1]
-        places = x.numel() * DIRECTIONS  # batch, positions, channels, directions
-        self.projection += places * R
-        self.operations += places * (9 * N + 1)
+        steps = x.numel() * DIRECTIONS  # batch, positions, channels, directions
+        self.projection += steps * R
+        self.operations += steps * (9 * N + 1)
         return torch.empty_like(x)
 
 
 def count(model, size, given, horizon):
-    """{"multiply_adds", "scan_operations"} of a rollout, batch 1; of one frame where given and horizon are 1.
+    """{"multiply_adds", "scan_operations"} of a rollout with batch 1; of one frame if given and horizon are 1.
 
-    model: any of the two networks, on the meta device: shapes alone, nothing is computed.
+    model    a network on the meta device: shapes alone, nothing is computed
+    size     (H, W) of the frames
+    given    frames that are known
+    horizon  frames to forecast
     """
     frames = torch.empty(1, given, model.in_chans, *size, device="meta")
     scan = ScanCount()
-    with torch.no_grad(), patch("vmrnn.network.ss2d.scan_2d", scan), FlopCounterMode(display=False) as counter:
+    for module in model.modules():
+        if isinstance(module, UsesKernels):
+            module.kernels = kernels_of("torch")._replace(scan=scan)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         rollout(model.eval(), frames, horizon)
-    # The counter has two operations for a multiply-add
+    # The counter counts two operations per multiply-add.
     return {"multiply_adds": counter.get_total_flops() // 2 + scan.projection, "scan_operations": scan.operations}
 
 
-def dead_parameters(model):
-    """How many more parameters a published file of this network has: no output depends on them, and ours has none.
-
-    A `linear` in every block but a cell's first, and in network D a second patch embedding.
-    """
-    dead = 0
-    for cell in model.modules():
-        if isinstance(cell, VMRNNCell):
-            dead += (len(cell.VSBs) - 1) * sum(p.numel() for p in cell.VSBs[0].linear.parameters())
-    if hasattr(model, "Downsample"):
-        dead += sum(p.numel() for p in model.Downsample.patch_embed.parameters())
-    return dead
-
-
 def cost(config):
-    """{"parameters", "dead", "frame": count, "sequence": count, "steps"} of a Config's network and task."""
+    """{"parameters", "frame": count, "sequence": count, "steps"} of the network and the task of a Config."""
     model = build_model(**config.network_options).to("meta")
     size, given, horizon = config.frame_size, config.num_frames_input, config.num_frames_output
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dead": dead_parameters(model),
         "frame": count(model, size, 1, 1),
         "sequence": count(model, size, given, horizon),
         "steps": given - 1 + horizon,
@@ -92,7 +80,7 @@ def cost(config):
 
 
 def measure(config, device):
-    """{"frames_per_second": steps of the rollout a second, "peak_mib"} of forecasting on `device`."""
+    """{"frames_per_second": steps of the rollout per second, "peak_mib"} of forecasting on `device`."""
     torch.manual_seed(0)
     model = build_model(**config.network_options).to(device).eval()
     if config.compile:
@@ -104,8 +92,7 @@ def measure(config, device):
         def forecast():
             rollout(model, inputs, config.num_frames_output)
 
-        forecast()
-        elapsed = median_wall_seconds(forecast, device, ROUNDS)
+        elapsed = wall_seconds(forecast)
     steps = config.test_batch_size * (config.num_frames_input - 1 + config.num_frames_output)
     return {"frames_per_second": steps / elapsed, "peak_mib": peak_mib(device)}
 
@@ -120,14 +107,13 @@ def main(argv=None):
     found = cost(config)
     measured = measure(config, device)
 
-    published = found["parameters"] + found["dead"]
-    print(f"{config.model}, {found['parameters']:,} parameters ({published:,} with the published files' dead ones)")
+    print(f"{config.model}, {found['parameters']:,} parameters")
     sequence = f"{found['steps']}-step sequence"
     print(f"{'':34}{'one frame':>14}{sequence:>18}")
     rows = {
         "multiply-adds without the scan": lambda c: c["multiply_adds"],
-        "scan operations (9 a state)": lambda c: c["scan_operations"],
-        "with the scan, both added": lambda c: c["multiply_adds"] + c["scan_operations"],
+        "scan operations (9 per state)": lambda c: c["scan_operations"],
+        "sum of both": lambda c: c["multiply_adds"] + c["scan_operations"],
     }
     for title, value in rows.items():
         cells = [f"{value(found[part]) / 1e9:.3f} G" for part in ("frame", "sequence")]

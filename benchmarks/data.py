@@ -2,8 +2,7 @@
 
     python -m benchmarks.data
 
-Prints a table, then one JSON object as the last line. Every figure is the median of `ROUNDS`
-rounds after one that warms up.
+Every figure is a median over `SECONDS` seconds. Prints a table, then one JSON line.
 """
 
 import json
@@ -12,13 +11,13 @@ import platform
 import numpy as np
 import torch
 
-from benchmarks.timing import median_wall_seconds
+from benchmarks.timing import wall_seconds
 from dataset import make_loader
 from vmrnn.data.moving_mnist import MovingMNIST, load_digits, select_digits
 from vmrnn.runtime import cpu_name
 
-ROUNDS = 7
-LENGTH = 2048  # sequences a round
+SECONDS = 2.0  # per figure
+LENGTH = 2048  # sequences per pass
 BATCH = 16
 
 
@@ -35,9 +34,8 @@ def load(loader):
 
 
 def rate(work):
-    """Sequences a second of work(), which makes LENGTH of them."""
-    work()
-    return LENGTH / median_wall_seconds(work, torch.device("cpu"), ROUNDS)
+    """Sequences per second of work(), which makes LENGTH of them."""
+    return LENGTH / wall_seconds(work, SECONDS)
 
 
 def main():

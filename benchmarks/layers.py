@@ -1,11 +1,11 @@
-"""Single layers, each way that was tried: what the entries of LOG.md on layers were decided by.
+"""The layers around the scan and the cell's gate: plain torch, recomputing, and as Triton kernels.
 
     python -m benchmarks.layers
-    python -m benchmarks.layers --device cuda       the layers around the scan, as torch and as Triton kernels
+    python -m benchmarks.layers --device cuda       maps in bf16 under autocast
 
-Every way must agree with the first of its group, gradients too. Interleaved medians, forward and with
-backward, in ms on a CPU; on a GPU in microseconds of the kernels alone, maps in bf16 under autocast, mostly
-from its 60 MB cache. A human table, then one JSON line.
+Every way must agree with the first of its group, gradients too. Medians in turn, forward and with backward: in
+milliseconds on a CPU, in microseconds of the kernels alone on a GPU. A table, then one JSON line. Other ways that were
+tried and lost are in LOG.md.
 """
 
 import argparse
@@ -15,45 +15,33 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import seconds
+from benchmarks.timing import kernel_seconds
 from vmrnn.errors import UserError
-from vmrnn.network import fused as layers, fused_triton as triton_layers
+from vmrnn.network import fused, fused_triton
 from vmrnn.runtime import describe_device, run_program
 from vmrnn.scan import triton_scan
 
-ROUNDS = 15
+ROUNDS = 5
 
 
 def leaf(*shape, single=False):
-    """A parameter or a map (B, H, W, C), which on a GPU is in bf16 unless it is `single`."""
+    """A parameter or a map (B, H, W, C). On a GPU a map is in bf16 unless it is `single`."""
     is_map = len(shape) == 4 and shape[1] == shape[2]
     half = is_map and not single and torch.get_default_device().type == "cuda"
     return torch.randn(shape, dtype=torch.bfloat16 if half else torch.float32).requires_grad_()
 
 
 def depthwise(batch, side, channels):
-    """Depthwise 3x3 convolution and SiLU of a (B, H, W, C) map."""
+    """Depthwise 3x3 convolution and SiLU."""
     x, weight, bias = leaf(batch, side, side, channels), leaf(channels, 1, 3, 3), leaf(channels)
 
-    def convolve(nchw):
-        return F.silu(F.conv2d(nchw, weight, bias, padding=1, groups=channels)).permute(0, 2, 3, 1)
+    def plain():
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=channels)
+        return F.silu(y).permute(0, 2, 3, 1)
 
-    def shifted():
-        padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-        y = bias
-        for i in range(3):
-            for j in range(3):
-                y = y + padded[:, i : i + side, j : j + side] * weight[:, 0, i, j]
-        return F.silu(y)
-
-    ways = {
-        "permuted view": lambda: convolve(x.permute(0, 3, 1, 2)),
-        "recomputing": lambda: layers.conv_silu(x, weight, bias),
-        "NCHW copy": lambda: convolve(x.permute(0, 3, 1, 2).contiguous()),
-        "shifted products": shifted,
-    }
+    ways = {"plain": plain, "recomputing": lambda: fused.conv_silu(x, weight, bias)}
     if x.is_cuda:
-        ways["Triton"] = lambda: triton_layers.conv_silu(x, weight, bias)
+        ways["Triton"] = lambda: fused_triton.conv_silu(x, weight, bias)
     return ways, (x, weight, bias)
 
 
@@ -63,10 +51,10 @@ def gate(batch, side, channels):
     weight, bias, out = leaf(channels), leaf(channels), leaf(channels // 2, channels)
     ways = {
         "plain": lambda: F.linear(F.layer_norm(y, (channels,), weight, bias) * F.silu(z), out),
-        "recomputing": lambda: layers.norm_gate_linear(y, z, weight, bias, 1e-5, out),
+        "recomputing": lambda: fused.norm_gate_linear(y, z, weight, bias, 1e-5, out),
     }
     if y.is_cuda:
-        ways["Triton"] = lambda: triton_layers.norm_gate_linear(y, z, weight, bias, 1e-5, out)
+        ways["Triton"] = lambda: fused_triton.norm_gate_linear(y, z, weight, bias, 1e-5, out)
     return ways, (y, z, weight, bias, out)
 
 
@@ -74,9 +62,9 @@ def norm(batch, side, channels):
     """LN of a block's input, in the products' type."""
     C = channels // 2
     x, weight, bias = leaf(batch, side, side, C, single=True), leaf(C), leaf(C)
-    ways = {"plain": lambda: layers.norm(x, weight, bias, 1e-5)}
+    ways = {"plain": lambda: fused.norm(x, weight, bias, 1e-5)}
     if x.is_cuda:
-        ways["Triton"] = lambda: triton_layers.norm(x, weight, bias, 1e-5)
+        ways["Triton"] = lambda: fused_triton.norm(x, weight, bias, 1e-5)
     return ways, (x, weight, bias)
 
 
@@ -89,49 +77,10 @@ def cell_gate(batch, side, channels):
         after = f * (c + torch.tanh(o))
         return after + f * torch.tanh(after)
 
-    ways = {"plain": plain, "recomputing": lambda: torch.add(*layers.cell_gate(o, c))}
+    ways = {"plain": plain, "recomputing": lambda: torch.add(*fused.cell_gate(o, c))}
     if o.is_cuda:
-        ways["Triton"] = lambda: torch.add(*triton_layers.cell_gate(o, c))
+        ways["Triton"] = lambda: torch.add(*fused_triton.cell_gate(o, c))
     return ways, (o, c)
-
-
-def in_proj(batch, side, channels):
-    """The projection to (x, z), the convolution of x, and the product with z, so that both halves are used."""
-    u, weight = leaf(batch, side, side, channels // 2), leaf(2 * channels, channels // 2)
-    filters, bias = leaf(channels, 1, 3, 3), leaf(channels)
-    return {
-        "one product": lambda: torch.mul(*halves(F.linear(u, weight).chunk(2, -1), filters, bias)),
-        "two products": lambda: torch.mul(*halves([F.linear(u, w) for w in weight.chunk(2)], filters, bias)),
-    }, (u, weight, filters, bias)
-
-
-def halves(parts, filters, bias):
-    x, z = parts
-    return F.conv2d(x.permute(0, 3, 1, 2), filters, bias, padding=1, groups=len(bias)).permute(0, 2, 3, 1), z
-
-
-def head(batch, side, channels):
-    """One doubling of the head: 3x3 transposed convolution, stride 2."""
-    x, weight, bias = leaf(batch, side, side, channels), leaf(channels, channels, 3, 3), leaf(channels)
-
-    def transposed(nchw):
-        return F.conv_transpose2d(nchw, weight, bias, stride=2, padding=1, output_padding=1)
-
-    def phases():
-        nchw, w = x.permute(0, 3, 1, 2), weight.transpose(0, 1)
-        down, right, both = F.pad(nchw, (0, 0, 0, 1)), F.pad(nchw, (0, 1)), F.pad(nchw, (0, 1, 0, 1))
-        ee = F.conv2d(nchw, w[:, :, 1:2, 1:2], bias)
-        eo = F.conv2d(right, w[:, :, 1:2, [2, 0]], bias)
-        oe = F.conv2d(down, w[:, :, [2, 0], 1:2], bias)
-        oo = F.conv2d(both, w[:, :, [2, 0]][:, :, :, [2, 0]], bias)
-        y = torch.stack([ee, eo, oe, oo]).unflatten(0, (2, 2))  # (p, q, B, O, H, W)
-        return y.permute(2, 4, 0, 5, 1, 3).reshape(batch, 2 * side, 2 * side, channels).permute(0, 3, 1, 2)
-
-    return {
-        "permuted view": lambda: transposed(x.permute(0, 3, 1, 2)),
-        "NCHW copy": lambda: transposed(x.permute(0, 3, 1, 2).contiguous()),
-        "four phases": phases,
-    }, (x, weight, bias)
 
 
 def measure(ways, leaves):
@@ -149,8 +98,9 @@ def measure(ways, leaves):
     for _ in range(ROUNDS):
         for name, way in ways.items():
             with torch.no_grad():
-                times[name][0].append(1e3 * seconds(way, device))
-            times[name][1].append(1e3 * seconds(lambda way=way: backward(way(), leaves, gradient), device))
+                times[name][0].append(1e3 * kernel_seconds(way, device, at_least=0.05))
+            both = lambda way=way: backward(way(), leaves, gradient)  # noqa: E731
+            times[name][1].append(1e3 * kernel_seconds(both, device, at_least=0.05))
     return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
 
 
@@ -162,21 +112,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
+    maps = [(1, 32, 256), (4, 32, 256), (1, 16, 512)]
     if args.device == "cuda":
         ok, reason = triton_scan.can_run("cuda", torch.float32, 16)
         if not ok:
             raise UserError(f"--device cuda: {reason}")
         maps = [(16, 32, 256), (16, 16, 512), (16, 8, 1024)]
-        groups = {depthwise: maps, gate: maps, norm: maps, cell_gate: maps}
-    else:
-        maps = [(1, 32, 256), (4, 32, 256), (1, 16, 512)]
-        groups = {
-            depthwise: maps,
-            gate: maps,
-            cell_gate: maps,
-            in_proj: maps,
-            head: [(8, 8, 128), (8, 16, 128), (72, 16, 128)],
-        }
     torch.manual_seed(0)
     torch.set_default_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # or the ways would not agree
@@ -184,8 +125,8 @@ def main():
     unit, scale = ("us", 1e3) if args.device == "cuda" else ("ms", 1)
     print(f"{'layer':11}{'batch':>6}{'side':>5}{'channels':>9}  {'way':18}{'forward':>9}{'both':>9}   {unit}")
     results = []
-    for layer, shapes in groups.items():
-        for shape in shapes:
+    for layer in (depthwise, gate, norm, cell_gate):
+        for shape in maps:
             with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
                 measured = measure(*layer(*shape))
             for way, (forward, both) in measured.items():

@@ -4,13 +4,16 @@
     python -m benchmarks.scan --batches 1     batch 1
     python -m benchmarks.scan --device cuda   fp32 and bf16; mamba is the published path, its copies included
 
-Each back end must first agree with the reference in float64 (the CPU kernel to 5e-6, y and every
-gradient); one that does not gets no figure and the program fails at its end. Then rounds go over all back ends
-in turn, so that a machine whose speed drifts treats them alike. Medians over rounds; a human table,
-then one JSON line. infer: forward under no_grad; forward: with the graph for a backward. peak: MiB of
-GPU memory that forward and backward take beside their inputs. floor, on a CPU: as many exp and
-multiply-add steps in registers, forward, and forward + recompute + backward; on a GPU: the special
-functions that one pass needs, at the GPU's rate (vmrnn/scan/README.md), once and twice.
+A back end must first agree with the reference in float64 (the CPU kernel to 5e-6, y and every gradient). One that does
+not gets no figure, and the program ends with an error. Every round measures all back ends in turn, so that a machine
+whose speed drifts treats them alike. Medians over rounds: a table, then one JSON line.
+
+infer    forward under no_grad
+forward  forward that keeps what a backward needs
+both     forward and backward
+peak     MiB of GPU memory that forward and backward need besides their inputs
+floor    on a CPU: as many exp and multiply-adds in registers, forward, and forward, recomputation and backward; on a
+         GPU: the special functions of one pass at the GPU's rate (vmrnn/scan/README.md), once and twice
 """
 
 import argparse
@@ -23,66 +26,36 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import seconds
-from vmrnn import scan
+from benchmarks.timing import kernel_seconds
+from tests.helpers import fresh_scan_inputs, outputs_and_gradients, relative_errors
+from vmrnn import compiler, scan
 from vmrnn.runtime import cpu_name, pick_device, run_program
 from vmrnn.scan import DIRECTIONS, cpu, reference
 
 SHAPES = ((32, 256, 8), (16, 512, 16), (8, 1024, 32))  # H = W, Di, R of network D at 64x64, patch 2
 D_STATE = 16
-NAMES = ("y", "x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
 LIMITS = {"cpu": 5e-6}  # relative to the largest value; the others: OTHER_LIMIT
 OTHER_LIMIT, BF16_LIMIT = 1e-4, 3e-2
 REFERENCE_BATCH = 1  # larger ones keep gigabytes
 REFERENCE_ROUNDS = 3  # slow enough to be steady
-QUICK_SECONDS, QUICK_REPEATS = 0.05, 4  # what is quick runs more often in a round
 CHECKED_BATCH = 8  # larger ones run the same kernels, and the float64 reference for them takes minutes
 COLUMNS = ("infer", "forward", "both")
 FLOOR = Path(__file__).with_name("floor.cpp")
 
 
 def make_inputs(batch, side, Di, R, device, dtype=torch.float32):
-    """x, dbl and dt_weight of `dtype`, dt_bias, A_log, D as in a fresh network: dt of 0.001 to 0.1, A = -(1..N)."""
-    torch.manual_seed(0)
-    K, N = DIRECTIONS, D_STATE
-    dt = torch.exp(torch.rand(K, Di) * 4.6 - 6.9)
-    inputs = (
-        torch.randn(batch, side, side, Di),
-        torch.randn(batch, side, side, K, R + 2 * N),
-        torch.randn(K, Di, R) * R**-0.5,
-        dt + torch.log(-torch.expm1(-dt)),
-        torch.log(torch.arange(1.0, N + 1)).repeat(K, Di, 1),
-        torch.randn(K, Di),
-    )
-    inputs = [t.to(device, dtype if i < 3 else None) for i, t in enumerate(inputs)]
-    return [t.requires_grad_() for t in inputs]
+    """The scan's inputs as a fresh network has them; x, dbl and dt_weight are of `dtype`, the others fp32."""
+    inputs = fresh_scan_inputs(batch, side, side, Di, D_STATE, R, device=device)
+    return [t.detach().to(dtype).requires_grad_() if i < 3 else t for i, t in enumerate(inputs)]
 
 
-def outputs_and_gradients(function, inputs, dy):
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-
-
-def exact(inputs, dy):
-    """The reference in float64, one batch item at a time: the loop keeps every state."""
-    x, dbl, *parameters = [t.detach().double() for t in inputs]
-    results = []
-    for i in range(len(x)):
-        leaves = [t.requires_grad_() for t in (x[i : i + 1].clone(), dbl[i : i + 1].clone(), *parameters)]
-        results.append(outputs_and_gradients(reference.scan_2d, leaves, dy[i : i + 1].double()))
-    maps = [torch.cat([r[j] for r in results]) for j in range(3)]
-    return maps + [sum(r[j] for r in results) for j in range(3, len(NAMES))]
-
-
-def relative_error(actual, expected):
-    return {
-        name: ((a.double() - e).abs().max() / e.abs().max()).item()
-        for name, a, e in zip(NAMES, actual, expected, strict=True)
-    }
+def exact(inputs):
+    """outputs_and_gradients of the reference in float64."""
+    return outputs_and_gradients(reference.scan_2d, [t.detach().double().requires_grad_() for t in inputs])
 
 
 def extra_mib(function):
-    """GPU memory that `function` takes beside what is there already."""
+    """MiB of GPU memory that `function` needs besides what is allocated already."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -97,7 +70,8 @@ def no_grad(function, inputs):
 
 def floor_runs(inputs):
     """The floor's forward and forward + backward for these shapes."""
-    library = ctypes.CDLL(str(cpu.build(cpu.wanted_isa(), (FLOOR, cpu.SOURCE))))
+    flags = cpu.FLAGS + cpu.ISA_FLAGS[cpu.wanted_isa()]
+    library = ctypes.CDLL(str(compiler.build("floor", (FLOOR, cpu.SOURCE), flags)))
     library.vmrnn_floor.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int)
     count, threads = inputs[0].numel() * DIRECTIONS * D_STATE, torch.get_num_threads()
 
@@ -112,7 +86,7 @@ def floor_runs(inputs):
 
 
 def gpu_floor(inputs, device):
-    """Seconds of one pass's special functions at the GPU's rate, 16 a clock on each SM; None if it names no clock."""
+    """Seconds of one pass's special functions at 16 per clock and SM; None if the GPU does not name its clock."""
     gpu = torch.cuda.get_device_properties(device)
     clock = getattr(gpu, "clock_rate", 0)  # kHz
     count = inputs[0].numel() * DIRECTIONS * (D_STATE + 2)
@@ -122,15 +96,16 @@ def gpu_floor(inputs, device):
 def measure(back_ends, shape, batch, device, rounds, dtype=torch.float32):
     """{back end: {"infer": s, "forward": s, "both": s, "error": largest relative error, "peak": MiB on a GPU}}"""
     inputs = make_inputs(batch, *shape, device, dtype)
-    dy = torch.randn_like(inputs[0])
-    expected = exact(inputs, dy) if batch <= CHECKED_BATCH or device.type == "cpu" else None
+    expected = exact(inputs) if batch <= CHECKED_BATCH or device.type == "cpu" else None
     runs, results = {}, {}
     for name, function in back_ends.items():
         if name == "reference" and batch > REFERENCE_BATCH:
             continue
+
+        # Nothing is timed that computes something else.
         results[name] = {}
         if expected:
-            errors = relative_error(outputs_and_gradients(function, inputs, dy), expected)
+            errors = relative_errors(outputs_and_gradients(function, inputs), expected)
             limit = BF16_LIMIT if dtype == torch.bfloat16 else LIMITS.get(name, OTHER_LIMIT)
             wrong = {key: f"{e:.1e}" for key, e in errors.items() if not e <= limit}
             results[name]["error"] = max(errors.values())
@@ -140,26 +115,25 @@ def measure(back_ends, shape, batch, device, rounds, dtype=torch.float32):
         runs[name] = (
             lambda f=function: no_grad(f, inputs),
             lambda f=function: f(*inputs),
-            lambda f=function: outputs_and_gradients(f, inputs, dy),
+            lambda f=function: outputs_and_gradients(f, inputs),
         )
-        for function in runs[name]:  # what is compiled at a first call is not timed
-            function()
         if device.type == "cuda":
             results[name]["peak"] = extra_mib(runs[name][-1])
+
+    # The floor is one more row.
     if device.type == "cuda" and (floor := gpu_floor(inputs, device)):
         results["floor"] = {"infer": floor, "forward": floor, "both": 2 * floor}
     if "cpu" in back_ends:
         runs["floor"] = floor_runs(inputs)
         results["floor"] = {}
+
     times = {(name, column): [] for name in runs for column in COLUMNS}
     for r in range(rounds):
         for name, functions in runs.items():
             if name == "reference" and r >= REFERENCE_ROUNDS:
                 continue
             for column, function in zip(COLUMNS, functions, strict=True):
-                first = seconds(function, device)
-                repeats = QUICK_REPEATS if first < QUICK_SECONDS else 0
-                times[name, column] += [first] + [seconds(function, device) for _ in range(repeats)]
+                times[name, column].append(kernel_seconds(function, device, at_least=0.05))
     for (name, column), measured in times.items():
         results[name][column] = statistics.median(measured)
     return results
@@ -185,10 +159,8 @@ def print_results(shape, batch, results, dtype):
 
 def describe(device):
     """The machine and the versions."""
-    compiler = cpu.find_compiler()
-    version = (
-        compiler and subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    )
+    command = compiler.find_compiler()
+    version = command and subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return {
         "cpu": cpu_name(),
         "isa": cpu.wanted_isa(),

@@ -4,12 +4,13 @@
     python -m benchmarks.train_step --cases D:1 D:1:checkpoint D:1:torch --rounds 5
     python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:graph
 
-A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), a scan
-back end (default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published ones (64x64,
-patch 2, width 128), 10 + 10 frames. The frame is a stream's, as vmrnn.Forecaster has it: batch 1 whatever the case's. Each case runs in
-a process of its own, so that its peak memory is its own; rounds go over all cases in turn, so that a machine
-whose speed drifts treats them alike. Medians over rounds; a human table, then one JSON line. The
-golden tests of every back end used must pass first.
+A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), and a scan back
+end (default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published ones
+(64x64, patch 2, width 128) with 10 + 10 frames. "frame" is one frame of a stream, batch 1, as vmrnn.Forecaster runs it.
+
+Each case runs in a process of its own, so that its peak memory is its own. Every round runs all cases in turn, so that a
+machine whose speed drifts treats them alike. Medians over rounds: a table, then one JSON line. The golden tests of every
+back end used must pass first.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 
 import torch
 
-from benchmarks.timing import median_wall_seconds, peak_mib
+from benchmarks.timing import peak_mib, wall_seconds
 from functions import GraphedStep, RolloutLoss, Step, mixed_precision
 from vmrnn import scan
 from vmrnn.graphs import GraphedForward
@@ -30,26 +31,24 @@ from vmrnn.rollout import Rollout
 from vmrnn.runtime import describe_device, pick_device, run_program
 
 FRAMES = 10  # given, and to forecast
-STEPS = 3  # training steps a process, the first not counted
-
 
 OPTIONS = {"checkpoint", "bf16", "compile", "graph", "muon"}
 
 
 def back_end_of(case, device):
-    """The scan back end a case runs, resolved; UserError for a word that is neither option nor back end."""
+    """The scan back end of a case, resolved. Raises UserError for a word that is neither an option nor a back end."""
     words = set(case.split(":")[2:]) - OPTIONS
     return scan.resolve(words.pop() if words else "auto", device.type)
 
 
-def measure(case, device, steps=STEPS - 1, frames=15):
-    """{"step": s, "frame": s, "peak": MiB} of one case, in this process."""
+def measure(case, device, frames=True):
+    """{"step": s, "peak": MiB, and if frames "frame": s} of one case, in this process."""
     network, batch, *rest = case.split(":")
     back_end = back_end_of(case, device)
     precision = "bf16" if "bf16" in rest else "fp32"
     torch.manual_seed(0)
     model = build_model(
-        f"VMRNN-{network}", img_size=64, patch_size=2, in_chans=1, embed_dim=128, depths=[6], depths_down=[2, 6],
+        f"VMRNN-{network}", patch_size=2, in_chans=1, embed_dim=128, depths=[6], depths_down=[2, 6],
         depths_up=[6, 2], scan=back_end,
     ).to(device)  # fmt: skip
     if "compile" in rest:
@@ -66,7 +65,7 @@ def measure(case, device, steps=STEPS - 1, frames=15):
         optimizer.step()
 
     step()
-    result = {"step": median_wall_seconds(step, device, steps), "peak": peak_mib(device)}
+    result = {"step": wall_seconds(step), "peak": peak_mib(device)}
     if not frames:
         return result
     model.eval()
@@ -76,17 +75,17 @@ def measure(case, device, steps=STEPS - 1, frames=15):
         _, states = forward(frame)
         for _ in range(3):
             forward(frame, states)
-        result["frame"] = median_wall_seconds(lambda: forward(frame, states), device, frames)
+        result["frame"] = wall_seconds(lambda: forward(frame, states))
     return result
 
 
 def profile(case, device):
     """Print where one training step of `case` spends its time on the CPU, by operation."""
     with torch.profiler.profile() as recorded:
-        measure(case, device, steps=1, frames=0)
+        measure(case, device, frames=False)
     rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
-    print(f"{describe_device(device)}; {case}, two training steps, {total / 1e6:.2f} s of operations")
+    print(f"{describe_device(device)}; {case}, training steps, {total / 1e6:.2f} s of operations")
     for row in rows[:20]:
         print(
             f"{row.key[:56]:58}{row.self_cpu_time_total / 1e3:9.1f} ms{row.self_cpu_time_total / total:8.1%}{row.count:8}"
@@ -120,12 +119,12 @@ def main():
         for case, rounds in results.items():
             command = [sys.executable, "-m", "benchmarks.train_step", "--one", case, "--device", args.device]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:  # out of memory, say: the others go on
+            if done.returncode:  # such as out of memory: the other cases still run
                 failed[case] = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
                 print(f"{case:30}  failed: {failed[case]}", flush=True)
                 continue
             rounds.append(json.loads(done.stdout.splitlines()[-1]))
-            if last:  # row by row: what stops this program later loses none of them
+            if last:  # printed at once: nothing is lost if the program is stopped later
                 print(row(case, medians_of(rounds)), flush=True)
     medians = {case: medians_of(rounds) for case, rounds in results.items() if rounds}
     print(json.dumps({"device": describe_device(device), "medians": medians, "failed": failed}))
