@@ -63,8 +63,7 @@ def main(argv=None):
     device = next(model.parameters()).device
     log.info("device     %s", describe_device(device))
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
-    test_set = build_dataset("test", config)
-    config.data_range = list(test_set.data_range)
+    test_set = build_dataset("test", config, trained.value_range)
     metrics = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, test_set.value_range, config.lpips)
     conventions = {metric.name: str(metric) for metric in metrics}
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
@@ -116,7 +115,7 @@ def main(argv=None):
     save_lead_times(folder / "lead_times.png", labelled, curves or [metric.name for metric in metrics[:3]])
     report = {
         "checkpoint": str(path), "data": str(test_set), "loss": loss, "conventions": conventions,
-        "results": labelled, "config": config.to_dict(),
+        "results": labelled, "value_range": test_set.value_range.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
     (folder / "metrics.json").write_text(strict_json(report, indent=1), encoding="utf-8")
     write_report(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vmrnn.checkpoint import load_network
-from vmrnn.data.table import OWN
+from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward
 from vmrnn.rollout import network_input
@@ -46,7 +46,7 @@ class Forecaster:
     def __init__(self, checkpoint, config=None, device="auto", scan="auto", cuda_graph=False):
         trained = load_network(checkpoint, config, device, scan=scan)
         self.model, self.config, self.value_range = trained.model, trained.config, trained.value_range
-        if self.config.dataset not in OWN and self.value_range == ValueRange():
+        if not DATASETS[self.config.dataset].own and self.value_range == ValueRange():
             self.value_range = None  # generated in [0, 1]: users have such frames as bytes or as fractions
         self.device = next(self.model.parameters()).device
         if cuda_graph and self.device.type != "cuda":
