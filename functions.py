@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from vmrnn import distributed
-from vmrnn.graphs import capture
 from vmrnn.metrics import Metrics
 from vmrnn.rollout import rollout
 from vmrnn.runtime import seed_update
@@ -121,40 +120,6 @@ class Step:
 
     def clear_gradients(self):
         self.network.zero_grad()
-
-
-class GraphedStep(Step):
-    """Step as one CUDA graph: all kernels of a rollout and its backward are recorded once, then replayed.
-
-    A step is hundreds of small kernels a frame; to launch them one by one takes longer than to run them.
-    Micro-batches of another shape are recorded anew. Weights, gradients and the memory of activations stay at
-    their addresses, so nothing else can use that memory.
-    """
-
-    graph = None
-
-    def __call__(self, inputs, targets):
-        if self.graph is None or self.targets.shape != targets.shape or self.inputs.shape != inputs.shape:
-            self.capture(inputs, targets)
-        self.inputs.copy_(inputs)
-        self.targets.copy_(targets)
-        self.graph.replay()
-        return self.loss.clone()
-
-    def capture(self, inputs, targets):
-        self.graph = None  # its memory serves the next
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
-        random_state = torch.cuda.get_rng_state(self.device)
-        self.inputs, self.targets = inputs.clone(), targets.clone()
-        self.graph, self.loss = capture(
-            lambda: super(GraphedStep, self).__call__(self.inputs, self.targets), self.device
-        )
-        torch.cuda.set_rng_state(random_state, self.device)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient)
-
-    def clear_gradients(self):
-        self.network.zero_grad(set_to_none=False)  # the graph adds to this very memory
 
 
 def train_one_epoch(

@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import DATASETS, build_dataset, make_loader
 from functions import (
-    GraphedStep,
     NonFinite,
     RolloutLoss,
     Step,
@@ -34,6 +33,7 @@ from functions import (
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.board import Board
 from vmrnn.errors import UserError
+from vmrnn.graphs import GraphedStep
 from vmrnn.metrics import metric_rows
 from vmrnn.network import build_model, compile_model
 from vmrnn.optim import lr_factor, make_optimizer
@@ -200,9 +200,9 @@ def train(config, weights, resumed, device, signals):
     network = Rollout(model, config.grad_checkpoint)
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    one_step = (GraphedStep if config.cuda_graph else Step)(
-        network, loss_function, device, config.precision, parts, scaler
-    )
+    one_step = Step(network, loss_function, device, config.precision, parts, scaler)
+    if config.cuda_graph:
+        one_step = GraphedStep(one_step)
 
     # Run folder
     folder = Path(config.res_dir)
