@@ -15,9 +15,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from vmrnn.config import Config
 from vmrnn.data.table import DATASETS, OWN, SPLITS
 from vmrnn.errors import UserError
 from vmrnn.runtime import ignore_stop_signals, kill_workers_at_exit
+
+# Options that other data sets would pass over without a word
+ONLY_FOR = {
+    "variables": ("grid",),
+    "time_from": ("grid",),
+    "array_axes": ("grid",),
+    "time_step": ("grid",),
+    "frame_step": OWN,
+}
+DEFAULTS = Config()
 
 
 def build_dataset(split, config, value_range=None):
@@ -43,6 +54,9 @@ def build_dataset(split, config, value_range=None):
             raise UserError(f"data_range is {list(config.data_range)}, but {name} has one of its own; leave it out")
         if config.frame_fit != "resize" or config.missing_value:
             raise UserError(f"frame_fit and missing_value are for {', '.join(OWN)}, not for {name}; leave them out")
+    for option, data_sets in ONLY_FOR.items():
+        if name not in data_sets and getattr(config, option) != getattr(DEFAULTS, option):
+            raise UserError(f"{option} is for {', '.join(data_sets)}, not for {name}; leave it out")
     find = pkgutil.resolve_name(spec.find)
     return find(split, config, value_range)
 

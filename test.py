@@ -73,6 +73,8 @@ def main(argv=None):
 
     log.info("checkpoint %s (%s)", path, config.model)
     log.info("data       %s", test_set)
+    for note in test_set.notes:
+        log.info("           %s", note)
     errors = []  # mse of each sequence, in the order of the data set: the mean over lead times with known pixels
 
     def pictures(step, inputs, targets, forecast):

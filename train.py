@@ -265,6 +265,8 @@ def train(config, weights, resumed, device, signals):
         "data       %s from %s: %d sequences an epoch, %d -> %d frames", config.dataset, config.train_data_dir,
         len(train_set), config.num_frames_input, config.num_frames_output,
     )  # fmt: skip
+    for note in train_set.notes:
+        log.info("           %s", note)
     log.info("validation %d sequences: %s", len(valid_set), DATASETS[config.dataset].selects)
     log.info(
         "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from helpers import shared
 
+from dataset import build_dataset
+from vmrnn.config import Config
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import open_grid
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
@@ -352,3 +354,59 @@ def test_files_that_count_from_their_start_stand_for_themselves(tmp_path):
         write(field(np.arange(4), seed=ord(name)), tmp_path / f"{name}.nc")
     grid = open_grid(tmp_path)
     assert grid.runs() == [(0, 4), (4, 8)] and "sequences: 2" in grid.notes[2]
+
+
+# Data sets
+
+
+def options(path, tmp_path, **changes):
+    given = {"num_frames_input": 2, "num_frames_output": 2, "input_size": [9, 12], "valid_fraction": 0.0,
+             "test_fraction": 0.0, "data_range": [0.0, 1.0]}  # fmt: skip
+    return Config(dataset="grid", train_data_dir=str(path), cache_dir=str(tmp_path / "cache"), **given | changes)
+
+
+def numbered(hours):
+    """A field whose values are the number of the frame, at these hours of a day."""
+    times = np.datetime64("2020-01-01", "ns") + np.array(hours) * np.timedelta64(3600, "s")
+    dataset = field(times)
+    dataset["t2m"][:] = np.arange(len(hours))[:, None, None]
+    return dataset
+
+
+def sequences(data_set):
+    """The numbers of the frames of each window, in order."""
+    items = (data_set[i] for i in range(len(data_set)))
+    return sorted([int(frame[0, 0, 0]) for part in item for frame in part] for item in items)
+
+
+def test_no_sequence_crosses_a_gap(tmp_path):
+    write(numbered([*range(6), *range(9, 15), 20]), tmp_path / "a.nc")
+    train = build_dataset("train", options(tmp_path / "a.nc", tmp_path))
+    assert sequences(train) == [list(range(i, i + 4)) for i in (0, 1, 2, 6, 7, 8)]
+    # 13 frames in one piece would hold 10 sequences
+    assert any("2 gaps in time" in note and "costs 4 sequences" in note for note in train.notes)
+    every_second = build_dataset("train", options(tmp_path / "a.nc", tmp_path, frame_step=2, num_frames_output=1))
+    assert sequences(every_second) == [[0, 2, 4], [6, 8, 10]]
+    regular = build_dataset("train", options(tmp_path / "a.nc", tmp_path, time_step="3h", num_frames_output=1))
+    # Hours 0, 3, 6 (nearest: 5), 9, 12, 15 (14), 21 (20); nothing is near to 18
+    assert sequences(regular) == [[0, 3, 5], [3, 5, 6], [5, 6, 9], [6, 9, 11]]
+
+
+def test_splits_are_parts_of_the_whole_time(tmp_path):
+    """Not of each run between gaps: a run of a few frames would have no sequence left."""
+    write(numbered([*range(10), *range(12, 22)]), tmp_path / "a.nc")
+    found = {}
+    for split in ("train", "valid", "test"):
+        config = options(tmp_path / "a.nc", tmp_path, valid_fraction=0.3, test_fraction=0.2)
+        found[split] = sequences(build_dataset(split, config))
+    assert found["train"] == [list(range(i, i + 4)) for i in range(7)]  # frames 0 to 9
+    assert found["valid"] == [list(range(i, i + 4)) for i in range(10, 13)]
+    assert found["test"] == [list(range(i, i + 4)) for i in (16,)]
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path):
+    write(numbered(range(8)), tmp_path / "a.nc")
+    with pytest.raises(UserError, match="t2m make 1 channels, but input_channels is 3"):
+        build_dataset("train", options(tmp_path / "a.nc", tmp_path, input_channels=3))
+    with pytest.raises(UserError, match="variables is for grid, not for moving_mnist"):
+        build_dataset("train", Config(variables=["t2m"]))

@@ -56,6 +56,12 @@ def not_nan(values):
         return "give numbers; NaN is missing anyway"
 
 
+def axes(value):
+    """The rule of array_axes: letters of dimensions, rows and columns among them."""
+    if value and not ({"H", "W"} <= set(value.upper()) <= set("NTCHW")):
+        return "give one of N T C H W per dimension, H and W among them, such as THW"
+
+
 def height_and_width(values):
     """The rule of input_size: one or two sides, each at least the window of SSIM."""
     if len(values) > 2:
@@ -92,7 +98,7 @@ class Config:
     attn_drop_rate: float = option("network", 0.0, "dropout rate after each SS2D", at_least=0, below=1)
     drop_path_rate: float = option("network", 0.1, "stochastic depth: rate of dropped blocks", at_least=0, below=1)
 
-    dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array", choices=list(DATASETS))
+    dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array, grid", choices=list(DATASETS))
     train_data_dir: str = option("data", "mnist",
         "file or folder (data/README.md). Digits of Moving MNIST: an idx3 file, mnist (downloaded once), or "
         "builtin (those of scikit-learn)")
@@ -113,6 +119,18 @@ class Config:
         below=1)
     array_key: str = option("data", "",
         "name of the array in a .npz; empty: arr_0, or the only array with 3 dimensions or more")
+    variables: list[str] = option("data", [],
+        "grid: fields of the file in the order of the channels: t2m tp, image1/image_data, one level u@850; empty: its "
+        "only field")
+    array_axes: str = option("data", "",
+        "grid: the dimensions of a field in order, as letters: N sequences, T time, C channels, H rows, W columns; "
+        "empty: by their names and attributes", rule=axes)
+    time_from: str = option("data", "",
+        "grid: where a frame's time is: name:%Y%m%d%H%M (in the file's name), variable:NAME or attribute:NAME; empty: "
+        "found")
+    time_step: str = option("data", "",
+        "your own data with times: take the frames nearest to a regular step, such as 10min or 1h; empty: all frames")
+    frame_step: int = option("data", 1, "your own data: take every k-th frame", at_least=1)
     data_range: list[float] = option("data", [],
         "low and high: the stored values that become 0 and 1; empty: the range of the training data", rule=low_and_high)
     missing_value: list[float] = option("data", [], "stored values that mean a missing pixel; NaN always does",

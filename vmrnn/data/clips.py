@@ -23,6 +23,7 @@ class Clip:
     name    for messages: the file or folder that the user named
     path    .npy file (T, H, W), (T, H, W, C), (N, T, H, W) or (N, T, H, W, C)
     index   the place along N; None: the array has no such axis
+    step    1: all frames; k: every k-th
     """
 
     name: str
@@ -30,18 +31,24 @@ class Clip:
     start: int
     stop: int
     index: int | None = None
+    step: int = 1
 
     def __len__(self):
-        return self.stop - self.start
+        return len(range(self.start, self.stop, self.step))
 
     def cut(self, start, stop):
         """Frames start to stop of this clip, as a clip."""
-        return replace(self, start=self.start + start, stop=self.start + stop)
+        first, last = self.start + start * self.step, self.start + stop * self.step
+        return replace(self, start=first, stop=min(last, self.stop))
+
+    def every(self, step):
+        """Every step-th frame of this clip, as a clip."""
+        return replace(self, step=self.step * step)
 
     def frames(self):
         """A view (T, H, W, C) of the memory-mapped file. Reading starts when values are used."""
         array = open_npy(self.path)
-        array = (array if self.index is None else array[self.index])[self.start : self.stop]
+        array = (array if self.index is None else array[self.index])[self.start : self.stop : self.step]
         return array[..., None] if array.ndim == 3 else array
 
 

@@ -9,6 +9,7 @@
 The files follow one another in time. A file is read a few frames at a time.
 """
 
+import json
 import warnings
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -19,12 +20,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vmrnn.data.cache import cached_folder, stamp, write_npy
+from vmrnn.data.clips import Clip
 from vmrnn.data.grid_axes import is_time, levels_of, read_roles
 from vmrnn.data.grid_files import choose_variables, format_of, grid_files, is_field, opened, split_path
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, decode, missing_flags, stored_type
-from vmrnn.data.times import moment, nearest_frames, parse_step, runs_without_gap
+from vmrnn.data.times import moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
 from vmrnn.errors import UserError
 
 BLOCK = 2**22  # values of a variable that are read at once, or more where they are stored in larger pieces
@@ -197,6 +200,50 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step=""):
     if time_step:
         take_nearest(grid, time_step, path)
     return grid
+
+
+def grid_clips(path, options):
+    """A gridded field, decoded into the cache: frames.npy (T, H, W, C) and its GridInfo beside it.
+
+    path      as in open_grid
+    options   vmrnn.config.Config
+
+    Returns (clips, notes): the runs of frames between gaps, and lines that say how the files were read.
+    UserError: as open_grid, and another number of channels than input_channels.
+    """
+    files = grid_files(path)
+    how = (options.variables, options.array_axes, options.time_from, options.time_step)
+
+    def write(folder):
+        grid = open_grid(path, *how)
+        check_channels(path, grid.info.names, options)
+        with tqdm(total=grid.shape[0], unit="frame", leave=False, dynamic_ncols=True, disable=None) as bar:
+            write_npy(folder / "frames.npy", grid.frames(bar=bar))
+        grid.info.save(folder)
+        beyond = [f"{name}: {count} value{'s' * (count > 1)} beyond the fill value, where the NetCDF User Guide allows none: "
+                  "read as missing"
+                  for name, count in grid.beyond_fill.items() if count]  # fmt: skip
+        index = {"runs": grid.runs(), "breaks": grid.breaks, "notes": [*grid.notes, *beyond]}
+        (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    versions = [stamp(part) for file in files for part in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+    folder = cached_folder(options.cache_dir, "grid", [versions, *how], write)
+    check_channels(path, GridInfo.load(folder).names, options)
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    clips = []
+    for start, stop in index["runs"]:
+        # Sequences that stand for themselves are clips of their own; the runs between gaps are pieces of one clip
+        number = sum(start >= edge for edge in index["breaks"])
+        name = f"{path} sequence {number}" if index["breaks"] else str(path)
+        clips.append(Clip(name, str(folder / "frames.npy"), start, stop))
+    return clips, index["notes"]
+
+
+def check_channels(path, names, options):
+    """UserError where the fields make another number of channels than input_channels."""
+    if len(names) != options.input_channels:
+        raise UserError(f"{path}: {', '.join(names)} make {len(names)} channels, but input_channels is "
+                        f"{options.input_channels}; change it, variables or array_axes")  # fmt: skip
 
 
 def take_nearest(grid, time_step, path):
@@ -396,9 +443,12 @@ def notes_of(first, files, shape, breaks):
         f"{len(files)} file{'s' * (len(files) > 1)}, {shape[0]} frames of {shape[1]}x{shape[2]}, {units}; dimensions: {read}"
     ]
     if times is None:
-        notes.append("times: none, the frames follow one another in the order of the files' names")
+        order = "the files are in the order of their names" if len(files) > 1 else "the frames are in the file's order"
+        notes.append(f"times: none, {order}")
     elif info.calendar:
-        notes.append(f"times: {moment(times.min())} to {moment(times.max())}, from {first.part.times.source}")
+        step = f", every {span(usual_step(times))}" if len(times) > 1 and not breaks else ""
+        span_of_all = f"{moment(times.min())} to {moment(times.max())}"
+        notes.append(f"times: {span_of_all}{step}, from {first.part.times.source}")
     else:
         notes.append(f"times: the numbers {times.min():g} to {times.max():g}, from {first.part.times.source}")
     if breaks:

@@ -176,6 +176,8 @@ class MovingMNIST(Dataset):
     UserError: a size, count or step that cannot work.
     """
 
+    notes = ()  # nothing to say of how the data were read
+
     def __init__(
         self,
         digits,
@@ -287,6 +289,8 @@ class MovingMNISTFile(Dataset):
     A key is an index or (epoch, index).
     UserError: a missing, damaged or foreign file, or too few frames.
     """
+
+    notes = ()  # nothing to say of how the data were read
 
     def __init__(self, path, num_frames_input=10, num_frames_output=10, array_key=""):
         for name, value in (("input", num_frames_input), ("output", num_frames_output)):

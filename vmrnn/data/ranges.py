@@ -35,7 +35,7 @@ def scan_range(clips, missing, cache_dir):
     UserError: all values are missing, or all are equal, or one is infinite.
     """
     versions = {clip.path: stamp(clip.path) for clip in clips}
-    key = [list(versions.values()), [[c.path, c.index, c.start, c.stop] for c in clips], list(missing)]
+    key = [list(versions.values()), [[c.path, c.index, c.start, c.stop, c.step] for c in clips], list(missing)]
 
     def write(folder):
         low, high = None, None

@@ -6,7 +6,7 @@ that no test sequence ever selects a checkpoint.
 """
 
 import re
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
 from vmrnn.data.clips import Clip, Source, decode
 from vmrnn.data.draws import split_seed
+from vmrnn.data.grids import grid_clips
 from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, npz_member, npz_rows, open_npy
 from vmrnn.data.ranges import check_not_all_missing, scan_range
 from vmrnn.data.table import DATASETS
@@ -194,10 +195,10 @@ def published(split, clips, windows, options):
     return clip_dataset(split, clips, windows, ValueRange(*DATASETS[options.dataset].data_range), options)
 
 
-def clip_dataset(split, clips, windows, value_range, options):
+def clip_dataset(split, clips, windows, value_range, options, notes=()):
     return ClipDataset(
         clips, windows, *frames_wanted(options), options.frame_size, value_range, options.frame_fit,
-        random=split == "train", length=options.train_sequences, seed=split_seed(split, options.seed),
+        random=split == "train", length=options.train_sequences, seed=split_seed(split, options.seed), notes=notes,
     )  # fmt: skip
 
 
@@ -219,19 +220,24 @@ def array(split, options, value_range=None):
     return own(split, options, value_range, array_clips)
 
 
+def grid(split, options, value_range=None):
+    """A gridded field: a file, a folder or a glob of files that follow one another in time."""
+    return own(split, options, value_range, grid_clips)
+
+
 def own(split, options, value_range, list_clips, pictures=False):
     """One split of your own data.
 
-    list_clips    list_clips(path, options) returns the clips of a file or folder
+    list_clips    list_clips(path, options) returns (clips of a file or folder, lines that say how they were read)
     value_range   ValueRange of the training data, if it is known already; None: it is found here
     pictures      True: the range of 8-bit frames is 0 to 255; False: it is that of the training data
 
     A split without a path of its own is the end of the training path: of each clip's time, or of the list of clips
     (split_by "time" or "file").
     """
-    path = split_path(split, options)
+    path, total = split_path(split, options), sum(frames_wanted(options))
     apart = split != "train" and getattr(options, f"{split}_data_dir")
-    all_clips = list_clips(path, options)
+    all_clips, notes = every_frame_step(list_clips(path, options), options)
 
     def cut(clips, split):
         valid_fraction = 0.0 if options.valid_data_dir else options.valid_fraction
@@ -239,7 +245,8 @@ def own(split, options, value_range, list_clips, pictures=False):
         return CUTS[options.split_by](clips, split, valid_fraction, test_fraction)
 
     clips = all_clips if apart else cut(all_clips, split)
-    windows = cut_windows(clips, sum(frames_wanted(options)))
+    windows = cut_windows(clips, total)
+    notes = [*notes, *gap_notes(all_clips, total)]
     if not len(windows):
         inputs, outputs = frames_wanted(options)
         raise UserError(
@@ -254,12 +261,38 @@ def own(split, options, value_range, list_clips, pictures=False):
         if not data_range and pictures and clips[0].frames().dtype == np.uint8:
             data_range = BYTE_RANGE
         if not data_range:
-            training = list_clips(options.train_data_dir, options) if apart else all_clips
+            training = all_clips
+            if apart:
+                training, _ = every_frame_step(list_clips(options.train_data_dir, options), options)
             data_range = scan_range(cut(training, "train"), missing, options.cache_dir)
         value_range = ValueRange(*map(float, data_range), tuple(missing))
     if split != "train":
         windows = thin(windows, getattr(options, f"{split}_sequences"))
-    return clip_dataset(split, clips, windows, value_range, options)
+    return clip_dataset(split, clips, windows, value_range, options, notes)
+
+
+def every_frame_step(found, options):
+    """(clips, notes) with every frame_step-th frame of each clip."""
+    clips, notes = found
+    return [clip.every(options.frame_step) for clip in clips], notes
+
+
+def gap_notes(clips, total):
+    """What the gaps cost that part a clip into pieces: a list of one line, or of none if there is no gap.
+
+    total   frames of a sequence
+    """
+    gaps = sum(len(pieces) - 1 for pieces in by_clip(clips))
+    if not gaps:
+        return []
+    whole = [sum(map(len, pieces)) for pieces in by_clip(clips)]
+    cost = sum(max(0, length - total + 1) for length in whole) - len(cut_windows(clips, total))
+    return [f"{gaps} gap{'s' * (gaps > 1)} in time: no sequence crosses one, which costs {cost} sequences"]
+
+
+def by_clip(clips):
+    """The clips in lists: pieces of one clip, parted at gaps in time, are one list."""
+    return [list(pieces) for _, pieces in groupby(clips, key=lambda clip: (clip.name, clip.path, clip.index))]
 
 
 def video_clips(path, options):
@@ -280,7 +313,7 @@ def decoded(sources, endings, path, options):
     # Frames are not resized in the cache if they are cropped later, or if they have missing pixels, which resizing
     # would spread.
     size = options.frame_size if options.frame_fit == "resize" and not options.missing_value else None
-    return decode(sources, options.cache_dir, options.dataset, options.input_channels, size)
+    return decode(sources, options.cache_dir, options.dataset, options.input_channels, size), []
 
 
 def array_clips(path, options):
@@ -315,18 +348,25 @@ def array_clips(path, options):
             clips += [Clip(str(file), store, 0, array.shape[1], i) for i in range(len(array))]
         else:
             clips.append(Clip(str(file), store, 0, len(array)))
-    return clips
+    return clips, []
 
 
 def cut_in_time(clips, split, valid_fraction, test_fraction):
-    """One split of each clip in time: training first, then validation, then test."""
-    pieces = []
-    for clip in clips:
-        test = len(clip) - round(test_fraction * len(clip))
-        valid = test - round(valid_fraction * len(clip))
-        start, stop = {"train": (0, valid), "valid": (valid, test), "test": (test, len(clip))}[split]
-        pieces.append(clip.cut(start, stop))
-    return pieces
+    """One split of each clip in time: training first, then validation, then test.
+
+    The pieces of a clip that is parted at gaps are cut as one clip.
+    """
+    cut = []
+    for pieces in by_clip(clips):
+        length = sum(map(len, pieces))
+        test = length - round(test_fraction * length)
+        valid = test - round(valid_fraction * length)
+        start, stop = {"train": (0, valid), "valid": (valid, test), "test": (test, length)}[split]
+        for piece in pieces:
+            if len(pieces) == 1 or (start < len(piece) and stop > 0):
+                cut.append(piece.cut(max(start, 0), min(stop, len(piece))))
+            start, stop = start - len(piece), stop - len(piece)
+    return cut
 
 
 def cut_by_file(clips, split, valid_fraction, test_fraction):

@@ -87,6 +87,13 @@ DATASETS = {
         find="vmrnn.data.splits:array",
         own=True,
     ),
+    "grid": Spec(
+        description="your own: gridded fields in NetCDF, HDF5, Zarr, GRIB, GeoTIFF or TIFF",
+        metrics=FIELD_METRICS,
+        selects=OWN_SELECTS,
+        find="vmrnn.data.splits:grid",
+        own=True,
+    ),
 }
 
 OWN = tuple(name for name, spec in DATASETS.items() if spec.own)

@@ -108,11 +108,6 @@ def runs_without_gap(times, step=None):
     return list(pairwise(edges))
 
 
-def sequences_in(runs, total):
-    """How many sequences of `total` frames the runs hold."""
-    return sum(max(0, stop - start - total + 1) for start, stop in runs)
-
-
 def nearest_frames(times, step):
     """The frames nearest to a regular step, and the times that they then stand for.
 
@@ -163,17 +158,3 @@ def span(seconds):
 def moment(seconds):
     """A time as text, to the second: 1604102400 -> 2020-10-31 00:00:00."""
     return str(np.datetime64(round(seconds), "s")).replace("T", " ")
-
-
-def describe_gaps(runs, total):
-    """What the gaps cost, for the line at a program's start.
-
-    runs    (start, stop) of each run of frames between gaps, in order
-    total   frames of a sequence
-    """
-    gaps = len(runs) - 1
-    if not gaps:
-        return "no gap"
-    frames = sum(stop - start for start, stop in runs)
-    cost = sequences_in([(0, frames)], total) - sequences_in(runs, total)
-    return f"{gaps} gap{'s' * (gaps > 1)}, which cost{'s' * (gaps == 1)} {cost} sequences of {total} frames"

@@ -48,13 +48,14 @@ class ClipDataset(Dataset):
                         With cropping, `length` may exceed the number of windows; they are then repeated.
     length              items per epoch if `random`; None: as many as there are windows
     seed                of the random draws
+    notes               lines that say how the data were read, for a program's start
 
     A key is an index or (epoch, index). An item depends on seed and key only.
     UserError: frames too small to be cropped.
     """
 
     def __init__(self, clips, windows, num_frames_input, num_frames_output, size, value_range, frame_fit="resize",
-                 random=False, length=None, seed=0):  # fmt: skip
+                 random=False, length=None, seed=0, notes=()):  # fmt: skip
         self.clips = clips
         self.windows = windows
         self.num_frames_input = num_frames_input
@@ -67,6 +68,7 @@ class ClipDataset(Dataset):
         if random and length:
             self.length = length if frame_fit == "crop" else min(length, len(windows))
         self.seed = seed
+        self.notes = notes
         self.order = None  # (epoch, its windows in order)
         if frame_fit == "crop":
             height, width = clips[0].frames().shape[1:3]
