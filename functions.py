@@ -56,12 +56,15 @@ class RolloutLoss:
         return (squared * share).mean() + self.l1_weight * (absolute * share).mean()
 
 
-def progress(loader, title, total, first=0):
-    """A bar over `loader` that counts frames, so it shows frames a second: yields (bar, inputs, targets).
+def progress_bar(loader, title, total, first=0):
+    """Iterate over `loader` with a progress bar that counts frames; yields (bar, inputs, targets).
 
-    total: batches in all, of which `first` are done.
+    loader   yields the batches that are left
+    title    text before the bar
+    total    number of all batches
+    first    number of batches that were done before
     """
-    # disable=None: no bar where nobody watches (a log file)
+    # disable=None: no bar if the output is not a terminal. Only the first process shows one.
     hidden = True if distributed.rank() else None
     with tqdm(desc=title, unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=hidden) as bar:
         for i, (inputs, targets) in enumerate(loader):
@@ -75,7 +78,7 @@ def progress(loader, title, total, first=0):
 
 @dataclass(frozen=True)
 class Update:
-    """What train_one_epoch says of one update of the weights."""
+    """What train_one_epoch reports of one update of the weights."""
 
     step: int  # in its epoch, from 1
     loss: float  # mean over the samples of the update, on all devices
@@ -83,8 +86,11 @@ class Update:
 
 
 class NonFinite(Exception):
-    """A loss or a gradient is not finite; the weights are those before the update that failed, inputs and
-    targets its last micro-batch."""
+    """A loss or a gradient is not finite. The weights are still those before the update that failed.
+
+    update            the Update that failed
+    inputs, targets   its last micro-batch
+    """
 
     def __init__(self, update, inputs, targets):
         super().__init__(f"the loss is {update.loss} and its gradient's norm {update.grad_norm}")
@@ -123,40 +129,66 @@ class Step:
 
 
 def train_one_epoch(
-    step, loader, optimizer, learning_rate, *, updates, horizon=None, done=0, before=0, seed=0, clip_grad=0.0, title=""
+    train_step,
+    loader,
+    optimizer,
+    learning_rate,
+    *,
+    updates_per_epoch,
+    horizon=None,
+    start=0,
+    epoch_start=0,
+    seed=0,
+    clip_grad=0.0,
+    title="",
 ):
-    """The updates `done` + 1 to `updates` of one epoch; yields an Update after each.
+    """The updates of one epoch that are left; yields an Update after each.
 
-    step        Step, called with each micro-batch
-    loader      yields the micro-batches that are left, step.parts for each update
-    learning_rate(n)   the lr of update n of the run, from 0; `before` updates came before this epoch
-    horizon(n)  how many of the target frames it forecasts; None: all
+    train_step          Step, called with each micro-batch
+    loader              yields the micro-batches that are left, train_step.parts per update
+    optimizer           torch.optim.Optimizer
+    learning_rate       function from the number of an update, counted from 0 over the run, to its learning rate
+    updates_per_epoch   updates of a whole epoch
+    horizon             function from the number of an update to how many target frames it forecasts; None: all
+    start               updates of this epoch that were done before
+    epoch_start         updates that were done before this epoch
+    seed                seed of dropout, 0 or more
+    clip_grad           largest norm of the gradient; 0: no clipping
+    title               text of the progress bar
 
-    Dropout draws from (seed, n, rank), so no generator's state needs to be kept to go on exactly.
-    A loss or a gradient that is not finite raises NonFinite before it reaches the weights; under fp16
-    the scaler skips updates whose gradients overflow, until its scale is beyond repair.
+    Raises NonFinite if a loss or a gradient is not finite, before it reaches the weights. Under fp16 the scaler skips
+    updates whose gradients overflow, as long as lowering its scale can help.
     """
-    step.network.train()
-    device, scaler, world = step.device, step.scaler, distributed.world_size()
-    batches = progress(loader, title, updates * step.parts, done * step.parts)
-    for number in range(done + 1, updates + 1):
-        seed_update(seed, before + number - 1, distributed.rank())
-        step.clear_gradients()
+    train_step.network.train()
+    device, scaler, world = train_step.device, train_step.scaler, distributed.world_size()
+    batches = progress_bar(loader, title, updates_per_epoch * train_step.parts, start * train_step.parts)
+    for step in range(start, updates_per_epoch):
+        global_step = epoch_start + step
+        # Dropout draws from (seed, update, process), so a resumed run needs no state of a generator.
+        seed_update(seed, global_step, distributed.rank())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(before + number - 1)
+            group["lr"] = learning_rate(global_step)
+
+        # Forward and backward pass of every micro-batch; their gradients add up.
+        train_step.clear_gradients()
         total = torch.zeros((), device=device)
-        for part in range(step.parts):
+        for part in range(train_step.parts):
             bar, inputs, targets = next(batches)
-            targets = targets[:, : horizon(before + number - 1)] if horizon else targets
+            targets = targets[:, : horizon(global_step)] if horizon else targets
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            waits = world > 1 and part + 1 < step.parts  # gradients travel with the last part
-            with step.network.no_sync() if waits else nullcontext():
-                total += step(inputs, targets)
+            # The processes exchange their gradients once per update, with the last micro-batch.
+            waits = world > 1 and part + 1 < train_step.parts
+            with train_step.network.no_sync() if waits else nullcontext():
+                total += train_step(inputs, targets)
+
+        # Clip the gradient, and read its norm and the loss: the one time per update that the CPU waits for the device.
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(step.parameters, clip_grad or math.inf)
-        loss, norm = torch.stack([total, norm.to(total)]).tolist()  # the one wait for the device
+        norm = torch.nn.utils.clip_grad_norm_(train_step.parameters, clip_grad or math.inf)
+        loss, norm = torch.stack([total, norm.to(total)]).tolist()
         (loss,) = distributed.all_sum(loss / world)
-        update = Update(number, loss, norm)
+        update = Update(step + 1, loss, norm)
+
+        # Stop before a loss or a gradient that is not finite reaches the weights. The scaler handles an overflow.
         overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > SMALLEST_SCALE
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             raise NonFinite(update, inputs, targets)
@@ -177,7 +209,7 @@ def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=F
     """
     model.eval()
     total, meters = 0.0, {name: Metrics(metrics) for name in (("model", "black", "last") if baselines else ("model",))}
-    for step, (_, inputs, targets) in enumerate(progress(loader, title, len(loader)), 1):
+    for step, (_, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with mixed_precision(device, precision):
             outputs = rollout(model, inputs, targets.shape[1])

@@ -21,11 +21,13 @@ from functions import RolloutLoss, evaluate
 from vmrnn import config as configuration, scan
 from vmrnn.checkpoint import load_network
 from vmrnn.errors import UserError
+from vmrnn.files import make_folder
 from vmrnn.metrics import figure, metric_rows
 from vmrnn.network import compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
-from vmrnn.report import pick, strict_json, write_report
-from vmrnn.runtime import describe_device, make_folder, run_program
+from vmrnn.report import pick, write_report
+from vmrnn.run_folder import strict_json
+from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
 

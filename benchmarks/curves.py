@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from vmrnn.errors import UserError
 from vmrnn.metrics import better
-from vmrnn.pictures import read_log, save
+from vmrnn.pictures import save
+from vmrnn.run_folder import read_log
 from vmrnn.runtime import run_program
 
 

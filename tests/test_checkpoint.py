@@ -64,7 +64,7 @@ def test_the_single_cell_of_the_kth_variant():
 def test_our_own_files(tmp_path):
     source = small_d()
     save_weights(tmp_path / "best.safetensors", source, {"embed_dim": 16})
-    save_checkpoint(tmp_path / "last.pt", model=source.state_dict(), config={"embed_dim": 16}, epoch=3)
+    save_checkpoint(tmp_path / "last.pt", {"model": source.state_dict(), "config": {"embed_dim": 16}, "epoch": 3})
     save_file(dict(source.state_dict()), tmp_path / "plain.safetensors")
     torch.save({"state_dict": source.state_dict()}, tmp_path / "wrapped.pth")
     torch.save({"model": source.state_dict(), "epoch": 3}, tmp_path / "model.pth")
@@ -137,7 +137,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path):
 def test_damaged_files(tmp_path, name, damage):
     path = tmp_path / name
     if name == "last.pt":
-        save_checkpoint(path, model=small_d().state_dict())
+        save_checkpoint(path, {"model": small_d().state_dict()})
     else:
         save_weights(path, small_d(), {})
     whole = path.read_bytes()
@@ -162,7 +162,7 @@ def test_files_without_weights(tmp_path):
     for read in (read_checkpoint, read_last_checkpoint):
         with pytest.raises(UserError, match="[^_]absent.pt: .*No such file"):
             read(tmp_path / "absent.pt")
-    save_checkpoint(tmp_path / "future.pt", model={}, config=None)
+    save_checkpoint(tmp_path / "future.pt", {"model": {}, "config": None})
     content = torch.load(tmp_path / "future.pt")
     torch.save(content | {"version": 99}, tmp_path / "future.pt")
     with pytest.raises(UserError, match="version 99"):
@@ -175,7 +175,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
         original = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, f=original, name=name: order.append(name) or f(*a))
     for _ in range(2):
-        save_checkpoint(tmp_path / "last.pt", model={"w": torch.ones(2)}, config=None)
+        save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.ones(2)}, "config": None})
     assert order == ["fsync", "replace", "fsync", "replace", "replace"]
 
 
@@ -188,7 +188,7 @@ def test_weights_are_for_whoever_may_read_the_folder(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, model={"w": torch.ones(2)}, config=None)
+    save_checkpoint(path, {"model": {"w": torch.ones(2)}, "config": None})
     with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
         temporary.write_bytes(b"half")
         1 / 0  # noqa: B018
@@ -197,7 +197,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
-@pytest.mark.parametrize("writer", ["save_checkpoint(path, model=state)", "save_weights(path, model, {})"])
+@pytest.mark.parametrize("writer", ["save_checkpoint(path, dict(model=state))", "save_weights(path, model, {})"])
 def test_a_full_disk(tmp_path, writer):
     """In a process that may write 4,096 bytes to a file and no more."""
     code = f"""
@@ -226,7 +226,7 @@ def test_no_damage_ends_in_a_traceback(tmp_path, name):
     """Bytes flipped at 60 places: read as it is, or refused in one line."""
     path, rng = tmp_path / name, random.Random(0)
     if name == "last.pt":
-        save_checkpoint(path, model=small_d().state_dict(), config={})
+        save_checkpoint(path, {"model": small_d().state_dict(), "config": {}})
     elif name == "old.pkl":
         torch.save(small_d().state_dict(), path, _use_new_zipfile_serialization=False)
     else:

@@ -14,7 +14,7 @@ from test_resume import OPTIONS, without_time
 import train
 from vmrnn import distributed
 from vmrnn.checkpoint import read_checkpoint
-from vmrnn.pictures import read_log
+from vmrnn.run_folder import read_log
 
 # Dropout differs between ranks, as it should; without it the sums are those of one process.
 PLAIN = [*OPTIONS, "--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]

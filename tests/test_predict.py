@@ -227,8 +227,8 @@ def test_a_run_with_averaged_weights_forecasts_with_them(tmp_path):
     """So do test.py and --init_from: they are what the run's validations saw."""
     first, second = (build_model(**configuration.resolve(None, SMALL).network_options) for _ in range(2))
     content = {"model": first.state_dict(), "config": configuration.resolve(None, SMALL).to_dict()}
-    save_checkpoint(tmp_path / "last.pt", **content, ema=second.state_dict())
-    save_checkpoint(tmp_path / "plain.pt", **content, ema=None)
+    save_checkpoint(tmp_path / "last.pt", content | {"ema": second.state_dict()})
+    save_checkpoint(tmp_path / "plain.pt", content | {"ema": None})
     for name, weights in (("last.pt", second), ("plain.pt", first)):
         got = vmrnn.Forecaster(tmp_path / name, device="cpu").model.state_dict()
         assert all(torch.equal(got[key], value) for key, value in weights.state_dict().items())

@@ -20,7 +20,7 @@ from vmrnn.checkpoint import read_checkpoint, save_weights
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
-from vmrnn.pictures import read_log
+from vmrnn.run_folder import read_log
 from vmrnn.runtime import pick_device, run_program
 
 TINY = [

@@ -16,8 +16,8 @@ from helpers import ROOT
 import train
 from vmrnn.checkpoint import previous_of, read_checkpoint, save_checkpoint
 from vmrnn.errors import UserError
-from vmrnn.pictures import read_log
-from vmrnn.runtime import EXIT_STOPPED, HELD, Stopped
+from vmrnn.run_folder import read_log
+from vmrnn.runtime import EXIT_STOPPED, Stopped
 
 # Everything that has a state: stochastic depth, dropout, a schedule, moments, averaged weights, accumulation.
 OPTIONS = [
@@ -210,8 +210,8 @@ def stopped(tmp_path, monkeypatch):
     arguments = [*OPTIONS, "--res_dir", str(tmp_path / "run")]
     save, saves = train.checkpoint.save_checkpoint, iter(range(6))
 
-    def save_and_die(path, **content):
-        save(path, **content)
+    def save_and_die(path, content):
+        save(path, content)
         if next(saves) == 5:
             raise KeyboardInterrupt
 
@@ -219,7 +219,6 @@ def stopped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main(arguments)
     monkeypatch.undo()
-    HELD.pop(str(tmp_path / "run")).close()  # as the end of its process would
     return arguments
 
 
@@ -264,6 +263,23 @@ def test_two_processes_do_not_train_in_one_folder(start, tmp_path):
     assert wait() == 0
 
 
+def test_a_second_start_in_one_process_does_not_open_the_folder_to_others(start, tmp_path, monkeypatch):
+    """A record lock of the process would be lost as soon as any of its files on the lock is closed."""
+    arguments, evaluate, codes = [*OPTIONS, "--res_dir", str(tmp_path / "run")], train.evaluate, []
+
+    def evaluate_meanwhile(*arguments_of_evaluate, **options):
+        if not codes:
+            codes.append(None)
+            with pytest.raises(UserError, match="another process trains there"):
+                train.main(arguments)
+            codes.append(start(tmp_path / "run")[1]())
+        return evaluate(*arguments_of_evaluate, **options)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_meanwhile)
+    train.main(arguments)
+    assert codes == [None, 2]
+
+
 def test_a_run_that_another_process_took_further_meanwhile_is_not_taken_back(stopped, tmp_path, monkeypatch):
     """The folder is locked after the data are prepared, which may take minutes."""
     build, first = train.build_dataset, []
@@ -272,7 +288,6 @@ def test_a_run_that_another_process_took_further_meanwhile_is_not_taken_back(sto
         if not first:
             first.append(True)
             train.main(stopped)
-            HELD.pop(str(tmp_path / "run")).close()
         return build(*arguments, **options)
 
     monkeypatch.setattr(train, "build_dataset", build_meanwhile)
@@ -338,7 +353,7 @@ def test_a_run_goes_on_in_another_folder(whole, stopped, tmp_path):
     last = tmp_path / "run" / "last.pt"
     content = read_checkpoint(last)
     content["position"]["best_mse"] = 0.0  # no epoch will be better
-    save_checkpoint(last, **content)
+    save_checkpoint(last, content)
     before = last.read_bytes()
     options = stopped[: stopped.index("--resume")]
     train.main([*options, "--resume", str(last), "--res_dir", str(tmp_path / "other")])

@@ -20,8 +20,8 @@ from vmrnn.forecaster import Forecaster
 from vmrnn.graphs import GraphedStep
 from vmrnn.network import build_model
 from vmrnn.optim import lr_factor, make_optimizer, parameter_groups
-from vmrnn.pictures import read_log
 from vmrnn.rollout import Rollout, pad_frames, rollout
+from vmrnn.run_folder import read_log
 
 
 def small(model="VMRNN-B", depths=(1,), drop_path_rate=0.0, embed_dim=16):
@@ -103,7 +103,7 @@ def run_updates(parts, **options):
     loader = [(frames[:, :3], frames[:, 3:]) for frames in data]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = Step(Rollout(model), RolloutLoss(), torch.device("cpu"), parts=parts, **options)
-    done = list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates=2))
+    done = list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates_per_epoch=2))
     return done, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -149,7 +149,7 @@ def test_dropout_draws_from_seed_update_and_rank(monkeypatch):
     optimizer = torch.optim.SGD(step.parameters, lr=0.1)
     loader = [(torch.rand(1, 3, 1, 16, 16), torch.rand(1, 2, 1, 16, 16))] * 2
     step.network.eval()  # as a validation leaves it
-    list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates=3, done=1, before=30, seed=7))
+    list(train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates_per_epoch=3, start=1, epoch_start=30, seed=7))
     assert keys == [(7, 31, 5), (7, 32, 5)] and all(m.training for m in step.network.modules())
 
 
@@ -206,10 +206,10 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     weights = []
     save = train.checkpoint.save_checkpoint
 
-    def save_and_keep(path, **content):
+    def save_and_keep(path, content):
         if content["position"]["step"]:
             weights.append({key: value.clone() for key, value in content["model"].items()})
-        save(path, **content)
+        save(path, content)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.checkpoint, "save_checkpoint", save_and_keep)
@@ -241,7 +241,7 @@ def test_a_graph_replays_the_same_steps(monkeypatch):
         loader = [(frames[:, :3], frames[:, 3:]) for frames in torch.rand(24, 5, 1, 16, 16).split(3)]
         step = wrap(Step(Rollout(model), RolloutLoss(), device, "bf16", parts=2))
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        updates = list(train_one_epoch(step, loader, optimizer, lambda n: 1e-3, updates=4, clip_grad=1.0))
+        updates = list(train_one_epoch(step, loader, optimizer, lambda n: 1e-3, updates_per_epoch=4, clip_grad=1.0))
         found.append(([(u.loss, u.grad_norm) for u in updates], [p.detach().clone() for p in model.parameters()]))
     (plain, weights), (graphed, same_weights) = found
     assert graphed == [pytest.approx(pair, rel=1e-5) for pair in plain]

@@ -190,10 +190,13 @@ def read_checkpoint(path):
     return {"model": content, "config": None}
 
 
-def save_checkpoint(path, **content):
-    """Save everything that a run needs to continue. The previous file is kept as `previous_of(path)`."""
+def save_checkpoint(path, content):
+    """Save the contents of a checkpoint, a dict with "model" and "config"; run_folder.RunState makes that of a run.
+
+    The file before this one is kept as `previous_of(path)`.
+    """
     with replacing(path, keep=previous_of(path)) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+        torch.save({"format": FORMAT, "version": VERSION} | content, temporary)
 
 
 def previous_of(path):

@@ -277,9 +277,12 @@ def for_test(trained):
     return {key: value for key, value in trained.items() if key not in FIELDS or FIELDS[key].metadata["test"]}
 
 
-def changeable_on_resume():
-    """Names of the options that a resumed run may change."""
-    return {f.name for f in FIELDS.values() if f.metadata["resume"]}
+def changed_on_resume(before, after):
+    """Names of the options in which two Configs differ although a resumed run may not change them."""
+    fixed = sorted(name for name, f in FIELDS.items() if not f.metadata["resume"])
+    changed = [name for name in fixed if getattr(before, name) != getattr(after, name)]
+    # An empty data_range leaves the range to the data.
+    return [name for name in changed if name != "data_range" or after.data_range]
 
 
 class Parser(argparse.ArgumentParser):
@@ -327,6 +330,11 @@ def resolve(toml_path, given, base=None):
     if toml_path:
         merged |= read_toml(toml_path)
     return Config(**merged | check_keys(given, "the command line"))
+
+
+def given_options(toml_path, given):
+    """{name: value} of the options that a TOML file (path or None) or the command line (a dict) names."""
+    return (read_toml(toml_path) if toml_path else {}) | given
 
 
 def read_toml(path):

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Folders that can be written, and files that are replaced whole or not at all."""
 
 import os
 from contextlib import contextmanager
@@ -9,13 +9,29 @@ from safetensors import SafetensorError
 from vmrnn.errors import UserError
 
 
+def make_folder(path):
+    """The folder as a Path, made if it does not exist; UserError if it cannot be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write there ({error.strerror}); choose another folder with --res_dir"
+        ) from error
+    return path
+
+
 @contextmanager
 def replacing(path, keep=None):
-    """A temporary path to write to; flushed to disk and renamed to `path` at the end, or removed on an
-    error, so a reader sees the old file or the whole new one. A full disk raises UserError.
+    """A temporary path to write to. At the end it is flushed to the disk and renamed to `path`.
 
-    keep: the name that the old file then takes. A program killed between the two renames leaves only
-    that one.
+    path   the file to replace
+    keep   the name that the old file then takes; a program killed between the two renames leaves only that one
+
+    On an error the temporary file is removed. A reader sees the old file or the whole new one. UserError: a full disk.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -65,3 +65,24 @@ def lr_factor(step, schedule, warmup_steps, total_steps, decay_steps=0):
     if schedule == "wsd":
         return min(1.0, (total_steps - step) / (decay_steps or max(1, total_steps // 5)))
     return half_cosine(1, 0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+class Schedule:
+    """Learning rate and forecast length of every update of a run. Both depend on the number of the update alone.
+
+    config              vmrnn.config.Config
+    updates_per_epoch   updates of the weights per epoch
+    """
+
+    def __init__(self, config, updates_per_epoch):
+        self.config, self.total_steps = config, config.epochs * updates_per_epoch
+
+    def learning_rate(self, step):
+        """The learning rate of update `step` of the run, from 0."""
+        config = self.config
+        return config.lr * lr_factor(step, config.schedule, config.warmup_steps, self.total_steps, config.decay_steps)
+
+    def horizon(self, step):
+        """How many of the target frames update `step` forecasts (the option curriculum)."""
+        frames, curriculum = self.config.num_frames_output, self.config.curriculum
+        return frames if step >= curriculum else 1 + step * frames // curriculum

@@ -1,8 +1,5 @@
 """Pictures of forecasts and of metrics. Frames are arrays or tensors (T, C, H, W) in [0, 1], NaN for missing pixels."""
 
-import json
-from pathlib import Path
-
 import av
 import numpy as np
 from matplotlib import colormaps
@@ -119,9 +116,11 @@ def save_lead_times(path, results, names):
     save(figure, path)
 
 
-def save_curve(path, log_file):
-    """Draw the losses of a run's log.jsonl by the number of samples seen, as a PNG."""
-    entries = read_log(log_file)
+def save_curve(path, entries):
+    """Draw the losses of a run by the number of samples seen, as a PNG.
+
+    entries   those of log.jsonl, a list of dicts
+    """
     figure = Figure((5, 3), layout="constrained")
     axis = figure.subplots()
     for name, label, marker in (("train_loss", "training", ""), ("valid_loss", "validation", ".")):
@@ -131,11 +130,6 @@ def save_curve(path, log_file):
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     save(figure, path)
-
-
-def read_log(path):
-    """The entries of a log.jsonl, a list of dicts."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def save(figure, path):

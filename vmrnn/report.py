@@ -7,7 +7,6 @@ import base64
 import hashlib
 import importlib.metadata
 import io
-import json
 import math
 import platform
 import subprocess
@@ -20,6 +19,7 @@ from PIL import Image
 from vmrnn.files import replacing
 from vmrnn.metrics import figure
 from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
+from vmrnn.run_folder import strict_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACEHOLDER = '"the data"'  # the template has it where the JSON object belongs
@@ -187,16 +187,3 @@ def write_report(path, *, title, facts, conventions, results, sequences, config,
     text = strict_json(page).replace("<", "\\u003c")
     with replacing(path) as temporary:
         temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text), encoding="utf-8")
-
-
-def strict_json(value, indent=None):
-    """JSON text of a value, with null for numbers that are not finite: JSON has no NaN and no infinity."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -1,10 +1,8 @@
 """How the programs start and end: errors, device, seeds, what is printed about the machine, safe writes."""
 
 import atexit
-import errno
 import logging
 import multiprocessing
-import os
 import platform
 import random
 import signal
@@ -155,41 +153,3 @@ def cpu_name():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def make_folder(path):
-    """The folder as a Path, made if it is not there; UserError if it cannot be written."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write there ({error.strerror}); choose another folder with --res_dir"
-        ) from error
-    return path
-
-
-def hold_folder(folder):
-    """Keep other processes out of a run folder until this one ends, however it ends; UserError where one is in it.
-
-    A record lock on its file `lock`: this process may take it again, and network file systems know it.
-    No check on Windows and on file systems without locks.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return
-    file = open(Path(folder) / "lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return
-        raise UserError(f"{folder}: another process trains there; wait for it, or give another --res_dir") from error
-    HELD[str(folder)] = file  # open as long as the process lives
-
-
-HELD = {}

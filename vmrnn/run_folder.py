@@ -1,0 +1,294 @@
+"""The folder of one run: what a start resumes from, the lock, and every file that a run needs to continue.
+
+config.toml           the options
+log.jsonl             one line of JSON per entry: training loss every log_train updates, metrics per validation
+last.pt               everything that the run needs to continue; previous_last.pt is the save before it
+best.safetensors      the weights with the smallest validation MSE
+failed_update_rank0.pt   the batch and the weights of an update whose loss was not finite
+lock                  held while a process trains here
+loss.png, forecast.gif, pictures/, tensorboard/   see vmrnn.logger
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import filelock
+
+from vmrnn import checkpoint, config as configuration
+from vmrnn.errors import UserError
+from vmrnn.files import make_folder
+from vmrnn.values import ValueRange
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    updates_per_epoch   updates of the weights per epoch
+    epoch               the epoch that is running, from 1
+    step                updates of this epoch that are done
+    loss                sum of the losses of these updates
+    window              losses since the last training loss in log.jsonl
+    seconds             time of training and validation, over all starts of the run
+    best_mse            smallest validation MSE so far
+    log_size            bytes of log.jsonl at the last save
+    """
+
+    updates_per_epoch: int
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0
+    window: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    best_mse: float = math.inf
+    log_size: int = 0
+
+    def __post_init__(self):
+        self.clock = time.perf_counter()
+
+    @property
+    def global_step(self):
+        """Updates that are done since the run began."""
+        return self.epoch_start + self.step
+
+    @property
+    def epoch_start(self):
+        """Updates that were done before this epoch."""
+        return (self.epoch - 1) * self.updates_per_epoch
+
+    def count_time(self):
+        """Add the time since the last call to `seconds`."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def add_update(self, update):
+        """Count an update, a functions.Update."""
+        self.step = update.step
+        self.loss += update.loss
+        self.window.append(update.loss)
+
+    def take_window(self):
+        """The mean loss since the last call."""
+        mean, self.window = sum(self.window) / len(self.window), []
+        return mean
+
+    def next_epoch(self):
+        self.epoch, self.step, self.loss, self.window = self.epoch + 1, 0, 0.0, []
+
+    def to_dict(self):
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "updates_per_epoch"}
+
+
+@dataclass
+class RunState:
+    """Everything that training changes, and the facts that are stored beside it.
+
+    model, ema    the network and its averaged weights (timm's ModelEmaV3) or None
+    optimizer     torch.optim.Optimizer
+    scaler        torch.amp.GradScaler
+    progress      Progress
+    config        vmrnn.config.Config
+    value_range   ValueRange of the training data
+    """
+
+    model: object
+    ema: object
+    optimizer: object
+    scaler: object
+    progress: Progress
+    config: object
+    value_range: ValueRange
+
+    def to_dict(self):
+        """The contents of last.pt."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": self.progress.to_dict(),
+            "config": self.config.to_dict(),
+            "value_range": self.value_range.to_dict(),
+        }
+
+    def load(self, content):
+        """Continue from the contents of a last.pt. Learning rate and weight decay stay those of the configuration."""
+        checkpoint.load_weights(self.model, content["model"])
+        if self.ema:
+            checkpoint.load_weights(self.ema.module, content["ema"])
+        moments = content["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.scaler.is_enabled() and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.progress = Progress(self.progress.updates_per_epoch, **content["position"])
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run continues from, which is read once.
+
+    content   what read_checkpoint returned
+    path      the file that was read: last.pt or, if that is damaged, the one before it
+    stamp     what stamp_of(path) was then
+    """
+
+    content: dict
+    path: Path
+    stamp: tuple
+
+    @classmethod
+    def read(cls, path):
+        """UserError: the checkpoint cannot be read, or does not hold what a run needs to continue."""
+        content, source = checkpoint.read_last_checkpoint(path)
+        if "optimizer" not in content:
+            raise UserError(f"--resume {path}: holds weights alone; use --init_from to start from them")
+        if "position" not in content:
+            raise UserError(f"--resume {path}: of an older version; use --init_from to start from its weights")
+        return cls(content, source, stamp_of(source))
+
+
+# Where a start gets its weights from, by --resume and by what the run folder holds:
+#   no --resume,    a folder without a run        a new run
+#   no --resume,    a folder with a run           refused: nothing is overwritten unasked
+#   --resume auto,  a folder without a run        a new run, so that a job script can always say auto
+#   --resume auto,  a folder with a run           continues it from its last.pt
+#   --resume FILE,  FILE's own folder             continues it from FILE; this is the folder unless --res_dir is given
+#   --resume FILE,  another folder without a run  continues there, with a new log and a new best; FILE's folder stays
+#   --resume FILE,  another folder with a run     refused
+# If last.pt is damaged or missing, previous_last.pt takes its place, with a warning.
+def checkpoint_to_resume(folder, resume):
+    """Path of the checkpoint that a start in `folder` continues from; None: a new run.
+
+    resume   None, "auto" or the path of a checkpoint
+    UserError: the folder already holds another run.
+    """
+    last = Path(folder) / "last.pt"
+    exists = last.exists() or checkpoint.previous_of(last).exists()
+    if resume == "auto":
+        return last if exists else None
+    if exists and (resume is None or last.resolve() != Path(resume).resolve()):
+        raise UserError(f"{last.parent} already holds a run: --resume auto goes on, or give another --res_dir")
+    return resume
+
+
+def stamp_of(path):
+    """What changes when a file is replaced; None if it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class RunFolder:
+    """The run folder at `path`. All processes of a run have one, and the first process writes to it.
+
+    As a context it keeps the lock, once `open` took it, until the end.
+    """
+
+    def __init__(self, path, writes=True):
+        self.path, self.writes = Path(path), writes
+        self.last = self.path / "last.pt"
+        self.best = self.path / "best.safetensors"
+        self.log_file = self.path / "log.jsonl"
+        self.lock = filelock.FileLock(self.path / "lock", timeout=0)
+        self.saved = 0, time.perf_counter()  # global step and time of the last save
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.lock.release()
+
+    def open(self, state, resumed):
+        """Take the folder for this process, and bring its files to where `state` is.
+
+        resumed   Resumed, or None for a new run
+        UserError: another process trains in the folder, or took the run further since the checkpoint was read.
+        """
+        # A run that continues in another folder has a new log and a new best there.
+        own = resumed and resumed.path.resolve() in (self.last.resolve(), checkpoint.previous_of(self.last).resolve())
+        if resumed and not own:
+            state.progress.best_mse, state.progress.log_size = math.inf, 0
+        self.saved = state.progress.global_step, time.perf_counter()
+        if not self.writes:
+            return
+
+        # Data were prepared since the checkpoint was read, which may have taken minutes.
+        make_folder(self.path / "pictures")
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.path}: another process trains there; wait for it, or give another --res_dir"
+            ) from None
+        if resumed.stamp != stamp_of(resumed.path) if own else self.last.exists():
+            raise UserError(f"{self.path}: another process trained there while this one prepared its data; start again")
+
+        # What a kill in the middle of a save left
+        for cut_off in (*self.path.glob(".*.tmp"), *self.path.glob("pictures/.*.tmp")):
+            cut_off.unlink()
+        # If last.pt is damaged, the next save would keep the damaged file as the previous one.
+        if own and resumed.path.resolve() == checkpoint.previous_of(self.last).resolve():
+            os.replace(resumed.path, self.last)
+        # The updates after the checkpoint are done again and logged again.
+        self.log_file.touch()
+        os.truncate(self.log_file, min(state.progress.log_size, self.log_file.stat().st_size))
+        configuration.save_toml(state.config, self.path / "config.toml")
+
+    def save_due(self, state):
+        """Whether the option save_every asks for a save."""
+        step, moment = self.saved
+        return state.config.is_save_due(state.progress.global_step - step, time.perf_counter() - moment)
+
+    def save(self, state):
+        """Write last.pt."""
+        state.progress.count_time()
+        self.saved = state.progress.global_step, time.perf_counter()
+        if self.writes:
+            state.progress.log_size = self.log_file.stat().st_size
+            checkpoint.save_checkpoint(self.last, state.to_dict())
+
+    def save_best(self, state, model, mse):
+        """Write best.safetensors if `mse`, of the network `model`, is the smallest so far."""
+        is_best = mse < state.progress.best_mse
+        # min(best, new) keeps best if new is NaN; min(new, best) would not.
+        state.progress.best_mse = min(state.progress.best_mse, mse)
+        if is_best and self.writes:
+            checkpoint.save_weights(self.best, model, state.config.to_dict(), state.value_range)
+
+    def save_failed_update(self, state, failure, rank):
+        """Keep the micro-batch and the weights of an update whose loss is not finite; returns the file's path."""
+        path = self.path / f"failed_update_rank{rank}.pt"
+        stored = ("model", "config", "position", "value_range")
+        content = {key: value for key, value in state.to_dict().items() if key in stored}
+        checkpoint.save_checkpoint(path, content | {"inputs": failure.inputs, "targets": failure.targets})
+        return path
+
+    def append_to_log(self, entry):
+        """Add one entry, a dict, to log.jsonl."""
+        with open(self.log_file, "a", encoding="utf-8") as f:
+            f.write(strict_json(entry) + "\n")
+
+
+def read_log(path):
+    """The entries of a log.jsonl, a list of dicts."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def strict_json(value, indent=None):
+    """JSON text in which numbers that are not finite are null: JSON has no NaN and no infinity."""
+    return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+
+
+def without_nan(value):
+    """`value`, made of dicts, lists and numbers, with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
