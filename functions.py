@@ -199,33 +199,42 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=False, on_batch=None, title=""):
-    """`metrics` (names) of the forecast over all of `loader`: {"loss": ..., "model": Metrics.compute()}.
+def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=None, on_batch=None, title=""):
+    """Forecast all sequences of a loader and compare the forecasts with the truth.
 
-    loader: any sequence of batches (inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) in [0, 1], NaN where a pixel
-    is missing; "loss" is the mean of `loss`, a RolloutLoss, over samples. With `baselines` also "black" (a black frame) and "last"
-    (the last input frame, repeated). on_batch(step, inputs, targets, forecast) sees every batch of this process.
-    With several processes each has its own samples in `loader`, and all get the results over all samples.
+    model       the network
+    loader      any sequence of batches (inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) in [0, 1]; NaN is a
+                missing pixel
+    metrics     rows or names of vmrnn.metrics
+    loss        RolloutLoss
+    precision   see mixed_precision
+    baselines   {label: function(inputs, horizon) -> forecast}, see vmrnn.baselines
+    on_batch    called with (step, inputs, targets, forecast) of every batch of this process
+    title       of the progress bar
+
+    Returns {"loss": the mean over samples, "model": Metrics.compute(), label: the same of each baseline}. Every process
+    evaluates its own samples, and all processes get the results over all samples.
     """
     model.eval()
-    total, meters = 0.0, {name: Metrics(metrics) for name in (("model", "black", "last") if baselines else ("model",))}
+    baselines = baselines or {}
+    total, meters = 0.0, {label: Metrics(metrics) for label in ("model", *baselines)}
     for step, (_, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        horizon = targets.shape[1]
         with mixed_precision(device, precision):
-            outputs = rollout(model, inputs, targets.shape[1])
+            outputs = rollout(model, inputs, horizon)
         total += loss(outputs, inputs, targets).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
         meters["model"].update(forecast, targets)
-        if baselines:
-            meters["black"].update(torch.zeros_like(targets), targets)
-            meters["last"].update(torch.where(inputs[:, -1:].isnan(), 0.0, inputs[:, -1:]).expand_as(targets), targets)
+        for label, baseline in baselines.items():
+            meters[label].update(baseline(inputs, horizon), targets)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
     (total, samples) = distributed.all_sum(total, meters["model"].count)
     results = {}
-    for name, meter in meters.items():
+    for label, meter in meters.items():
         merged = Metrics(metrics)
         for state in distributed.all_gather(meter.state()):
             merged.merge(state)
-        results[name] = merged.compute()
+        results[label] = merged.compute()
     return {"loss": total / samples, **results}

@@ -6,9 +6,10 @@
                                                                         a published file plus flags
 Writes report.html (one file to open or to send: figures, curves, a player, how it was made), metrics.json,
 lead_times.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the checkpoint).
-The baselines are a black frame and the last input frame, repeated.
+The baselines are a black frame, the last input frame repeated, and the last input frame moved along the optical flow.
 """
 
+import argparse
 import logging
 import shlex
 import sys
@@ -19,6 +20,7 @@ import torch
 from dataset import DATASETS, build_dataset, make_loader
 from functions import RolloutLoss, evaluate
 from vmrnn import config as configuration, scan
+from vmrnn.baselines import BASELINES
 from vmrnn.checkpoint import load_network
 from vmrnn.errors import UserError
 from vmrnn.files import make_folder
@@ -31,35 +33,39 @@ from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
 
-LABELS = {"model": "forecast", "black": "black frame", "last": "last input frame"}
-
 
 def parse_arguments(argv=None):
-    """(path of the checkpoint, path of the TOML file or None, options of the command line, output folder, strips)."""
+    """(checkpoint, TOML file or None, options of the command line, output folder, strips, whether with motion)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="weights to test")
+    parser.add_argument(
+        "--motion",
+        action=argparse.BooleanOptionalAction,
+        help="the baseline `motion`, the last frame moved along the optical flow (default: for your own data)",
+    )
     parser.add_argument("--strips", type=int, default=4, metavar="N", help="sequences to picture (default: 4)")
     configuration.add_options(parser)
     given = vars(parser.parse_args(argv))
     toml, path, strips = (given.pop(key) for key in ("config", "checkpoint", "strips"))
+    with_motion = given.pop("motion")
     if strips < 1:
         raise UserError(f"--strips {strips}: must be at least 1")
     folder = given.get("res_dir") or Path(path).parent / "test"
-    return path, toml, given, folder, strips
+    return path, toml, given, folder, strips, with_motion
 
 
 def table(results, conventions):
     """The figures as lines of text: one row per metric with its convention, one column per forecast."""
-    lines = ["  ".join(["metric".ljust(12)] + [LABELS[k].rjust(16) for k in results] + ["convention"])]
-    for name in results["model"]["mean"]:
+    lines = ["  ".join(["metric".ljust(12)] + [label.rjust(16) for label in results] + ["convention"])]
+    for name in results["forecast"]["mean"]:
         values = [f"{result['mean'][name]:16.4f}" for result in results.values()]
         lines.append("  ".join([name.ljust(12)] + values + [conventions[name]]))
     return lines
 
 
 def main(argv=None):
-    path, toml, given, folder, strips = parse_arguments(argv)
+    path, toml, given, folder, strips, with_motion = parse_arguments(argv)
     trained = load_network(path, toml, given.pop("device", None), **given)
     model, config = trained.model, trained.config
     device = next(model.parameters()).device
@@ -88,14 +94,18 @@ def main(argv=None):
                 save_animation(folder / "forecast.gif", *sequence)
         errors.extend(figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
 
+    baselines = dict(BASELINES)
+    if not (DATASETS[config.dataset].own if with_motion is None else with_motion):
+        del baselines["motion"]
     loss_function = RolloutLoss(config.l1_weight)
     results = evaluate(
-        model, loader, device, metrics, loss_function, config.precision, baselines=True, on_batch=pictures,
+        model, loader, device, metrics, loss_function, config.precision, baselines, on_batch=pictures,
         title="test",
     )  # fmt: skip
     loss = results.pop("loss")
+    results = {"forecast": results.pop("model")} | results
     loss_name = f"{loss_function}, over all outputs"
-    log.info("%d sequences, loss (%s) %.4f", results["model"]["count"], loss_name, loss)
+    log.info("%d sequences, loss (%s) %.4f", results["forecast"]["count"], loss_name, loss)
     for line in table(results, conventions):
         log.info(line)
 
@@ -114,12 +124,11 @@ def main(argv=None):
             title="sequences of the report",
         )  # fmt: skip
 
-    labelled = {LABELS[k]: result for k, result in results.items()}
     curves = [name for name in ("mse", "ssim", "psnr") if name in conventions]
-    save_lead_times(folder / "lead_times.png", labelled, curves or [metric.name for metric in metrics[:3]])
+    save_lead_times(folder / "lead_times.png", results, curves or [metric.name for metric in metrics[:3]])
     report = {
         "checkpoint": str(path), "data": str(test_set), "loss": loss, "conventions": conventions,
-        "results": labelled, "value_range": test_set.value_range.to_dict(), "config": config.to_dict(),
+        "results": results, "value_range": test_set.value_range.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
     (folder / "metrics.json").write_text(strict_json(report, indent=1), encoding="utf-8")
     write_report(
@@ -134,7 +143,7 @@ def main(argv=None):
             "device": describe_device(device),
         },
         conventions=conventions,
-        results=labelled,
+        results=results,
         sequences=sequences,
         config=config.to_dict(),
         command=shlex.join(["python", "test.py", *map(str, sys.argv[1:] if argv is None else argv)]),

@@ -1,0 +1,63 @@
+"""The baselines, on fields whose motion is known and on real radar."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import shared
+from scipy.ndimage import gaussian_filter
+
+from vmrnn.baselines import BASELINES, black, last_frame, motion
+
+
+def moving_field(steps, frames, size=(96, 120), seed=0):
+    """A smooth random field that moves by `steps` (rows, columns) per frame: (1, frames, 1, H, W) in [0, 1]."""
+    field = gaussian_filter(np.random.default_rng(seed).normal(size=(300, 300)), 6)
+    field = (field - field.min()) / np.ptp(field)
+    rows, columns = ([100 - step * t for t in range(frames)] for step in steps)
+    views = [field[y : y + size[0], x : x + size[1]] for y, x in zip(rows, columns)]
+    return torch.from_numpy(np.stack(views)[None, :, None].astype(np.float32))
+
+
+@pytest.mark.parametrize("steps", [(2, 0), (0, -3), (-2, 3)])
+def test_motion_follows_a_moving_field(steps):
+    """Away from the borders, over which unknown pixels enter."""
+    frames = moving_field(steps, 9)
+    inputs, targets = frames[:, :4], frames[:, 4:]
+    inner = (..., slice(20, -20), slice(20, -20))
+    errors = [(f(inputs, 5) - targets)[inner].abs().mean() for f in (motion, last_frame)]
+    assert errors[0] < 0.15 * errors[1]
+
+
+def test_motion_of_a_field_that_stands_still_is_the_last_frame():
+    frames = moving_field((0, 0), 3)
+    torch.testing.assert_close(motion(frames, 4), last_frame(frames, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(motion(frames[:, :1], 2), last_frame(frames, 2), atol=1e-5, rtol=0)
+
+
+def test_channels_move_together_and_missing_pixels_are_0():
+    frames = moving_field((2, 1), 4).repeat(2, 1, 3, 1, 1)
+    frames[0, :, 1, 3:5, 7] = torch.nan
+    forecast = motion(frames, 2)
+    assert forecast.shape == (2, 2, 3, 96, 120) and forecast.dtype == torch.float32 and not forecast.isnan().any()
+    torch.testing.assert_close(forecast[1, :, 0], forecast[1, :, 2])
+    assert last_frame(frames, 2)[0, :, 1, 3:5, 7].tolist() == [[0, 0], [0, 0]]
+    assert not black(frames, 2).any() and black(frames, 2).shape == (2, 2, 3, 96, 120)
+    assert BASELINES["motion"] is motion
+
+
+def test_motion_beats_the_last_frame_on_real_radar():
+    """The three sequences of the README, whole maps, in units of 0.05 kg/m2 in 6 minutes."""
+    frames = np.load(shared("radar/bom_r2_20180616_int16.npz"))["frames"].astype(np.float32) / 32
+    sequences = torch.from_numpy(np.stack([frames[start : start + 10] for start in (49, 50, 51)])[:, :, None])
+    inputs, targets = sequences[:, :5], sequences[:, 5:]
+    found = {}
+    for forecast in (motion, last_frame):
+        got = forecast(inputs, 5)
+        mse = (got - targets).square().sum((-1, -2)).mean().item()
+        csi = [
+            ((got >= level) & (targets >= level)).sum() / ((got >= level) | (targets >= level)).sum()
+            for level in (2 / 32, 10 / 32)
+        ]
+        found[forecast] = mse, *(value.item() for value in csi)
+    assert found[last_frame] == pytest.approx((5919.1, 0.528, 0.204), abs=0.1, rel=2e-3)
+    assert found[motion] == pytest.approx((2550, 0.70, 0.40), rel=0.02)
