@@ -1,4 +1,4 @@
-"""The rollout, the loss, one epoch of training and one evaluation: the same for both networks."""
+"""The loss, one epoch of training and one evaluation, the same for all networks."""
 
 import math
 from contextlib import nullcontext
@@ -14,12 +14,15 @@ from vmrnn.rollout import rollout
 from vmrnn.runtime import seed_update
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: half a dozen halvings below any that training needs
+# Smallest scale of fp16's gradients. Training needs no scale within six halvings of it.
+SMALLEST_SCALE = 2.0**-14
 
 
 def mixed_precision(device, precision):
-    """The context that `precision` means: "fp32", "bf16" or "fp16" (products and convolutions in that type;
-    norms, gates, the scan's state and the loss stay in fp32)."""
+    """The autocast context of a precision: "fp32", "bf16" or "fp16".
+
+    Matrix products and convolutions run in that type. Norms, gates, the scan's state and the loss stay in fp32.
+    """
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
@@ -230,6 +233,7 @@ def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=N
             meters[label].update(baseline(inputs, horizon), targets)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
+    # Merge the sums of all processes.
     (total, samples) = distributed.all_sum(total, meters["model"].count)
     results = {}
     for label, meter in meters.items():

@@ -3,12 +3,13 @@
     python train.py --config configs/quickstart.toml                    minutes on a laptop, no download
     python train.py --config configs/moving_mnist_d.toml                the paper's network D, one GPU
     python train.py --model VMRNN-B --depths 6 --res_dir exps/b         the same by flags alone
-    python train.py --config ... --resume auto                          go on after an interruption
+    python train.py --config ... --resume auto                          continue after an interruption
     torchrun --nproc_per_node=4 train.py --config ... --resume auto     four GPUs, or four CPU processes
 
-Every key of the TOML file is a flag (vmrnn/config.py); flags win. The run folder (--res_dir) gets
-config.toml, log.jsonl, loss.png, pictures, forecast.gif, best.safetensors, last.pt and the one before it.
-SIGTERM and SIGINT finish the update, save, and end with exit code 75: start again with --resume auto.
+Every key of the TOML file is also a flag (vmrnn/config.py). A flag wins over the file. The run folder (--res_dir) gets
+config.toml, log.jsonl, loss.png, pictures, forecast.gif, best.safetensors, last.pt and the last.pt before it.
+After SIGTERM or SIGINT the program finishes the update, saves, and ends with exit code 75. Start it again with
+--resume auto.
 """
 
 import logging

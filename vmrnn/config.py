@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrnn.data.table import DATASETS
-from vmrnn.errors import UserError
+from vmrnn.errors import UserError, range_complaint
 from vmrnn.values import ValueRange
 
 SCOPES = ("network", "data", "evaluation", "training", "machine")
@@ -89,10 +89,11 @@ class Config:
     model: str = option("network", "VMRNN-D", "network", choices=["VMRNN-B", "VMRNN-D"])
     patch_size: int = option("network", 2, "side of a patch in pixels: 2, 4, 8, ...", at_least=1)
     embed_dim: int = option("network", 128, "channels of the patch embedding", at_least=1)
-    depths: list[int] = option("network", [6], "VMRNN-B: VSS blocks per cell, one number per cell")
-    depths_down: list[int] = option("network", [2, 6], "VMRNN-D: VSS blocks per level on the way down")
+    depths: list[int] = option("network", [6], "VMRNN-B: VSS blocks per cell, one number per cell", at_least=1)
+    depths_down: list[int] = option("network", [2, 6], "VMRNN-D: VSS blocks per level on the way down",
+        at_least=1)
     depths_up: list[int] = option("network", [6, 2],
-        "VMRNN-D: VSS blocks per level on the way up; the last number is the coarsest level")
+        "VMRNN-D: VSS blocks per level on the way up; the last number is the coarsest level", at_least=1)
     d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
     drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
     attn_drop_rate: float = option("network", 0.0, "dropout rate after each SS2D", at_least=0, below=1)
@@ -254,22 +255,14 @@ def check_value(option, value):
     """What the row of an option finds wrong with a value of the right type; None if nothing."""
     row = option.metadata
     kind = LISTS.get(option.type, option.type)
-    numbers = [] if kind in (str, bool) else value if option.type in LISTS else [value]
-    low, high = row["at_least"], row["below"]
-    if kind is int and high is None:
-        high = 2**31
     if row["choices"] and value not in row["choices"]:
         return f"choose one of {', '.join(row['choices'])}"
-    if row["rule"] and (complaint := row["rule"](value)):
+    complaint = row["rule"](value) if row["rule"] else None
+    if complaint or kind in (str, bool):
         return complaint
-    if not all(map(math.isfinite, numbers)):
-        return "must be finite"
-    if kind is float and high is not None and not all(low <= v < high for v in numbers):
-        return f"must be in [{low}, {high})"
-    if low is not None and any(v < low for v in numbers):
-        return f"must be at least {low}" if low else "must be zero or more"
-    if high is not None and any(v >= high for v in numbers):
-        return f"must be below 2**{high.bit_length() - 1}"
+    below = row["below"] or (2**31 if kind is int else None)
+    numbers = value if option.type in LISTS else [value]
+    return next(filter(None, (range_complaint(number, row["at_least"], below) for number in numbers)), None)
 
 
 def for_test(trained):

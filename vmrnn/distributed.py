@@ -1,7 +1,7 @@
-"""The processes of one run that torchrun started, and what they tell each other.
+"""The processes of one run that torchrun started, and the numbers that they exchange.
 
-Without torchrun there is one process, and everything here says so. Control values go over gloo
-between the CPUs, whatever carries the gradients: they neither wait for a GPU nor make it wait.
+Without torchrun there is one process, and every function here works with that one. Control values always travel over
+gloo between the CPUs, also if NCCL carries the gradients. They neither wait for a GPU nor make one wait.
 """
 
 import os
@@ -17,8 +17,13 @@ from vmrnn.errors import UserError
 
 @contextmanager
 def processes(device):
-    """The process group, if torchrun started this process; yields its device, cuda:LOCAL_RANK where `device` is a GPU."""
-    if "LOCAL_RANK" not in os.environ:  # some clusters set WORLD_SIZE for all programs
+    """Join the process group if torchrun started this process. Yields the device of this process.
+
+    device   torch.device of the run; on GPUs each process gets cuda:LOCAL_RANK
+    UserError: fewer GPUs than processes, or a device that several processes cannot share.
+    """
+    # Not WORLD_SIZE: some clusters set it for all programs.
+    if "LOCAL_RANK" not in os.environ:
         yield device
         return
     if device.type == "cuda":
@@ -31,13 +36,14 @@ def processes(device):
         raise UserError(f"torchrun with --device {device.type}: several processes run on cpu or cuda; name one")
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps its store over restarts (torch 2.5 to 2.15 at least), and with it the addresses of
-        # processes that are gone. Only on one machine do all agree on the count: README, several machines.
+        # torchrun keeps its store when it restarts the processes (seen in torch 2.5 to 2.15). The store then holds
+        # addresses of processes that are gone, so each start gets its own part of it. Only on one machine do all
+        # processes have the same count of restarts (docs, several machines).
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Two hours: one process may decode a data set while the others wait.
+    # One process may decode a data set for two hours while the others wait.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
-    # The filters' (C, 1, 3, 3): strides of an axis of length 1, which mean nothing.
+    # The warning is about the filters (C, 1, 3, 3). The stride of an axis of length 1 has no meaning.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
         yield device
@@ -47,7 +53,7 @@ def processes(device):
 
 @contextmanager
 def rank_zero_first():
-    """What is inside, rank 0 does before the others: they find what it left on the disk."""
+    """Run the block on rank 0 first, then on the others, which find its files on the disk."""
     if rank() and world_size() > 1:
         dist.barrier()
     yield
@@ -64,7 +70,7 @@ def world_size():
 
 
 def all_sum(*values):
-    """The sums of these numbers over all processes, the same floats on each."""
+    """The sums of these numbers over all processes. Every process gets the same floats."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -73,7 +79,7 @@ def all_sum(*values):
 
 
 def all_gather(value):
-    """[value of rank 0, of rank 1, ...] of something that can be pickled, on each."""
+    """[value of rank 0, value of rank 1, ...]; the values can be anything that pickle takes."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

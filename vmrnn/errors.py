@@ -1,4 +1,6 @@
-"""The one exception for what a user got wrong."""
+"""The one exception for what a user got wrong, and the one check of numbers."""
+
+import math
 
 
 class UserError(ValueError):
@@ -7,3 +9,16 @@ class UserError(ValueError):
     The message is one line that says what, where and what to do. The programs print it and end
     with exit code 2 (vmrnn.runtime.run_program); a library caller sees a ValueError.
     """
+
+
+def range_complaint(value, at_least=None, below=None):
+    """What is wrong with a number, as the end of a sentence; None if it is finite and in [at_least, below)."""
+    if not math.isfinite(value):
+        return "must be finite"
+    if (at_least is None or value >= at_least) and (below is None or value < below):
+        return None
+    if isinstance(below, float | int) and below == 1:
+        return f"must be in [{at_least}, {below})"
+    if at_least is not None and value < at_least:
+        return f"must be at least {at_least}" if at_least else "must be zero or more"
+    return f"must be below 2**{below.bit_length() - 1}"

@@ -1,15 +1,16 @@
-"""What moves the weights: the optimiser, which weights decay, and the learning rate over a run."""
+"""The optimiser, which weights decay, and the learning rate over a run."""
 
 import math
 
 import torch
 from timm.optim import Muon
 
-FUSED = ("cpu", "cuda")  # device types whose Adam and AdamW have one kernel for all weights
+# Device types on which Adam and AdamW have one kernel for all weights
+FUSED = ("cpu", "cuda")
 
 
 def parameter_groups(model, weight_decay):
-    """Decay for matrices and filters; none for norms, biases and what is tagged `_no_weight_decay`."""
+    """Two groups: matrices and filters decay; norms, biases and parameters tagged `_no_weight_decay` do not."""
     decayed, plain = [], []
     for parameter in model.parameters():
         keep = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
@@ -18,11 +19,16 @@ def parameter_groups(model, weight_decay):
 
 
 def make_optimizer(model, name, lr, weight_decay, device):
-    """The optimiser called `name`, with `lr` and `weight_decay` in its groups.
+    """A torch.optim.Optimizer.
 
-    "adam", "adamw": torch's. "muon": timm's, matrices and filters of several channels move by orthogonal
-    updates as large as AdamW's would be (arXiv 2502.16982), so lr and decay mean what they mean there; all
-    else, the scan's projections for each direction too, moves by AdamW with Nesterov momentum.
+    model          the network
+    name           adam and adamw: those of torch. muon: timm's Muon for matrices and for filters of several channels,
+                   AdamW with Nesterov momentum for all other parameters, among them the scan's projections for each
+                   direction. Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so lr and
+                   weight_decay keep their meaning.
+    lr             learning rate
+    weight_decay   decay of the groups that parameter_groups lets decay
+    device         torch.device of the network
     """
     groups = parameter_groups(model, weight_decay)
     if name == "muon":

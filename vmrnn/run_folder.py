@@ -125,6 +125,12 @@ class RunState:
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(self.progress.updates_per_epoch, **content["position"])
+        stored = content.get("value_range")
+        if stored and ValueRange.from_dict(stored) != self.value_range:
+            raise UserError(
+                f"the training data changed: their range is {self.value_range.low:g} {self.value_range.high:g}, and "
+                f"was {stored['low']:g} {stored['high']:g} when the run began; start a new run"
+            )
 
 
 @dataclass(frozen=True)

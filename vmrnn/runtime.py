@@ -1,4 +1,4 @@
-"""How the programs start and end: errors, device, seeds, what is printed about the machine, safe writes."""
+"""How the programs start and end: errors, signals, device, seeds, and the line about the machine."""
 
 import atexit
 import logging
@@ -15,24 +15,29 @@ import torch
 from vmrnn.errors import UserError
 
 LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the program again
 
 
 class Stopped(Exception):
-    """The program was asked to stop and has saved what it needs to go on; says how."""
+    """The program was asked to stop, and has saved what it needs to continue. The message says how to continue."""
 
 
 def run_program(main):
-    """Run `main()`; a UserError ends the program with exit code 2 and its one line, no traceback, and
-    Stopped with EXIT_STOPPED."""
+    """Run `main()` and end the program with its exit code.
+
+    A UserError, a failed read or write and a lack of memory end with exit code 2 and one line, without a traceback.
+    Stopped ends with EXIT_STOPPED.
+    """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:
         main()
     except UserError as error:
-        line = str(error).splitlines()[-1].split("UserError: ")[-1]  # a loader's worker sends its traceback too
+        line = (
+            str(error).splitlines()[-1].split("UserError: ")[-1]
+        )  # an error from a loader's worker carries its traceback
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder in the way: says what and where itself
+    except OSError as error:  # such as a full disk; the message names the file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -44,7 +49,7 @@ def run_program(main):
         print(f"error: out of memory; {LESS_MEMORY}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever sends it twice gets the exit code all the same
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not change the exit code
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
@@ -102,10 +107,13 @@ def kill_workers():
 
 
 def pick_device(name):
-    """torch.device of "auto" (cuda, else mps, else cpu) or of a named one; UserError if it is not there.
+    """The torch.device called `name`.
 
-    Makes fp32 mean fp32: torch lets a GPU's convolutions round their inputs to 10 bits (TF32), and
-    published weights would not give the published numbers. bf16 is faster still, and asked for.
+    name   auto (cuda if there is one, else mps, else cpu), cpu, cuda, cuda:1 or mps
+    UserError: the machine does not have the device.
+
+    Also turns TF32 off. By default torch lets a GPU's convolutions round their inputs to 10 bits, and published weights
+    would not give the published numbers. --precision bf16 is faster than TF32.
     """
     torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
@@ -119,7 +127,7 @@ def pick_device(name):
         torch.empty(1, device=device)
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-            torch.cuda.set_device(device)  # what asks for the current one gets this one
+            torch.cuda.set_device(device)  # for code that asks for the current GPU
     except (RuntimeError, AssertionError) as error:  # not compiled in, no driver, no such index
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not there ({reason}); use --device auto or cpu") from error
@@ -133,12 +141,12 @@ def seed_everything(seed):
 
 
 def seed_update(*key):
-    """Seed torch's generators, of the CPU and of GPUs, from non-negative numbers such as (seed, update, rank)."""
+    """Seed torch's generators of the CPU and of GPUs from whole numbers, 0 or more, such as (seed, update, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def describe_device(device):
-    """One line: the device, its name, threads on a CPU, and the versions that numbers depend on."""
+    """One line: the device, its name, the threads of a CPU, and the versions that results depend on."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

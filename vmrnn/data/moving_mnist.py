@@ -1,7 +1,6 @@
 """Moving MNIST: digits, sequences generated from them, and the sequences of a test file."""
 
 import gzip
-import math
 import os
 import tempfile
 import zlib
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from vmrnn.data.draws import split_key, split_seed, uniform_draws
 from vmrnn.data.media import read_array, resize
 from vmrnn.data.table import SPLITS
-from vmrnn.errors import UserError
+from vmrnn.errors import UserError, range_complaint
 from vmrnn.values import ValueRange
 
 
@@ -200,15 +199,15 @@ class MovingMNIST(Dataset):
             "digits": len(digits),
         }
         for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"Moving MNIST: {name} is {value}; it must be at least 1")
+            if complaint := range_complaint(value, at_least=1):
+                raise UserError(f"Moving MNIST: {name} is {value}; it {complaint}")
         if digit_size > min(canvas):
             raise UserError(
                 f"Moving MNIST: digits of {digit_size} pixels do not fit a canvas of "
                 f"{canvas[0]}x{canvas[1]}; choose a smaller digit_size or larger frames"
             )
-        if not (math.isfinite(step_length) and step_length >= 0):
-            raise UserError(f"Moving MNIST: step_length is {step_length}; it must be 0 or more")
+        if complaint := range_complaint(step_length, at_least=0):
+            raise UserError(f"Moving MNIST: step_length is {step_length}; it {complaint}")
         self.value_range = ValueRange()  # the values are in [0, 1] from the start
         self.data_range = []
         self.digits = resize_digits(digits, digit_size)
@@ -294,8 +293,8 @@ class MovingMNISTFile(Dataset):
 
     def __init__(self, path, num_frames_input=10, num_frames_output=10, array_key=""):
         for name, value in (("input", num_frames_input), ("output", num_frames_output)):
-            if value < 1:
-                raise UserError(f"{path}: num_frames_{name} is {value}; it must be at least 1")
+            if complaint := range_complaint(value, at_least=1):
+                raise UserError(f"{path}: num_frames_{name} is {value}; it {complaint}")
         self.path, self.array_key = path, array_key
         self.value_range, self.data_range = ValueRange(), []
         self.num_frames_input = num_frames_input

@@ -5,7 +5,7 @@ import torch.nn as nn
 from einops import rearrange
 from timm.layers import PatchEmbed
 
-from vmrnn.errors import UserError
+from vmrnn.errors import UserError, range_complaint
 
 
 def check_network(img_size, patch_size, in_chans, embed_dim, stride):
@@ -53,11 +53,11 @@ def check_depths(**depths):
 
 def check_options(d_state, **rates):
     """Raises UserError unless d_state is at least 1 and every rate in [0, 1)."""
-    if d_state < 1:
-        raise UserError(f"d_state {d_state}: must be at least 1")
+    if complaint := range_complaint(d_state, at_least=1):
+        raise UserError(f"d_state {d_state}: {complaint}")
     for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise UserError(f"{name} {rate}: must be in [0, 1)")
+        if complaint := range_complaint(rate, at_least=0, below=1):
+            raise UserError(f"{name} {rate}: {complaint}")
 
 
 def patch_embed(patch_size, in_chans, embed_dim):
