@@ -20,7 +20,7 @@ class VMRNN(nn.Module):
     drop_path_rate  probability of skipping a block for one sample, the same for all blocks
     d_state         states per channel of the scan
     scan            scan back end, see vmrnn.scan
-    cell            class of the cell, a value of vmrnn.network.CELLS
+    cell            class of the cell, with the arguments and the result of VMRNNCell
 
     Frames are (B, in_chans, H, W) in [0, 1]. `states` holds what is kept of the past: pass it on unchanged.
     Raises UserError for sizes that cannot work.

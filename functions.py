@@ -59,6 +59,11 @@ class RolloutLoss:
         return (squared * share).mean() + self.l1_weight * (absolute * share).mean()
 
 
+def make_loss(config):
+    """The loss that a configuration asks for: a callable with the arguments and the result of RolloutLoss."""
+    return RolloutLoss(config.l1_weight)
+
+
 def progress_bar(loader, title, total, first=0):
     """Iterate over `loader` with a progress bar that counts frames; yields (bar, inputs, targets).
 

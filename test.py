@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dataset import DATASETS, build_dataset, make_loader
-from functions import RolloutLoss, evaluate
+from functions import evaluate, make_loss
 from vmrnn import config as configuration, scan
 from vmrnn.baselines import BASELINES
 from vmrnn.checkpoint import load_network
@@ -97,7 +97,7 @@ def main(argv=None):
     baselines = dict(BASELINES)
     if not (DATASETS[config.dataset].own if with_motion is None else with_motion):
         del baselines["motion"]
-    loss_function = RolloutLoss(config.l1_weight)
+    loss_function = make_loss(config)
     results = evaluate(
         model, loader, device, metrics, loss_function, config.precision, baselines, on_batch=pictures,
         title="test",

@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import DATASETS, build_dataset, make_loader
-from functions import NonFinite, RolloutLoss, Step, evaluate, train_one_epoch
+from functions import NonFinite, Step, evaluate, make_loss, train_one_epoch
 from vmrnn import checkpoint, config as configuration, distributed, scan
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedStep
@@ -133,7 +133,7 @@ def train(config, weights, resumed, device, signals, run):
     network = Rollout(model, config.grad_checkpoint)
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    loss_function = RolloutLoss(config.l1_weight)
+    loss_function = make_loss(config)
     train_step = Step(network, loss_function, device, config.precision, parts, scaler)
     if config.cuda_graph:
         train_step = GraphedStep(train_step)

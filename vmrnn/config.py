@@ -42,6 +42,14 @@ def option(scope, default, help, *, choices=None, at_least=None, below=None, rul
     return field(default=default, metadata=row)
 
 
+def known_network(name):
+    """The rule of model: a key of vmrnn.network.NETWORKS."""
+    from vmrnn.network import NETWORKS  # imports torch, which --help can do without
+
+    if name not in NETWORKS:
+        return f"choose one of {', '.join(NETWORKS)}"
+
+
 def low_and_high(values):
     """The rule of data_range: nothing, or two numbers that ValueRange accepts."""
     if len(values) not in (0, 2):
@@ -86,7 +94,7 @@ class Config:
 
     # The table is laid out by hand: the formatter would give every argument a line of its own.
     # fmt: off
-    model: str = option("network", "VMRNN-D", "network", choices=["VMRNN-B", "VMRNN-D"])
+    model: str = option("network", "VMRNN-D", "network: VMRNN-B, VMRNN-D", rule=known_network)
     patch_size: int = option("network", 2, "side of a patch in pixels: 2, 4, 8, ...", at_least=1)
     embed_dim: int = option("network", 128, "channels of the patch embedding", at_least=1)
     depths: list[int] = option("network", [6], "VMRNN-B: VSS blocks per cell, one number per cell", at_least=1)
