@@ -24,9 +24,12 @@ from vmrnn.runtime import ignore_stop_signals, kill_workers_at_exit
 ONLY_FOR = {
     "variables": ("grid",),
     "time_from": ("grid",),
-    "array_axes": ("grid",),
+    "array_axes": ("grid", "array"),
     "time_step": ("grid",),
     "frame_step": OWN,
+    "frame_fit": OWN,
+    "missing_value": OWN,
+    "transform": OWN,
 }
 DEFAULTS = Config()
 
@@ -52,8 +55,6 @@ def build_dataset(split, config, value_range=None):
             raise UserError(f"input_channels is {config.input_channels}, but {name} has {spec.channels}; change it")
         if list(config.data_range) not in ([], list(spec.data_range or [])):
             raise UserError(f"data_range is {list(config.data_range)}, but {name} has one of its own; leave it out")
-        if config.frame_fit != "resize" or config.missing_value:
-            raise UserError(f"frame_fit and missing_value are for {', '.join(OWN)}, not for {name}; leave them out")
     for option, data_sets in ONLY_FOR.items():
         if name not in data_sets and getattr(config, option) != getattr(DEFAULTS, option):
             raise UserError(f"{option} is for {', '.join(data_sets)}, not for {name}; leave it out")

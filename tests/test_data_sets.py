@@ -13,7 +13,7 @@ import train
 from dataset import make_loader
 from vmrnn import config as configuration
 from vmrnn.data import cache, clips, splits
-from vmrnn.data.media import resize
+from vmrnn.data.prepare import resize
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.metrics import METRICS, Metrics, metric_rows
@@ -160,7 +160,7 @@ def test_taxibj(own, tmp_path, layout):
     options = dict(dataset="taxibj", input_channels=2, num_frames_input=4, num_frames_output=4)
     parts = {split: own(split, **options) for split in ("train", "valid", "test")}
     assert {split: len(part) for split, part in parts.items()} == {"train": 18, "valid": 2, "test": 7}
-    assert parts["train"].data_range == [-1.0, 1.0]
+    assert parts["train"].value_range == ValueRange(-1.0, 1.0)
     for split, part, first in (("valid", "train", 18), ("test", "test", 0)):
         for i in range(len(parts[split])):
             for got, name in zip(parts[split][i], "XY"):
@@ -251,7 +251,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64, np.uint8])
 @pytest.mark.parametrize("ending", [".npy", ".npz"])
 def test_arrays_scale_to_the_training_part_and_back(own, tmp_path, layout, dtype, ending):
-    """Every layout and type: the training part spans [0, 1], and low + value * (high - low) is what was stored."""
+    """Every layout and type: each channel of the training part spans [0, 1], and comes back as it was stored."""
     shape, channels = LAYOUTS[layout]
     values = np.random.default_rng(0).integers(3, 200, shape).astype(dtype)
     time = layout.count("N")
@@ -259,14 +259,14 @@ def test_arrays_scale_to_the_training_part_and_back(own, tmp_path, layout, dtype
     (np.savez_compressed if ending == ".npz" else np.save)(tmp_path / f"a{ending}", values)
     options = dict(dataset="array", train_data_dir=tmp_path / f"a{ending}", input_channels=channels)
     test = own("test", **options)
-    low, high = test.data_range
-    training = np.moveaxis(values, time, 0)[:32]
-    assert (low, high) == (training.min(), training.max()) and test.data_range == own("train", **options).data_range
+    training = np.moveaxis(values, time, 0)[:32].reshape(-1, channels)
+    pairs = list(zip(training.min(axis=0), training.max(axis=0)))
+    assert list(test.value_range.pairs()) == pairs and test.value_range == own("train", **options).value_range
     stored = values.reshape(-1, 40, 8, 10, channels).transpose(0, 1, 4, 2, 3)
     windows = [(n, t) for n in range(len(stored)) for t in (36, 37)]
     assert len(test) == len(windows)
     for i, (n, t) in enumerate(windows):
-        item = torch.cat(test[i]).double() * (high - low) + low
+        item = test.value_range.to_data(torch.cat(test[i]).double(), axis=1)
         np.testing.assert_allclose(item, stored[n, t : t + 3], atol=1e-3)
 
 
@@ -277,7 +277,7 @@ def test_missing_values_become_nan(own, tmp_path, frame_fit):
     np.save(tmp_path / "a.npy", values)
     options = dict(dataset="array", train_data_dir=tmp_path / "a.npy", missing_value=[-32768.0], frame_fit=frame_fit)
     item = torch.cat(own("test", **options)[0])
-    assert own("train", **options).data_range == [0.0, 49.0] and item.shape == (3, 1, 8, 10)
+    assert own("train", **options).value_range == ValueRange(0.0, 49.0, (-32768.0,)) and item.shape == (3, 1, 8, 10)
     if frame_fit == "crop":  # the centre: rows 4 to 11
         assert torch.equal(item.isnan().all(-1)[0, 0], torch.tensor([r in (2, 3, 4) for r in range(8)]))
     assert item.isnan().any() and not item.isnan().all()

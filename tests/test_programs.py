@@ -119,8 +119,9 @@ def test_training_lowers_the_loss(tmp_path):
 def test_every_option_of_network_and_data_reaches_them():
     config = configuration.resolve(None, {})
     assert config.network_options.keys() == inspect.signature(build_model).parameters.keys()
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "vmrnn" / "data").glob("*.py"))
-    read = {*re.findall(r"\boptions\.(\w+)", source), "input_size"}  # as frame_size
+    files = [*(ROOT / "vmrnn" / "data").glob("*.py"), ROOT / "vmrnn" / "values.py"]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    read = {*re.findall(r"\b(?:options|config)\.(\w+)", source), "input_size"}  # as frame_size
     read |= {f"{split}_data_dir" for split in SPLITS}  # getattr(options, f"{split}_data_dir")
     assert config.of_scope("data").keys() <= read
 

@@ -76,14 +76,16 @@ def value_range_of(content, config):
     """The ValueRange of the data that a checkpoint was trained on, None if it is not known.
 
     content   what read_checkpoint returned
-    config    Config; a data_range or missing_value that differs from the stored configuration's replaces the stored range
+    config    Config; a data_range, missing_value or transform that differs from the stored configuration's replaces the stored
+              range
     """
     stored = content["config"] or {}
-    same = all(stored.get(key) == getattr(config, key) for key in ("data_range", "missing_value"))
+    keys = ("data_range", "missing_value", "transform", "zero_below")
+    same = all(stored[key] == getattr(config, key) for key in keys if key in stored)
     if same and content.get("value_range"):
         return ValueRange.from_dict(content["value_range"])
     low_high = config.data_range or DATASETS[config.dataset].data_range
-    return ValueRange(*low_high, tuple(config.missing_value)) if low_high else None
+    return ValueRange.of(config, low_high) if low_high else None
 
 
 def load_weights(model, source, name="the state dict"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError, range_complaint
-from vmrnn.values import ValueRange
+from vmrnn.values import TRANSFORMS, ValueRange
 
 SCOPES = ("network", "data", "evaluation", "training", "machine")
 
@@ -51,11 +51,11 @@ def known_network(name):
 
 
 def low_and_high(values):
-    """The rule of data_range: nothing, or two numbers that ValueRange accepts."""
-    if len(values) not in (0, 2):
-        return "give a low and a higher number, or nothing"
+    """The rule of data_range: nothing, or pairs of numbers that ValueRange accepts."""
+    if len(values) % 2:
+        return "give a low and a higher number, or a pair of them per channel, or nothing"
     if values:
-        ValueRange(*values)  # raises UserError
+        ValueRange(tuple(values[::2]), tuple(values[1::2]))  # raises UserError
 
 
 def not_nan(values):
@@ -141,7 +141,13 @@ class Config:
         "your own data with times: take the frames nearest to a regular step, such as 10min or 1h; empty: all frames")
     frame_step: int = option("data", 1, "your own data: take every k-th frame", at_least=1)
     data_range: list[float] = option("data", [],
-        "low and high: the stored values that become 0 and 1; empty: the range of the training data", rule=low_and_high)
+        "low and high: the stored values that become 0 and 1, for all channels or for each in turn; empty: the range of "
+        "each channel in the training data", rule=low_and_high)
+    transform: str = option("data", "none",
+        "scale of the values before data_range: sqrt or log keep small values, such as light rain, apart",
+        choices=list(TRANSFORMS))
+    zero_below: float = option("data", 0.0,
+        "with transform: values below this one count as 0, in the units of the data", at_least=0)
     missing_value: list[float] = option("data", [], "stored values that mean a missing pixel; NaN always does",
         rule=not_nan)
     num_frames_input: int = option("data", 10, "frames given to the network", at_least=1)
@@ -229,6 +235,14 @@ class Config:
         if self.valid_fraction + self.test_fraction >= 1:
             raise UserError(
                 f"valid_fraction = {self.valid_fraction}, test_fraction = {self.test_fraction}: together below 1"
+            )
+        if self.zero_below and self.transform == "none":
+            raise UserError(
+                f"zero_below = {self.zero_below}: belongs to transform sqrt or log; leave it out or choose one"
+            )
+        if len(self.data_range) not in (0, 2, 2 * self.input_channels):
+            raise UserError(
+                f"data_range = {self.data_range}: give 2 numbers, or 2 per channel for input_channels {self.input_channels}"
             )
 
     @property

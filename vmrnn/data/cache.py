@@ -14,7 +14,11 @@ import numpy as np
 from vmrnn.data.media import broken, npz_member
 from vmrnn.errors import UserError
 
-CACHE_FORMAT = 1  # part of every key; raise it when the content of the cache, or the way to write it, changes
+CACHE_FORMAT = 2  # part of every key; raise it when the content of the cache, or the way to write it, changes
+
+
+WHOLE = 2**28  # bytes
+SAMPLES, SAMPLE = 256, 2**16  # pieces, bytes per piece
 
 
 def cached_folder(cache_dir, label, key, write):
@@ -50,10 +54,56 @@ def cached_folder(cache_dir, label, key, write):
     return folder
 
 
+def identity(path):
+    """[size in bytes, checksum], which identify the content of a file wherever it lies, as json can hold them.
+
+    The checksum covers the whole content up to WHOLE bytes. Of a larger file it covers SAMPLES pieces of SAMPLE bytes
+    each, evenly spaced, the first and the last bytes among them. A folder, such as a Zarr store, counts with the names,
+    sizes and checksums of all files in it.
+    UserError: the file cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        parts = [[file.relative_to(path).as_posix(), *identity(file)] for file in files]
+        return [sum(size for _, size, _ in parts), hashlib.sha256(json.dumps(parts).encode()).hexdigest()]
+    try:
+        status = path.stat()
+        # The times of creation and change cannot be set by the programs that keep a file's time when they replace it.
+        version = (
+            str(path.resolve()),
+            *(getattr(status, f"st_{key}") for key in ("ino", "size", "mtime_ns", "ctime_ns")),
+        )
+        if version not in KNOWN:
+            KNOWN[version] = checksum(path, status.st_size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name another file") from error
+    return [status.st_size, KNOWN[version]]
+
+
+KNOWN = {}  # version of a file -> its checksum, so that a process reads each file once for it
+
+
+def checksum(path, size):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        if size <= WHOLE:
+            while block := f.read(2**20):
+                digest.update(block)
+        else:
+            for start in np.linspace(0, size - SAMPLE, SAMPLES).astype(np.int64):
+                f.seek(int(start))
+                digest.update(f.read(SAMPLE))
+    return digest.hexdigest()
+
+
 def stamp(path):
-    """Name, size and time of a file, which tell one version of it from another, as json can hold them."""
-    status = os.stat(path)
-    return [Path(path).name, status.st_size, status.st_mtime_ns]
+    """What must be equal for the cache of a file to be used, as json can hold it.
+
+    The time counts if the checksum covers samples only: it then tells a file that was changed between the samples.
+    """
+    size, content = identity(path)
+    return [size, content, *([os.stat(path).st_mtime_ns] if size > WHOLE else [])]
 
 
 def write_npy(path, frames):

@@ -8,11 +8,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from vmrnn.data.cache import cached_folder, stamp, write_npy
-from vmrnn.data.media import VIDEOS, image_frames, open_npy, resize, video_frames
+from vmrnn.data.media import VIDEOS, image_frames, open_npy, video_frames
+from vmrnn.data.prepare import resized
 from vmrnn.errors import UserError
 
 
@@ -77,7 +77,7 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True):
     label       start of the cache folder's name
     channels    1 (grey) or 3 (RGB)
     size        (H, W) to which frames are resized; None: frames keep their size, which must be the same in all
-    antialias   as in media.resize
+    antialias   as in prepare.resize
 
     UserError: a damaged source, or one whose frames have another size or type than those before.
     """
@@ -111,11 +111,3 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True):
         clips.append(Clip(name, str(folder / "frames.npy"), start, start + count))
         start += count
     return clips
-
-
-def resized(frame, size, antialias):
-    """A frame (H, W, C) at another size, in its own type; whole numbers are rounded. size None: as it is."""
-    if size is None or frame.shape[:2] == tuple(size):
-        return frame
-    values = resize(frame.astype(np.float32).transpose(2, 0, 1)[None], size, antialias)[0].numpy().transpose(1, 2, 0)
-    return values if frame.dtype.kind == "f" else np.rint(values).astype(frame.dtype)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from PIL import Image
 
 from vmrnn.errors import UserError
@@ -23,22 +22,24 @@ ARRAYS = (".npy", ".npz")
 BROKEN_ARRAY = (OSError, ValueError, EOFError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
-def read_frames(path, array_key=""):
+def read_frames(path, array_key="", channels=None):
     """All frames of a file, an array (T, H, W, C) in the file's own type and units.
 
-    path: a video (8 bits: uint8, C 1 where it is stored as grey, else 3), a folder of images (ordered by the numbers
-    in their names; uint8, or what a single deep channel is stored as), or a .npy or .npz (T, H, W[, C]; memory-mapped
-    where it can be; array_key as in npz_member).
+    path        a video, a folder of images in the order of the numbers in their names, or a .npy or .npz file
+                (T, H, W[, C]), which is memory-mapped where possible
+    array_key   as in npz_member
+    channels    of videos and images, as in video_frames: 1, 3 or None
+
     UserError: a missing, damaged or foreign file, frames of different sizes or channel counts.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return np.stack(list(image_frames(images_in(path))))
+        return np.stack(list(image_frames(images_in(path), channels)))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; name a video, a folder of images, a .npy or a .npz")
     if suffix in VIDEOS:
-        return np.stack(list(video_frames(path)))
+        return np.stack(list(video_frames(path, channels)))
     if suffix not in ARRAYS:
         raise UserError(
             f"{path}: its name does not end as one of {' '.join(VIDEOS + ARRAYS)}; name such a file or a folder of images"
@@ -217,16 +218,6 @@ def npy_header(f):
     version = np.lib.format.read_magic(f)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     return readers[version](f)
-
-
-def resize(frames, size, antialias=True):
-    """Frames (T, C, H, W) as float32 (T, C, *size): bilinear, antialiased where it shrinks and that is asked for."""
-    frames = torch.as_tensor(frames, dtype=torch.float32)
-    if tuple(frames.shape[-2:]) == tuple(size):
-        return frames
-    return torch.nn.functional.interpolate(
-        frames, tuple(size), mode="bilinear", antialias=antialias, align_corners=False
-    )
 
 
 def broken(path, error):

@@ -12,7 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from vmrnn.data.draws import split_key, split_seed, uniform_draws
-from vmrnn.data.media import read_array, resize
+from vmrnn.data.media import read_array
+from vmrnn.data.prepare import resize
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError, range_complaint
 from vmrnn.values import ValueRange
@@ -209,7 +210,6 @@ class MovingMNIST(Dataset):
         if complaint := range_complaint(step_length, at_least=0):
             raise UserError(f"Moving MNIST: step_length is {step_length}; it {complaint}")
         self.value_range = ValueRange()  # the values are in [0, 1] from the start
-        self.data_range = []
         self.digits = resize_digits(digits, digit_size)
         self.length = length
         self.num_frames_input = num_frames_input
@@ -296,7 +296,7 @@ class MovingMNISTFile(Dataset):
             if complaint := range_complaint(value, at_least=1):
                 raise UserError(f"{path}: num_frames_{name} is {value}; it {complaint}")
         self.path, self.array_key = path, array_key
-        self.value_range, self.data_range = ValueRange(), []
+        self.value_range = ValueRange()
         self.num_frames_input = num_frames_input
         self.num_frames_output = num_frames_output
         self.frames = open_sequences(path, array_key)

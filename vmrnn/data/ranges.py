@@ -1,58 +1,167 @@
-"""The lowest and highest value of clips, and whether they hold any value at all."""
+"""What values clips hold: the range of each channel, the share of missing pixels, and values that look like fill values."""
 
 import json
 import math
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from vmrnn.data.cache import cached_folder, stamp
 from vmrnn.errors import UserError
+from vmrnn.values import ValueRange, equals
+
+BLOCK = 2**22  # values that are read at once
+LOOK = 2**28  # values that are looked at where the range need not be exact
+APART, FAR_APART = 10, 1000  # widths of all other values between them and one that looks like a fill value
 
 
-def valid_values(clips, missing):
-    """Yields (number of frames, their values that are not missing), a few frames at a time, over all clips."""
+@dataclass
+class Summary:
+    """The values of clips, per channel where there is a list.
+
+    low, high             lowest and highest value that is not missing; None: all are missing
+    next_low, next_high   lowest and highest value but for those that equal low or high; None: there is none
+    frames, looked_at     number of frames, and of those that were read
+    pixels, missing       number of values that were read, and of the missing ones among them
+    occurs                per named missing value, how often it occurs
+    """
+
+    low: list
+    high: list
+    next_low: list
+    next_high: list
+    frames: int
+    looked_at: int
+    pixels: int
+    missing: int
+    occurs: list
+
+    def notes(self, options, split):
+        """Lines for the start of a program: the range, the share of missing pixels, and what is odd about them."""
+        ranges = ", ".join(
+            "no value" if low is None else f"{low:g} to {high:g}" for low, high in zip(self.low, self.high)
+        )
+        looked = "" if self.looked_at == self.frames else f" (in {self.looked_at} of the {self.frames} frames)"
+        lines = [f"{split} data: values {ranges}, {100 * self.missing / self.pixels:.3g} % missing{looked}"]
+        for value, times in zip(options.missing_value, self.occurs):
+            if not times and split == "train":
+                lines.append(
+                    f"missing_value {value:g} occurs nowhere in the {split} data{looked}, whose values are {ranges}"
+                )
+        for channel, extreme, distance in self.apart():
+            if distance > APART:
+                where = f" of channel {channel}" if len(self.low) > 1 else ""
+                lines.append(
+                    f"the value {extreme:g}{where} lies {distance:.3g} times as far out as all others reach: name it "
+                    "with missing_value if it means missing, or give data_range"
+                )
+        return lines
+
+    def apart(self):
+        """Yields (channel, lowest or highest value, its distance from the next one in widths of all others)."""
+        rows = zip(self.low, self.high, self.next_low, self.next_high)
+        for channel, (low, high, next_low, next_high) in enumerate(rows):
+            if low is None or next_low is None or next_high is None:
+                continue
+            for extreme, neighbour, other in ((low, next_low, high), (high, next_high, low)):
+                width = abs(neighbour - other)
+                if width > 0:
+                    yield channel, extreme, abs(extreme - neighbour) / width
+
+
+def blocks(clips, step=1):
+    """Yields arrays (n, H, W, C) of every `step`-th frame of clips, a few at a time."""
     for clip in clips:
-        frames = clip.frames()
-        step = max(1, 2**24 // frames[:1].size)
-        for i in range(0, len(frames), step):
-            values = np.array(frames[i : i + step])
-            valid = ~np.isnan(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
-            for value in missing:
-                valid &= values != value
-            yield len(values), values[valid]
+        frames = clip.frames()[::step]
+        count = max(1, BLOCK // frames[:1].size)
+        for i in range(0, len(frames), count):
+            yield np.array(frames[i : i + count])
 
 
 def check_not_all_missing(clips, missing):
     """UserError if every value of `clips` is missing. Reading stops at the first value that is not."""
-    if not any(len(values) for _, values in valid_values(clips, missing)):
+    scale = ValueRange(missing=tuple(missing))
+    if all(scale.is_missing(block).all() for block in blocks(clips)):
         raise UserError(f"{clips[0].name}: every value is missing; name another file or another missing_value")
 
 
-def scan_range(clips, missing, cache_dir):
-    """(lowest, highest) of the values of `clips` that are not missing. The cache keeps the result.
+def summarize(clips, missing, cache_dir, exact=True):
+    """The Summary of clips. The cache keeps it.
 
-    UserError: all values are missing, or all are equal, or one is infinite.
+    missing   values that mean missing
+    exact     True: all frames are read; False: of many frames some, evenly spaced
     """
+    frame = clips[0].frames()[:1]
+    total = sum(map(len, clips))
+    step = 1 if exact else max(1, math.ceil(total * frame.size / LOOK))
     versions = {clip.path: stamp(clip.path) for clip in clips}
-    key = [list(versions.values()), [[c.path, c.index, c.start, c.stop, c.step] for c in clips], list(missing)]
+    key = [list(versions.values()), [[c.path, c.index, c.start, c.stop, c.step] for c in clips], list(missing), step]
 
     def write(folder):
-        low, high = None, None
-        with tqdm(total=sum(map(len, clips)), desc="range of values", unit="frame", leave=False, disable=None) as bar:
-            for count, values in valid_values(clips, missing):
-                if len(values):
-                    low = float(values.min() if low is None else min(low, values.min()))
-                    high = float(values.max() if high is None else max(high, values.max()))
-                bar.update(count)
-        (folder / "range.json").write_text(json.dumps([low, high]), encoding="utf-8")
+        summary = read_summary(clips, missing, step, total, frame.shape[-1])
+        (folder / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
 
-    folder = cached_folder(cache_dir, "range", key, write)
-    low, high = json.loads((folder / "range.json").read_text(encoding="utf-8"))
-    if low is None:
-        raise UserError(f"{clips[0].name}: every value is missing; name another file or another missing_value")
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise UserError(f"{clips[0].name}: holds infinite values; write them as NaN")
-    if low == high:
-        raise UserError(f"{clips[0].name}: every value of the training part is {low:g}; give data_range")
-    return low, high
+    folder = cached_folder(cache_dir, "values", key, write)
+    return Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+def read_summary(clips, missing, step, total, channels):
+    scale = ValueRange(missing=tuple(missing))
+    ends = [(None, None, None, None)] * channels  # low, next_low, next_high, high
+    summary = Summary([], [], [], [], total, 0, 0, 0, [0] * len(missing))
+    with tqdm(total=-(-total // step), desc="range of values", unit="frame", leave=False, disable=None) as bar:
+        for block in blocks(clips, step):
+            absent = scale.is_missing(block)
+            for channel in range(channels):
+                values = block[..., channel][~absent[..., channel]]
+                ends[channel] = merged(ends[channel], values)
+            summary.looked_at += len(block)
+            summary.pixels += block.size
+            summary.missing += int(absent.sum())
+            summary.occurs = [n + int(equals(block, value).sum()) for n, value in zip(summary.occurs, missing)]
+            bar.update(len(block))
+    summary.low, summary.next_low, summary.next_high, summary.high = map(list, zip(*ends))
+    return summary
+
+
+def merged(ends, values):
+    """(low, next low, next high, high) of values seen so far and of more values, an array without missing ones."""
+    distinct = {end for end in ends if end is not None}
+    if len(values):
+        low, high = values.min(), values.max()
+        between = values[(values != low) & (values != high)]
+        distinct |= {float(low), float(high)}
+        if len(between):
+            distinct |= {float(between.min()), float(between.max())}
+    ordered = sorted(distinct)
+    if len(ordered) < 2:
+        return (*ordered, None, None, *ordered) if ordered else (None,) * 4
+    return ordered[0], ordered[1], ordered[-2], ordered[-1]
+
+
+def range_of(summary, name):
+    """Low and high of each channel in turn, the data_range of a Summary of training data.
+
+    name   of the data, for messages
+    UserError: all values of a channel are missing or equal, one is infinite, or one lies so far from all others that
+    these would all be the same to the network.
+    """
+    pairs = []
+    for channel, (low, high) in enumerate(zip(summary.low, summary.high)):
+        where = f" of channel {channel}" if len(summary.low) > 1 else ""
+        if low is None:
+            raise UserError(f"{name}: every value{where} is missing; name another file or another missing_value")
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"{name}: holds infinite values; write them as NaN")
+        if low == high:
+            raise UserError(f"{name}: every value{where} of the training part is {low:g}; give data_range")
+        pairs += [low, high]
+    for channel, extreme, distance in summary.apart():
+        if distance > FAR_APART:
+            where = f" of channel {channel}" if len(summary.low) > 1 else ""
+            raise UserError(
+                f"{name}: the value {extreme:g}{where} lies {distance:.3g} times as far out as all others reach; "
+                f"name it with missing_value if it means missing, or give data_range"
+            )
+    return pairs

@@ -16,7 +16,8 @@ from vmrnn.data.clips import Clip, Source, decode
 from vmrnn.data.draws import split_seed
 from vmrnn.data.grids import grid_clips
 from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, npz_member, npz_rows, open_npy
-from vmrnn.data.ranges import check_not_all_missing, scan_range
+from vmrnn.data.prepare import stored_size
+from vmrnn.data.ranges import check_not_all_missing, range_of, summarize
 from vmrnn.data.table import DATASETS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
@@ -65,8 +66,7 @@ def kth(split, options, value_range=None):
         raise UserError(
             f"{folder}: no clip of persons {persons[0]} to {persons[-1]}, the {split} part; add their files"
         )
-    # The literature resizes with cv2.resize: bilinear, without antialiasing.
-    clips = decode(sources, options.cache_dir, "kth", 1, options.frame_size, antialias=False)
+    clips = decode(sources, options.cache_dir, "kth", 1, options.frame_size, DATASETS["kth"].antialias)
     # Cut each clip to the frames with an action in them.
     annotated = kth_annotations(Path(folder) / "00sequences.txt")
     runs = []
@@ -254,21 +254,29 @@ def own(split, options, value_range, list_clips, pictures=False):
             f"{inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )
-    missing = options.missing_value
-    check_not_all_missing(clips, missing)
+    check_not_all_missing(clips, options.missing_value)
+    # The training data are read whole if their range is to be found, else a look at some of all frames will do.
+    search = value_range is None and not options.data_range and not (pictures and is_bytes(clips))
+    summary = summarize(clips, options.missing_value, options.cache_dir, exact=search and split == "train")
     if value_range is None:
-        data_range = options.data_range
-        if not data_range and pictures and clips[0].frames().dtype == np.uint8:
-            data_range = BYTE_RANGE
-        if not data_range:
-            training = all_clips
-            if apart:
-                training, _ = every_frame_step(list_clips(options.train_data_dir, options), options)
-            data_range = scan_range(cut(training, "train"), missing, options.cache_dir)
-        value_range = ValueRange(*map(float, data_range), tuple(missing))
+        data_range = options.data_range or BYTE_RANGE
+        if search:
+            training, seen = clips, summary
+            if split != "train":
+                if apart:
+                    all_clips, _ = every_frame_step(list_clips(options.train_data_dir, options), options)
+                training = cut(all_clips, "train")
+                seen = summarize(training, options.missing_value, options.cache_dir)
+            data_range = range_of(seen, training[0].name)
+        value_range = ValueRange.of(options, data_range)
+    notes += summary.notes(options, split)
     if split != "train":
         windows = thin(windows, getattr(options, f"{split}_sequences"))
     return clip_dataset(split, clips, windows, value_range, options, notes)
+
+
+def is_bytes(clips):
+    return clips[0].frames().dtype == np.uint8
 
 
 def every_frame_step(found, options):
@@ -310,10 +318,7 @@ def decoded(sources, endings, path, options):
         raise UserError(f"input_channels is {options.input_channels}; {options.dataset} is read as 1 (grey) or 3 (RGB)")
     if not sources:
         raise UserError(f"{path}: nothing in it for dataset {options.dataset} ({' '.join(endings)}); name another path")
-    # Frames are not resized in the cache if they are cropped later, or if they have missing pixels, which resizing
-    # would spread.
-    size = options.frame_size if options.frame_fit == "resize" and not options.missing_value else None
-    return decode(sources, options.cache_dir, options.dataset, options.input_channels, size), []
+    return decode(sources, options.cache_dir, options.dataset, options.input_channels, stored_size(options)), []
 
 
 def array_clips(path, options):

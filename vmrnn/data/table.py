@@ -23,6 +23,8 @@ class Spec:
                   options is a vmrnn.config.Config, and value_range is the ValueRange of the training data or None
     own           whether the data are the user's own, so that their range, size and missing values are options
     channels      the value that input_channels must have; None: the network refuses frames that do not fit it
+    pictures      whether the data are pictures, which are resized when they are decoded into the cache
+    antialias     whether resizing smooths what it shrinks
     data_range    (low, high), the stored values that become 0 and 1; None: data_range says, or the data
     """
 
@@ -32,6 +34,8 @@ class Spec:
     find: str
     own: bool = False
     channels: int | None = None
+    pictures: bool = False
+    antialias: bool = True
     data_range: tuple | None = None
 
 
@@ -47,6 +51,8 @@ DATASETS = {
         metrics=IMAGE_METRICS,
         selects="person 16, whom training does not use",
         find="vmrnn.data.splits:kth",
+        pictures=True,
+        antialias=False,  # cv2.resize, as in the literature
         channels=1,
         data_range=(0.0, 255.0),
     ),
@@ -63,6 +69,7 @@ DATASETS = {
         metrics=IMAGE_METRICS,
         selects="the last tenth of each training clip",
         find="vmrnn.data.splits:human36m",
+        pictures=True,
         channels=3,
         data_range=(0.0, 255.0),
     ),
@@ -71,6 +78,7 @@ DATASETS = {
         metrics=FIELD_METRICS,
         selects=OWN_SELECTS,
         find="vmrnn.data.splits:video",
+        pictures=True,
         own=True,
     ),
     "frames": Spec(
@@ -78,6 +86,7 @@ DATASETS = {
         metrics=FIELD_METRICS,
         selects=OWN_SELECTS,
         find="vmrnn.data.splits:frames",
+        pictures=True,
         own=True,
     ),
     "array": Spec(

@@ -3,11 +3,10 @@
 import math
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from vmrnn.data.draws import split_key, uniform_draws
-from vmrnn.data.media import resize
+from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
 
 
@@ -81,15 +80,11 @@ class ClipDataset(Dataset):
     def __len__(self):
         return self.length
 
-    @property
-    def data_range(self):
-        return [self.value_range.low, self.value_range.high]
-
     def __str__(self):
         return (
             f"{self.length} sequences of {self.num_frames_input}+{self.num_frames_output} frames, of {len(self.windows)} "
             f"in {len(self.clips)} clips ({self.clips[0].name}, ...), {self.size[0]}x{self.size[1]}, "
-            f"values {self.value_range.low:g} to {self.value_range.high:g} as 0 to 1"
+            f"values {self.value_range}"
         )
 
     def __getitem__(self, key):
@@ -110,8 +105,7 @@ class ClipDataset(Dataset):
             draws = uniform_draws(self.seed, [epoch], [index], 2)[0] if self.random else np.full(2, 0.5)
             y, x = np.minimum((draws * (room + 1)).astype(np.int64), room)
             frames = frames[:, y : y + self.size[0], x : x + self.size[1]]
-        values = self.value_range.to_unit(frames).transpose(0, 3, 1, 2)
-        values = resize(torch.from_numpy(np.ascontiguousarray(values)), self.size)
+        values = Preparation(frames.shape[-1], self.value_range, self.size).unit(frames)
         return values[: self.num_frames_input], values[self.num_frames_input :]
 
     def epoch_order(self, epoch):

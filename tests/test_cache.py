@@ -1,0 +1,154 @@
+"""The cache of data: what tells files apart, what is kept and what is made anew; and what is said of the values."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import data_set, shared, write_images, write_video
+
+from vmrnn.data import cache
+from vmrnn.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """build(split, **options) of data in tmp_path / "data", 8x10 frames, 2 -> 1."""
+
+    def build(split, **options):
+        defaults = dict(
+            dataset="array", cache_dir=str(tmp_path / "cache"), train_data_dir=str(tmp_path / "data"), input_size=[8, 10],
+            num_frames_input=2, num_frames_output=1,
+        )  # fmt: skip
+        return data_set(split, **(defaults | options))
+
+    (tmp_path / "data").mkdir()
+    return build
+
+
+def same_size_and_time(*paths):
+    assert len({path.stat().st_size for path in paths}) == 1
+    for path in paths:
+        os.utime(path, ns=(10**18, 10**18))
+
+
+@pytest.mark.parametrize("kind", ["npz", "video", "frames"])
+def test_files_of_equal_name_size_and_time_are_told_apart(own, tmp_path, kind):
+    """What any zip, tar or copy that keeps times makes of train/data.npz and test/data.npz."""
+    frames = np.repeat(RNG.integers(0, 255, (2, 1, 8, 10, 1), dtype=np.uint8), 12, axis=1)
+    for i, split in enumerate(("train", "test")):
+        folder = tmp_path / split / "clip"
+        if kind == "npz":
+            folder.mkdir(parents=True)
+            np.savez(folder / "data.npz", frames[i])
+        elif kind == "video":
+            folder.mkdir(parents=True)
+            write_video(folder / "data.avi", frames[i], "rawvideo", "gray")
+        else:
+            write_images(folder, frames[i], "{}.bmp")
+    files = [sorted((tmp_path / split / "clip").iterdir()) for split in ("train", "test")]
+    for pair in zip(*files):
+        same_size_and_time(*pair)
+    options = dict(dataset="array" if kind == "npz" else kind, data_range=[0.0, 255.0])
+    options |= dict(train_data_dir=str(tmp_path / "train"), test_data_dir=str(tmp_path / "test"))
+    for i, split in enumerate(("train", "test")):
+        assert torch.equal(
+            (own(split, **options)[0][0] * 255).round()[0, 0].byte(), torch.from_numpy(frames[i, 0, ..., 0])
+        )
+
+
+def test_a_file_that_was_replaced_with_its_time_kept(own, tmp_path):
+    paths = [tmp_path / "data" / "a.npz", tmp_path / "other.npz"]
+    for i, path in enumerate(paths):
+        np.savez(path, np.full((30, 8, 10), i + 3, np.uint8))
+    same_size_and_time(*paths)
+    assert own("train", data_range=[0.0, 10.0])[0][0].unique() == torch.tensor(0.3)
+    os.replace(paths[1], paths[0])
+    assert own("train", data_range=[0.0, 10.0])[0][0].unique() == torch.tensor(0.4)
+
+
+def test_data_that_moved_are_not_decoded_again(own, tmp_path, monkeypatch):
+    write_video(tmp_path / "data" / "a.avi", RNG.integers(0, 255, (30, 8, 10, 1), dtype=np.uint8))
+    first = own("train", dataset="video")[0]
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    monkeypatch.setattr("vmrnn.data.clips.video_frames", None)
+    moved = own("train", dataset="video", train_data_dir=str(tmp_path / "moved"))[0]
+    assert torch.equal(first[0], moved[0])
+
+
+def test_large_files_are_told_apart_by_samples_and_their_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WHOLE", 10_000)
+    monkeypatch.setattr(cache, "SAMPLES", 5), monkeypatch.setattr(cache, "SAMPLE", 100)
+    content = RNG.bytes(50_000)
+    for name, change in (("a", 0), ("first", 1), ("last", -1), ("between", 1000)):
+        changed = bytearray(content)
+        if name != "a":
+            changed[change if name != "first" else 0] ^= 1
+        (tmp_path / name).write_bytes(changed)
+        os.utime(tmp_path / name, ns=(1, 1))
+    a, first, last, between = (cache.stamp(tmp_path / name) for name in ("a", "first", "last", "between"))
+    assert len({tuple(stamp) for stamp in (a, first, last)}) == 3 and between == a
+    os.utime(tmp_path / "between", ns=(2, 2))
+    assert cache.stamp(tmp_path / "between") != a and cache.identity(tmp_path / "between") == cache.identity(
+        tmp_path / "a"
+    )
+
+
+# What is said of the values
+
+
+def test_the_range_and_the_share_of_missing_pixels_are_said(own, tmp_path):
+    values = RNG.uniform(0, 50, (40, 8, 10)).astype(np.float32)
+    values[:, :2] = -999.9
+    np.save(tmp_path / "data" / "a.npy", values.astype(np.float64))  # read as float64, as many formats are
+    data = own("train", missing_value=[-999.9, -1.0])
+    assert data.value_range.low >= 0 and torch.cat(data[0])[:, :, :2].isnan().all()
+    training = values[:32, 2:]
+    assert f"train data: values {training.min():g} to {training.max():g}, 25 % missing" in data.notes
+    (unused,) = [note for note in data.notes if "occurs nowhere" in note]
+    assert "missing_value -1 " in unused and "values" in unused
+    test = own("test", missing_value=[-999.9, -1.0])
+    assert any("test data" in note for note in test.notes) and not any("nowhere" in note for note in test.notes)
+
+
+@pytest.mark.parametrize("value, refused", [(-100.0, False), (9.97e36, True), (1e20, True), (-99999.0, True)])
+def test_a_value_far_from_all_others_is_no_range(own, tmp_path, value, refused):
+    values = RNG.uniform(0, 5, (40, 8, 10))
+    values[3, 4, 5] = value
+    np.save(tmp_path / "data" / "a.npy", values)
+    if refused:
+        with pytest.raises(UserError, match=rf"{value:g}.*missing_value".replace("+", r"\+")):
+            own("train")
+    else:
+        assert any(f"{value:g} lies" in note and "missing_value" in note for note in own("train").notes)
+    assert own("train", missing_value=[value]).value_range.high < 5.1
+    assert own("train", data_range=[0.0, 5.0]).value_range.high == 5
+
+
+def test_channels_of_different_units_have_ranges_of_their_own(own, tmp_path):
+    values = np.stack([RNG.uniform(*pair, (40, 8, 10)) for pair in ((250, 310), (0, 1e-3), (9e4, 1e5))], axis=-1)
+    np.save(tmp_path / "data" / "a.npy", values)
+    item = torch.cat(own("train", input_channels=3)[0])
+    assert (item.amin((0, 2, 3)) < 0.05).all() and (item.amax((0, 2, 3)) > 0.95).all()
+    one = own("train", input_channels=3, data_range=[0.0, 1e5])
+    assert torch.cat(one[0])[:, 0].max() < 0.01
+    own_ranges = own("train", input_channels=3, data_range=[200.0, 400.0, 0.0, 1.0, 0.0, 1e5])
+    assert own_ranges.value_range.low == (200, 0, 0) and own_ranges.value_range.high == (400, 1, 1e5)
+    with pytest.raises(UserError, match="2 per channel for input_channels 3"):
+        own("train", input_channels=3, data_range=[0.0, 1.0, 0.0, 1.0])
+
+
+def test_rain_on_a_log_scale(own):
+    """The real radar composites, with a threshold: every value comes back."""
+    data = own(
+        "train", train_data_dir=str(shared("radar/bom_r2_20180616_int16.npz")), missing_value=[-32768.0],
+        transform="log", zero_below=2.0, frame_fit="crop", input_size=[64, 64],
+    )  # fmt: skip
+    values = torch.cat(data[0])
+    stored = data.value_range.to_data(values)
+    known = ~stored.isnan()
+    assert known.any() and ((stored[known] - stored[known].round()).abs() < 1e-2).all()
+    assert values[known].max() <= 1 and values[known].min() >= 0
