@@ -1,7 +1,6 @@
-// The arithmetic of the scan in registers: what no kernel on this machine can beat.
-// One step of one vector of channels and one state is an exp2 and the multiply-adds of cpu.cpp's
-// states_forward, or of states_forward and states_backward. No softplus, projection or sum over
-// channels, and nothing is stored.
+// The arithmetic of the scan in registers: a lower bound for the time of any kernel on this machine.
+// A step of one vector of channels and one state is an exp2 and the multiply-adds of states_forward in cpu.cpp, or of
+// states_forward and states_backward. There is no softplus, no projection and no sum over channels, and nothing is stored.
 
 #include "../vmrnn/scan/cpu.cpp"
 

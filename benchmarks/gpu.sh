@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, in at most 8 minutes: the tests, then the benchmarks, what matters most first.
+# Everything that needs a CUDA GPU, in at most 8 minutes: first the tests, then the benchmarks in order of importance.
 #   bash benchmarks/gpu.sh [folder for the results, default benchmarks/results]
-# PYTHON names the interpreter (default: python). Each part has its own time limit and leaves what it
-# had printed; the exit code is 0 only if all of them passed.
+# PYTHON names the interpreter (default: python). Every step has its own time limit; what it printed is kept. The exit code
+# is 0 only if all steps passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -12,7 +12,7 @@ gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '-
 result=$folder/gpu_${gpu}_$(date +%F).txt
 failed=0
 
-part() { # part SECONDS COMMAND...
+step() { # step SECONDS COMMAND...
     echo "\$ ${*:2}" | tee -a "$result"
     timeout -s INT -k 10 "$1" "${@:2}" 2>&1 | tee -a "$result"
     [ "${PIPESTATUS[0]}" -eq 0 ] || { failed=1; echo "failed or out of time ($1 s)" | tee -a "$result"; }
@@ -29,21 +29,21 @@ has() { # has MODULE
     "$python" -c "import timm, torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'timm', timm.__version__, 'Python', sys.version.split()[0])"
 } | tee "$result"
 
-# A test is mostly the compiler's time: with pytest-xdist in several processes.
+# The tests spend most of their time in the compiler, so they run in several processes if pytest-xdist is installed.
 # shellcheck disable=SC2046  # several words, or none
-part 110 "$python" -m pytest -q -rs -m gpu $(has xdist && echo "-n 8")
-# The kernels of all batches, compiled side by side into Triton's cache; what is timed then finds them there.
+step 110 "$python" -m pytest -q -rs -m gpu $(has xdist && echo "-n 8")
+# The kernels for all batch sizes are compiled side by side into Triton's cache, where the timed runs find them.
 for batch in 1 8 16 64; do
     timeout 45 "$python" -m benchmarks.scan --device cuda --rounds 1 --batches $batch >/dev/null 2>&1 &
 done
 wait
-part 60 "$python" -m benchmarks.scan --device cuda --rounds 1
+step 60 "$python" -m benchmarks.scan --device cuda --rounds 1
 published=$("$python" -c "from vmrnn.scan import mamba; print('D:16:bf16:mamba D:16:mamba' if mamba.can_run('cuda', None, 16)[0] else '')")
 # shellcheck disable=SC2086  # several words, or none
-part 225 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
+step 225 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
     $published D:1:bf16:triton:graph D:16:triton D:16:bf16:torch D:16:bf16:triton:checkpoint B:16:bf16:triton:graph \
     D:64:bf16:triton:graph D:8:bf16:triton:graph B:1:bf16:triton:graph B:8:bf16:triton:graph B:64:bf16:triton:graph \
     D:16:bf16:triton:graph:muon D:16:bf16:triton:compile
-part 30 "$python" -m benchmarks.layers --device cuda
+step 30 "$python" -m benchmarks.layers --device cuda
 echo "results: $result"
 exit $failed

@@ -60,7 +60,7 @@ def errors_of(function, inputs, dtype=torch.float32, oracle=reference.scan_2d):
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    triton_scan.CHUNK = triton_scan.SHORTEST = 8  # several chunks and parts on small maps
+    triton_scan.CHUNK = triton_scan.SHORTEST_SEGMENT = 8  # several chunks and parts on small maps
     answers = {}
     for name, (shape, parts) in CASES.items():
         triton_scan.WARPS = 1 << 30 if max(parts) > 1 else 0
@@ -192,7 +192,7 @@ def test_parts_of_the_sequence_fit_together(B):
                 assert part % chunk == 0 and chunk % block["STEPS"] == 0 and part % (2 * triton_scan.STEPS) == 0
                 pieces = -(-H * W // part)
                 assert pieces == 1 or (
-                    part >= triton_scan.SHORTEST and pieces * B * 4 * (Di // 32) <= triton_scan.WARPS
+                    part >= triton_scan.SHORTEST_SEGMENT and pieces * B * 4 * (Di // 32) <= triton_scan.WARPS
                 )
 
 

@@ -65,7 +65,7 @@ def interpret():
     torch.set_num_threads(1)
     fused_triton.NORM_PROGRAMS = 2  # whose loops then run more than once
     fused_triton.NORM_ELEMENTS, fused_triton.ELEMENTS = 64, 128
-    fused_triton.ROWS, fused_triton.ROWS_BACK = 4, 3  # several strips, and strips that are not full
+    fused_triton.ROWS, fused_triton.ROWS_BACKWARD = 4, 3  # several strips, and strips that are not full
     answers = {f"{case} {shape}": errors_of(case, shape) for case in LAYERS for shape in MAPS}
     for dtype in (torch.bfloat16, torch.float16):
         answers |= {f"{case} {dtype}": errors_of(case, (2, 3, 2, 8), dtype) for case in LAYERS}
@@ -172,7 +172,7 @@ def kernels():
     built = {}
     for side, C in ((32, 256), (8, 1024)):
         conv = conv_blocks((16, side, side, C), fused_triton.ROWS)[2]
-        back = conv_blocks((16, side, side, C), fused_triton.ROWS_BACK)[2]
+        back = conv_blocks((16, side, side, C), fused_triton.ROWS_BACKWARD)[2]
         built |= {
             f"conv {side}": (fused_triton.conv_kernel, conv | dict(TRANSPOSED=False)),
             f"conv transposed {side}": (fused_triton.conv_kernel, conv | dict(TRANSPOSED=True)),

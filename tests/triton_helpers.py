@@ -34,7 +34,7 @@ def run_interpreter(file):
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("this Triton's interpreter does not work with NumPy 2.4 and newer (Triton 3.6)")
@@ -45,28 +45,28 @@ def run_interpreter(file):
 def scan_kernels(level, batch, N=16):
     """{name: (kernel, constants, options)} as the scan's ops launch them at a level of network D ("32x32", ...)."""
     H, Di, R = LEVELS[level]
-    part, part_back, chunk = triton_scan.lengths(torch.empty(batch, H, H, Di, device="meta"), N, R)
+    segment, segment_backward, chunk = triton_scan.lengths(torch.empty(batch, H, H, Di, device="meta"), N, R)
     fixed = dict(H=H, W=H, N=N, R=R)
     forward, backward = (
         fixed | blocks for blocks in (triton_scan.forward_blocks(N, R), triton_scan.backward_blocks(N))
     )
     kernels = {
-        "forward": (triton_scan.forward_kernel, forward | dict(PART=part, CHUNK=chunk, SAVE=True)),
-        "backward": (triton_scan.backward_kernel, backward | dict(PART=part_back, CHUNK=chunk)),
+        "forward": (triton_scan.forward_kernel, forward | dict(SEGMENT=segment, CHUNK=chunk, SAVE=True)),
+        "backward": (triton_scan.backward_kernel, backward | dict(SEGMENT=segment_backward, CHUNK=chunk)),
     }
     for name, length, stride, rest in (
-        ("ends", part, part // chunk, dict(BACK=False)),
-        ("ends, back", part_back, 1, dict(BACK=True, PROJECT=False)),
+        ("ends", segment, segment // chunk, dict(BACKWARD=False)),
+        ("ends, back", segment_backward, 1, dict(BACKWARD=True, PROJECT_DT=False)),
     ):
         if length < H * H:
             parts = (H * H - 1) // length
             slots = dict(STRIDE=stride, SLOTS=(H * H - 1) // chunk if stride > 1 else parts)
-            kernels[name] = triton_scan.ends_kernel, forward | dict(PART=length) | slots | rest
+            kernels[name] = triton_scan.segment_ends_kernel, forward | dict(SEGMENT=length) | slots | rest
             kernels[f"chain of {name}"] = (
                 triton_scan.chain_kernel,
-                slots | dict(N=N, PARTS=parts, BLOCK=triton_scan.CHAIN_BLOCK, BACK=rest["BACK"]),
+                slots | dict(N=N, SEGMENTS=parts, BLOCK=triton_scan.CHAIN_BLOCK, BACKWARD=rest["BACKWARD"]),
             )
-    kernels["sum"] = triton_scan.sum_kernel, dict(PARTS=4, BLOCK=triton_scan.SUM_BLOCK)
+    kernels["sum"] = triton_scan.sum_kernel, dict(COUNT=4, BLOCK=triton_scan.SUM_BLOCK)
     wide = (triton_scan.chain_kernel, triton_scan.sum_kernel)
     return {
         name: (*found, triton_scan.SUM_OPTIONS if found[0] in wide else triton_scan.OPTIONS)

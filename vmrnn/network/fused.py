@@ -1,8 +1,8 @@
-"""The layers around the scan and the cell's gate, in plain torch: for any device, and for torch.compile.
+"""The layers around the scan and the cell's gate in plain torch, for any device and for torch.compile.
 
-Three of them keep less for the backward pass than autograd would: their inputs alone, from which the backward
-makes the maps between again (benchmarks/layers.py has what that costs). triton_layers.py has the same functions as
-Triton kernels.
+Three of them keep less memory for the backward pass than autograd would: they save their inputs alone, and the backward
+pass computes the rest again (benchmarks/layers.py measures what that costs). fused_triton.py has the same functions as
+Triton kernels. Letters: C width of a block, Di inner width, ... any leading axes.
 """
 
 import torch
@@ -13,45 +13,48 @@ once_differentiable = torch.autograd.function.once_differentiable
 
 
 def norm(x, weight, bias, eps):
-    """LN over the last axis, made in fp32 (or fp64); under autocast in the type of the products that follow, so that
-    two products of it share one copy."""
+    """LN over the last axis of x (..., C), computed in fp32 (or fp64).
+
+    Under autocast the result has the dtype of the products that follow, so that two products share one copy.
+    """
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(product_dtype(x))
 
 
 def product_dtype(x):
-    """What autocast, where it is on, makes x as an input of a product: fp64 it leaves alone."""
+    """The dtype that autocast gives x as the input of a product: x's own without autocast and for fp64."""
     device = x.device.type
-    # On the meta device, of shapes alone, the question has no answer.
+    # Autocast cannot be asked for on the meta device.
     on = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 def in_proj(u, weight):
-    """u (..., C), weight (2 Di, C) -> x, z, both (..., Di)."""
-    # Two products, not one and a split: the halves are contiguous, so neither the convolution nor
-    # the gate's backward copies (benchmarks/layers.py, in_proj).
+    """The two halves of a linear layer: u (..., C), weight (2 Di, C) -> x, z, both (..., Di)."""
+    # Two products instead of one that is split: both halves are contiguous, so nothing after them copies.
     to_x, to_z = weight.chunk(2)
     return F.linear(u, to_x), F.linear(u, to_z)
 
 
 def conv_silu(x, weight, bias):
-    """SiLU of a depthwise 3x3 convolution, padding 1: x (B, H, W, C), weight (C, 1, 3, 3) -> (B, H, W, C)."""
+    """SiLU of a depthwise 3x3 convolution with padding 1: x (B, H, W, Di), weight (Di, 1, 3, 3) -> (B, H, W, Di)."""
     return ConvSilu.apply(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def norm_gate_linear(y, z, norm_weight, norm_bias, eps, weight):
-    """(LN(y) * SiLU(z)) weight^T, y and z (..., Di), weight (C, Di) -> (..., C); the norm in fp32 (or fp64)."""
+    """(LN(y) * SiLU(z)) weight^T: y and z (..., Di), weight (C, Di) -> (..., C). The norm is in fp32 (or fp64)."""
     return NormGateLinear.apply(y, z, norm_weight, norm_bias, eps, weight)
 
 
 def cell_gate(o, c):
-    """The cell's one gate for input, forget and output: h, c of the same shape; f = sigmoid(o), c = f (c + tanh(o)),
-    h = f tanh(c)."""
+    """The gate of the cell: h and the new c, both of o's shape.
+
+    One gate f = sigmoid(o) for input, forget and output: new c = f (c + tanh(o)), h = f tanh(new c).
+    """
     return CellGate.apply(o, c)
 
 
 def convolve(x, weight, bias):
-    # A permuted channels-last tensor is what the fast depthwise kernels want; nothing is copied.
+    # The fast depthwise kernels take a permuted channels-last tensor as it is: nothing is copied.
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[-1])
 
 
@@ -73,7 +76,7 @@ class ConvSilu(torch.autograd.Function):
 
 
 class NormGateLinear(torch.autograd.Function):
-    """The product belongs to it so that its input need not be kept either."""
+    """The product is part of this function, so that its input need not be saved either."""
 
     @staticmethod
     def forward(ctx, y, z, norm_weight, norm_bias, eps, weight):
@@ -104,7 +107,7 @@ class CellGate(torch.autograd.Function):
     def forward(ctx, o, c):
         ctx.save_for_backward(o, c)
         f = torch.sigmoid(o)
-        # Not in place: torch 2.11's compiler drops the gradient of what a Function so returns.
+        # The last product is not in place: torch 2.11's compiler loses the gradient of a result made in place.
         c = torch.tanh(o).add_(c) * f
         return torch.tanh(c) * f, c
 

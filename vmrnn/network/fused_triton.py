@@ -1,10 +1,10 @@
-"""The layers of layers.py as Triton kernels: one launch forward where torch has two to six, up to three backward
-instead of four to eighteen, and less memory moved.
+"""The layers of fused.py as Triton kernels: one launch per forward instead of two to six, up to three per backward
+instead of four to eighteen, and less memory traffic.
 
-What they are and must equal is in layers.py; everything but loads and stores is fp32. Like the
-autograd functions there they keep their inputs alone for the backward pass. Sums over positions are
-made per program and added by torch in a fixed order: no atomics, so results repeat bit for bit.
-SS2D and the cell use them where the scan runs in Triton.
+fused.py says what each computes. All arithmetic is fp32, whatever the dtypes in memory. As there, only the inputs are
+saved for the backward pass. Sums over positions are made per program, and torch adds the programs' shares in a fixed
+order: there are no atomics, so results repeat bit for bit. Networks use these kernels if their scan is Triton's
+(kernels.py).
 """
 
 # Annotations stay text, so that this file can be imported where Triton is not installed.
@@ -18,13 +18,13 @@ from vmrnn.network.fused import once_differentiable, product_dtype
 from vmrnn.scan.triton_kernels import jit, tl
 from vmrnn.scan.triton_scan import padded
 
-# Chosen by registers and spills of the compiled kernels; no GPU has timed them yet.
+# These sizes were chosen by the registers and spills of the compiled kernels. No GPU has timed them yet.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-ELEMENTS = 512  # of a row of the map that a program of the convolution holds: 4 a thread
-ROWS = 8  # of the map that it walks down
-ROWS_BACK = 16  # more: each program leaves ten sums a channel
-NORM_ELEMENTS = 1024  # of a program of the norms, and of the cell's gate
-NORM_PROGRAMS = 512  # of their backward, which loop over what there is: about four for each of an H200's 132 SMs
+ELEMENTS = 512  # elements of one row of the map per program of the convolution: 4 per thread
+ROWS = 8  # rows of the map per program of the convolution
+ROWS_BACKWARD = 16  # the same in the backward; more, since every program leaves ten sums per channel
+NORM_ELEMENTS = 1024  # elements per program of the norms and of the cell's gate
+NORM_PROGRAMS = 512  # at most, for the backward of the norms, whose programs loop: about four per SM of an H200
 
 
 @jit
@@ -32,13 +32,16 @@ def sigmoid(v):
     return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * v))
 
 
-# A program of the convolution owns some columns and channels, and walks down ROWS rows: a row is loaded
-# once, in three positions, and serves the three rows that it is a neighbour of.
+# A program of the convolution owns some columns and channels and walks down ROWS rows. It loads a row once, with its
+# left and right neighbours, and uses it for the three rows that it is a neighbour of.
 
 
 @jit
-def place_of(H, W, C, ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(columns, channels, first row, positions before the image) of this program; neighbours share columns."""
+def share_of_map(H, W, C, ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What this program computes: (columns, channels, first row, number of positions before its image).
+
+    Programs with neighbouring numbers have the same columns and other channels.
+    """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     blocks_j = (W + BLOCK_J - 1) // BLOCK_J
     strips = (H + ROWS - 1) // ROWS
@@ -61,7 +64,7 @@ def load_weights(weight, channel, C, FLIP: tl.constexpr):
 
 @jit
 def load_row(x, i, j, channel, H, W, C, step):
-    """Row i of the map, each column with its left and right neighbour; zero beyond the edge."""
+    """Row i of the map: left neighbours, the row itself, right neighbours. Zero beyond the edge."""
     at = (i * W + j) * step + channel
     inside = (channel < C) & (j < tl.where((i >= 0) & (i < H), W, 0))
     left = tl.load(x + at - step, mask=inside & (j > 0), other=0.0)
@@ -71,17 +74,35 @@ def load_row(x, i, j, channel, H, W, C, step):
 
 
 @jit
-def conv_kernel(x, weight, bias, y, step, H, W, C,
-                ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """x (B, H, W, C), a position every `step` elements -> y: SiLU(conv(x) + bias), or the transposed convolution
-    alone."""
-    j, channel, first, image = place_of(H, W, C, ROWS, BLOCK_J, BLOCK_C)
+def conv_kernel(
+    # Pointers
+    x,
+    weight,
+    bias,
+    y,
+    # Sizes
+    step,
+    H,
+    W,
+    C,
+    # Layout
+    ROWS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    # Variants
+    TRANSPOSED: tl.constexpr,
+):
+    """y = SiLU(conv(x) + bias), or with TRANSPOSED the transposed convolution alone. x (B, H, W, C), y contiguous.
+
+    step  elements from one position of x to the next
+    """
+    j, channel, first, image = share_of_map(H, W, C, ROWS, BLOCK_J, BLOCK_C)
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = load_weights(weight, channel, C, TRANSPOSED)
     biases = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
     x += image * step
-    y += (image + (first - 2) * W + j) * C + channel  # two rows above the first: what is done lags by one
-    above = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # what is there already of the row above the one at hand
-    here = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # and of that one
+    y += (image + (first - 2) * W + j) * C + channel  # two rows above the first: a row of y is complete one row later
+    above = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # the sum so far of the row of y above row i
+    here = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)  # the sum so far of row i of y
     for i in range(first - 1, tl.minimum(first + ROWS, H) + 1):
         left, middle, right = load_row(x, i, j, channel, H, W, C, step)
         done = above + left * w6 + middle * w7 + right * w8
@@ -96,11 +117,31 @@ def conv_kernel(x, weight, bias, y, step, H, W, C,
 
 
 @jit
-def conv_backward_kernel(dy, x, weight, bias, ds, parts, step, H, W, C,
-                         ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """ds (B, H, W, C), the gradient before the SiLU; parts (strips of B and H, column blocks, 10 C), the sums of
-    each for the weights (C, 9) and the biases (C)."""
-    j, channel, first, image = place_of(H, W, C, ROWS, BLOCK_J, BLOCK_C)
+def conv_backward_kernel(
+    # Inputs
+    dy,
+    x,
+    weight,
+    bias,
+    # Results
+    ds,
+    partial,
+    # Sizes
+    step,
+    H,
+    W,
+    C,
+    # Layout
+    ROWS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradient before the SiLU, and this program's share of the gradients of weight and bias.
+
+    ds       (B, H, W, C)
+    partial  (strips of rows over the batch, blocks of columns, 10 C): sums for the weights (C, 9), then the biases (C)
+    """
+    j, channel, first, image = share_of_map(H, W, C, ROWS, BLOCK_J, BLOCK_C)
     weights = load_weights(weight, channel, C, False)
     biases = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
     dy += image * C
@@ -127,16 +168,16 @@ def conv_backward_kernel(dy, x, weight, bias, ds, parts, step, H, W, C,
         sums = new
         dbias += g
         rows = (rows[3], rows[4], rows[5], rows[6], rows[7], rows[8])
-    parts += tl.program_id(0) // ((C + BLOCK_C - 1) // BLOCK_C) * 10 * C
+    partial += tl.program_id(0) // ((C + BLOCK_C - 1) // BLOCK_C) * 10 * C
     channel = tl.ravel(channel)
     for t in tl.static_range(9):
-        tl.store(parts + channel * 9 + t, tl.sum(sums[t], 0), mask=channel < C)
-    tl.store(parts + 9 * C + channel, tl.sum(dbias, 0), mask=channel < C)
+        tl.store(partial + channel * 9 + t, tl.sum(sums[t], 0), mask=channel < C)
+    tl.store(partial + 9 * C + channel, tl.sum(dbias, 0), mask=channel < C)
 
 
 @jit
 def normalise(y, at, mask, C, eps):
-    """y of each row less its mean, over its deviation; and one over the deviation."""
+    """(y minus the mean of its row, divided by the row's deviation; one divided by the deviation)."""
     v = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(mask, v - (tl.sum(v, 1) / C)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
@@ -144,9 +185,28 @@ def normalise(y, at, mask, C, eps):
 
 
 @jit
-def norm_kernel(y, z, weight, bias, out, size, C, step, eps,
-                BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """out (size, C) = LN(y), times SiLU(z) if GATED; z has a row every `step` elements."""
+def norm_kernel(
+    # Pointers
+    y,
+    z,
+    weight,
+    bias,
+    out,
+    # Sizes
+    size,
+    C,
+    step,
+    eps,
+    # Layout
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    # Variants
+    GATED: tl.constexpr,
+):
+    """out = LN(y), with GATED times SiLU(z). y and out (size, C).
+
+    step  elements from one row of z to the next
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)
     mask = (row < size)[:, None] & (channel < C)[None, :]
@@ -162,9 +222,34 @@ def norm_kernel(y, z, weight, bias, out, size, C, step, eps,
 
 
 @jit
-def norm_backward_kernel(dout, y, z, weight, bias, dy, dz, out, parts, size, C, step, eps,
-                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """dy, and if GATED dz and once more out, all (size, C); parts (programs, 2, C), the sums for weight and bias."""
+def norm_backward_kernel(
+    # Inputs
+    dout,
+    y,
+    z,
+    weight,
+    bias,
+    # Results
+    dy,
+    dz,
+    out,
+    partial,
+    # Sizes
+    size,
+    C,
+    step,
+    eps,
+    # Layout
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    # Variants
+    GATED: tl.constexpr,
+):
+    """dy, with GATED also dz and the forward's out, and this program's share of the gradients of weight and bias.
+
+    dy, dz, out  (size, C)
+    partial      (programs, 2, C)
+    """
     channel = tl.arange(0, BLOCK_C)
     w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
     b = tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
@@ -183,20 +268,20 @@ def norm_backward_kernel(dout, y, z, weight, bias, dy, dz, out, parts, size, C, 
             tl.store(out + at, (value * v * gate).to(out.dtype.element_ty), mask=mask)
             gated = g * value * gate * (1.0 + v * (1.0 - gate))
             tl.store(dz + at, gated.to(dz.dtype.element_ty), mask=mask)
-            g *= v * gate  # of the norm's output
+            g *= v * gate  # the gradient of the norm's output
         dweight += g * normed
         dbias += g
         g *= w
         g -= (tl.sum(g, 1) / C)[:, None] + normed * (tl.sum(g * normed, 1) / C)[:, None]
         tl.store(dy + at, (g * scale[:, None]).to(dy.dtype.element_ty), mask=mask)
-    parts += tl.program_id(0) * 2 * C + channel
-    tl.store(parts, tl.sum(dweight, 0), mask=channel < C)
-    tl.store(parts + C, tl.sum(dbias, 0), mask=channel < C)
+    partial += tl.program_id(0) * 2 * C + channel
+    tl.store(partial, tl.sum(dweight, 0), mask=channel < C)
+    tl.store(partial + C, tl.sum(dbias, 0), mask=channel < C)
 
 
 @jit
 def tanh(v):
-    by_exp = 2.0 * sigmoid(2.0 * v) - 1.0  # which has no digits near 0
+    by_exp = 2.0 * sigmoid(2.0 * v) - 1.0  # loses all digits near 0
     square = v * v
     series = v + v * square * (-0.333333333 + square * (0.133333333 - square * 0.053968254))
     return tl.where(square < 0.04, series, by_exp)
@@ -228,7 +313,7 @@ def cell_gate_backward_kernel(dh, dafter, o, c, do, dc, size, BLOCK: tl.constexp
 
 
 def conv_blocks(shape, rows):
-    """(programs, of them for one block of channels, constants) of the convolution of a (B, H, W, C) map."""
+    """(number of programs, programs per block of channels, layout) of the convolution of a (B, H, W, C) map."""
     B, H, W, C = shape
     BLOCK_J = min(16, padded(W))
     BLOCK_C = ELEMENTS // BLOCK_J
@@ -237,27 +322,29 @@ def conv_blocks(shape, rows):
 
 
 def norm_blocks(rows, C):
-    """(programs that a forward takes, constants) of the norms: whole rows of C, NORM_ELEMENTS together."""
+    """(number of programs of a forward, layout) of the norms. A program has whole rows, NORM_ELEMENTS in all."""
     BLOCK_C = padded(C)
     BLOCK_R = max(1, NORM_ELEMENTS // BLOCK_C)
     return -(-rows // BLOCK_R), dict(BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C)
 
 
 def stepped(t):
-    """t (..., C) and the elements from a position to the next, copied only where that is not always the same: half of a
-    product's columns is taken as it is."""
+    """(t (..., C) with one axis of positions, elements from one position to the next).
+
+    It is copied only if that step is not constant. The half of a product's columns is not copied.
+    """
     flat = t.flatten(0, -2)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     return flat, flat.stride(0)
 
 
-# The backward ops give the gradients of their parameters as one tensor, since no two results of an op may
-# share memory; what registers them takes it apart.
+# A backward op returns the gradients of all its parameters as one tensor, since two results of an op must not share
+# memory. The functions that register the gradients split it.
 
 
 @torch.library.custom_op("vmrnn::conv_silu", mutates_args=())
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As layers.conv_silu; x fp32, bf16 or fp16, the weights in any of them."""
+    """See fused.conv_silu. x and the parameters may be fp32, bf16 or fp16, each on its own."""
     weight, bias, y = weight.contiguous(), bias.contiguous(), alike(x)
     flat, step = stepped(x)
     programs, _, blocks = conv_blocks(x.shape, ROWS)
@@ -272,16 +359,16 @@ def conv_silu_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
     ds, dx = alike(x), alike(x)
     flat, step = stepped(x)
     with torch.cuda.device_of(x):
-        programs, strips, blocks = conv_blocks(x.shape, ROWS_BACK)
-        parts = x.new_empty(strips, 10 * x.shape[-1], dtype=torch.float32)
-        conv_backward_kernel[programs,](dy, flat, weight, bias, ds, parts, step, *x.shape[1:], **blocks, **OPTIONS)
+        programs, strips, blocks = conv_blocks(x.shape, ROWS_BACKWARD)
+        partial = x.new_empty(strips, 10 * x.shape[-1], dtype=torch.float32)
+        conv_backward_kernel[programs,](dy, flat, weight, bias, ds, partial, step, *x.shape[1:], **blocks, **OPTIONS)
         programs, _, blocks = conv_blocks(x.shape, ROWS)
         conv_kernel[programs,](ds, weight, bias, dx, x.shape[-1], *x.shape[1:], TRANSPOSED=True, **blocks, **OPTIONS)
-        return dx, parts.sum(0)
+        return dx, partial.sum(0)
 
 
 def launch_norm(y, z, weight, bias, out, eps):
-    """out = LN(y), times SiLU(z) unless z is None."""
+    """out = LN(y), times SiLU(z) if z is given."""
     y, weight, bias = (t.contiguous() for t in (y, weight, bias))
     flat, step = (y, 0) if z is None else stepped(z)
     C = y.shape[-1]
@@ -294,7 +381,7 @@ def launch_norm(y, z, weight, bias, out, eps):
 
 
 def launch_norm_backward(dout, y, z, weight, bias, eps):
-    """dy, sums (2, C) for weight and bias, and unless z is None also dz and once more out."""
+    """dy, the gradients of weight and bias (2, C), and if z is given also dz and the forward's out."""
     dout, y, weight, bias = (t.contiguous() for t in (dout, y, weight, bias))
     flat, step = (y, 0) if z is None else stepped(z)
     dy = alike(y)
@@ -302,13 +389,13 @@ def launch_norm_backward(dout, y, z, weight, bias, eps):
     C = y.shape[-1]
     programs, blocks = norm_blocks(y.numel() // C, C)
     programs = min(programs, NORM_PROGRAMS)
-    parts = y.new_empty(programs, 2, C, dtype=torch.float32)
+    partial = y.new_empty(programs, 2, C, dtype=torch.float32)
     with torch.cuda.device_of(y):
         norm_backward_kernel[programs,](
-            dout, y, flat, weight, bias, dy, dz, out, parts, y.numel() // C, C, step, eps,
+            dout, y, flat, weight, bias, dy, dz, out, partial, y.numel() // C, C, step, eps,
             GATED=z is not None, **blocks, **OPTIONS,
         )  # fmt: skip
-        return dy, parts.sum(0), dz, out
+        return dy, partial.sum(0), dz, out
 
 
 @torch.library.custom_op("vmrnn::norm", mutates_args=())
@@ -335,7 +422,7 @@ def norm_gate_backward_op(
 
 @torch.library.custom_op("vmrnn::cell_gate", mutates_args=())
 def cell_gate(o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As layers.cell_gate."""
+    """See fused.cell_gate."""
     o, c = o.contiguous(), c.contiguous()
     h, after = alike(o), alike(c)
     with torch.cuda.device_of(o):
@@ -404,17 +491,17 @@ cell_gate.register_autograd(
 
 
 def norm(x, weight, bias, eps):
-    """As layers.norm."""
+    """See fused.norm."""
     return norm_op(x, weight, bias, eps, product_dtype(x))
 
 
 def in_proj(u, weight):
-    """As layers.in_proj, but one product, whose halves the kernels take as they are."""
+    """See fused.in_proj. One product: the kernels take its halves without a copy."""
     return F.linear(u, weight).chunk(2, -1)
 
 
 def norm_gate_linear(y, z, norm_weight, norm_bias, eps, weight):
-    """As layers.norm_gate_linear, the product in z's type."""
+    """See fused.norm_gate_linear. The product has z's dtype."""
     return NormGateLinear.apply(y, z, norm_weight, norm_bias, eps, weight)
 
 

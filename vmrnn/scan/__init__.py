@@ -1,7 +1,8 @@
-"""The one entry point for the 2-D selective scan and the one place that chooses a back end.
+"""The 2-D selective scan: its entry point, and the choice of a back end.
 
-Every back end is a module with `scan_2d(x, dbl, dt_weight, dt_bias, A_log, D) -> y`, the contract of
-`reference.scan_2d`, and `can_run(device, dtype, d_state) -> (bool, reason)`.
+A back end is a module with two functions:
+scan_2d(x, dbl, dt_weight, dt_bias, A_log, D) -> y    the contract is in reference.py
+can_run(device, dtype, d_state) -> (bool, reason)     device is a type such as "cuda"
 """
 
 import logging

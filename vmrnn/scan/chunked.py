@@ -1,16 +1,15 @@
-"""The scan in plain torch, chunk by chunk: the path for a machine with no kernel.
+"""The scan in plain torch, chunk by chunk, for machines without a kernel.
 
-Same contract as `reference.scan_2d`. All four directions advance together; the positions of one
-chunk are gathered (a copy of CHUNK positions, never of the map), the recurrence runs as one fused
-multiply-add a step, everything else is a few large operations a chunk. Backward keeps the state at
-every chunk's start and recomputes the rest, so no (B, L, Di, N) tensor exists in either pass. The
-step sizes (B, L, K, Di) do exist: that is the largest tensor here.
+The contract is that of `reference.scan_2d`. All four directions advance together. The positions of one chunk are gathered
+(a copy of CHUNK positions, never of the map). The recurrence is one fused multiply-add per step; everything else is a few
+large operations per chunk. The backward pass keeps the state at the start of every chunk and computes the rest again, so
+no (B, L, Di, N) tensor exists in either pass. The largest tensor is that of the step sizes, (B, L, K, Di).
 """
 
 import torch
 import torch.nn.functional as F
 
-CHUNK = 32  # steps; 16..64 time alike on a CPU, larger ones cost memory (4 B Di N floats a step)
+CHUNK = 32  # steps. 16 to 64 are equally fast on a CPU. Memory grows with it: 4 B Di N floats per step
 
 
 def can_run(device, dtype, d_state):
@@ -44,8 +43,8 @@ def scan_order(H, W, device):
 class ChunkedScan(torch.autograd.Function):
     """u (B, L, Di), dt (B, L, K, Di), A (K, Di, N), b and c (B, L, K, N), order (K, L) -> (B, L, Di).
 
-    With g the gradient of the state h:  g_l = dy_l c_l + a_{l+1} g_{l+1},  a_l = exp(dt_l A), and
-    every other gradient is a product of g, h and the inputs at l, summed over what it is shared by.
+    With g the gradient of the state h:  g_l = dy_l c_l + a_{l+1} g_{l+1},  a_l = exp(dt_l A). Every other gradient is a
+    product of g, h and the inputs at l, summed over the axes that its input does not have (README.md beside this file).
     """
 
     @staticmethod
@@ -72,7 +71,7 @@ class ChunkedScan(torch.autograd.Function):
         u, dt, A, b, c, order, starts = ctx.saved_tensors
         du, ddt, dA = torch.zeros_like(u), torch.zeros_like(dt), torch.zeros_like(A)
         db, dc = torch.zeros_like(b), torch.zeros_like(c)
-        g = torch.zeros_like(starts[0])  # a_{l+1} g_{l+1}, carried from the chunk after
+        g = torch.zeros_like(starts[0])  # a_{l+1} g_{l+1} of the following chunk
         chunks = order.split(CHUNK, dim=1)
         for index, start in zip(reversed(chunks), reversed(starts.unbind(0))):
             u_c, dt_c, b_c, c_c = gather(index, u, dt, b, c)
@@ -86,7 +85,7 @@ class ChunkedScan(torch.autograd.Function):
             dtu = dt_c * u_c
             db_c = torch.einsum("tkbdn,tkbd->tkbn", gs, dtu)
             ddtu = torch.einsum("tkbdn,tkbn->tkbd", gs, b_c)
-            # gs becomes the gradient of dt A: da * a = g h_{l-1} a
+            # From here on gs is the gradient of dt A, which is g h_{l-1} a.
             gs[1:] *= hs[:-1]
             gs[0] *= start
             gs *= a
@@ -95,8 +94,8 @@ class ChunkedScan(torch.autograd.Function):
             du_c = ddtu * dt_c
             for k in range(len(index)):
                 du.index_add_(1, index[k], du_c[:, k].transpose(0, 1))
-                for full, part in ((ddt, ddt_c), (db, db_c), (dc, dc_c)):
-                    full[:, index[k], k] = part[:, k].transpose(0, 1)
+                for whole, chunk in ((ddt, ddt_c), (db, db_c), (dc, dc_c)):
+                    whole[:, index[k], k] = chunk[:, k].transpose(0, 1)
         return du, ddt, dA, db, dc, None
 
 

@@ -1,13 +1,12 @@
-// The four-direction selective scan of vmrnn/scan/reference.py on a CPU, forward and backward, fp32.
+// The selective scan of vmrnn/scan/reference.py on a CPU: four directions, forward and backward, fp32.
 //
-// Vectors run across channels, so that the state needs no horizontal sum and B and C are broadcast
-// scalars. One map is walked in four orders; nothing is permuted. A task owns one batch item and a
-// range of channels and goes through the four directions, so y and dx need no lock; what sums over
-// channels (the gradient of dbl) or over the batch (of the parameters) is written per task and
-// added up by the caller in a fixed order. The split does not depend on the number of threads.
-// Step sizes are made from their low rank T positions at a time and never stored. The backward
-// starts every T positions from a checkpoint of the forward and keeps exp(dt A) and h of that
-// chunk, G states at a time, in the first-level cache. No state outlives a call.
+// Vectors run across channels. So the state needs no sums within a vector, and B and C are broadcast scalars. One map is
+// walked in four orders; nothing is permuted. A task owns one batch item and a range of channels and goes through the four
+// directions, so y and dx need no locks. What is summed over channels (the gradient of dbl) or over the batch (gradients of
+// the parameters) is written once per task and added in a fixed order. The tasks do not depend on the number of threads.
+// Step sizes are made from their low rank, T positions at a time, and never stored. The backward starts every T positions
+// from a checkpoint of the forward. It keeps exp(dt A) and h of that chunk, for G states at a time, in the first-level
+// cache. Nothing is kept between calls.
 //
 // Letters as in reference.py. Channels and states are padded with zeros, which add nothing.
 
@@ -20,10 +19,10 @@
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define LANES 16
-#define VECS 2  // vectors of channels handled together: halves the cost of the sums over channels
+#define VECS 2  // vectors of channels computed together: halves the cost of the sums over channels
 #elif defined(__AVX2__)
 #define LANES 8
-#define VECS 1  // 16 registers hold no more
+#define VECS 1  // more do not fit into 16 registers
 #else
 #define LANES 4
 #define VECS 1
@@ -31,8 +30,8 @@
 
 namespace {
 
-constexpr long V = LANES, U = VECS, C = U * V;  // C channels are a block
-constexpr long G = 4;    // states handled together
+constexpr long V = LANES, U = VECS, C = U * V;  // a block is C channels
+constexpr long G = 4;    // states computed together
 constexpr long K = 4;    // directions
 constexpr long T = 64;   // positions in a chunk
 typedef float vec __attribute__((vector_size(V * 4)));
@@ -42,12 +41,12 @@ constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
 
 inline vec splat(float s) { return s - vec{}; }
 
-// 2^x: x = n + f with |f| <= 1/2, polynomial of 2^f to 9e-8, exact at 0. NaN stays NaN.
+// 2^x with x = n + f, |f| <= 1/2. The polynomial gives 2^f to 9e-8, and exactly 1 at f = 0. NaN stays NaN.
 inline vec exp2v(vec x) {
 #if LANES == 16
   vec f = _mm512_reduce_ps(x, 0), n = x - f;
 #else
-  // Scaling by a product and not by adding to the exponent keeps NaN whatever its bits.
+  // The result is scaled by a product, not by adding to its exponent: this keeps NaN, whatever its bits.
   x = x < -127.f ? splat(-127.f) : x;
   x = x > 128.f ? splat(128.f) : x;
   const float round = 12582912.f + 127.f;  // 1.5 * 2^23: the sum's low bits are n + 127
@@ -80,7 +79,7 @@ inline vec softplus(vec x, vec& derivative) {
   return (x < 0.f ? vec{} : x) + p * s;
 }
 
-// `lanes` floats `stride` apart; the lanes beyond are zero, and not stored.
+// `lanes` floats, `stride` apart. Further lanes are zero when loaded, and are not stored.
 inline vec gather(const float* p, long lanes, long stride) {
   vec v{};
   for (long i = 0; i < std::min(lanes, V); i++) v[i] = p[i * stride];
@@ -99,7 +98,7 @@ inline void store(float* p, vec v, long lanes) {
   if (lanes < V) return scatter(p, v, lanes, 1);
   std::memcpy(p, &v, sizeof v);
 }
-// A group of states, to or from registers. memcpy would leave it in memory.
+// Copies a group of states to or from registers. memcpy would leave them in memory.
 inline void copy(vec* to, const vec* from) {
   for (long i = 0; i < G * U; i++) to[i] = from[i];
 }
@@ -110,12 +109,12 @@ inline void copy(vec* to, const vec* from) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
 #endif
 
-// One level of a sum over lanes: lanes with bit `b` clear keep a's partial sums, the others c's.
+// One level of a sum over lanes. Lanes with bit `b` clear keep the partial sums of a, the others those of c.
 template <int b, size_t... i>
 inline vec fold(vec a, vec c, std::index_sequence<i...>) {
   return SHUFFLE(a, c, (i & b ? int(V + i) : int(i))...) + SHUFFLE(a, c, (i & b ? int(V + (i ^ b)) : int(i ^ b))...);
 }
-// The sums over the lanes of M vectors, in order. Destroys v.
+// The sums over the lanes of M vectors, in order. Overwrites v.
 constexpr long M = V < 2 * G ? V : 2 * G;
 typedef float sums __attribute__((vector_size(M * 4)));
 template <int m = M, int b = V / 2, size_t... i>
@@ -138,17 +137,17 @@ struct Problem {
   long chunks() const { return (L() + T - 1) / T; }
   long blocks() const { return (Di + C - 1) / C; }
   long states() const { return (N + G - 1) / G * G; }         // padded to groups
-  long low_vectors() const { return (R + V - 1) / V; }        // that hold a low-rank step size
-  // Where in the map the i-th step of direction k stands.
-  long place(long k, long i) const {
+  long low_vectors() const { return (R + V - 1) / V; }        // vectors per low-rank step size
+  // The position in the map, row-major, of step i in direction k.
+  long position(long k, long i) const {
     if (k >= 2) i = L() - 1 - i;
     return k % 2 ? i % H * W + i / H : i;
   }
-  long channel_of(long batch, long place) const { return (batch * L() + place) * Di; }
+  long channel_of(long batch, long position) const { return (batch * L() + position) * Di; }
 };
 
-// The gradients. Those of the parameters are per batch item; `partial` is dbl's per range of
-// channels, (ranges, B, K, L, R + 2N) in scan order.
+// The gradients. Those of the parameters have one row per batch item. `partial` is the gradient of dbl, once per range of
+// channels: (ranges, B, K, L, R + 2N), in scan order.
 struct Gradients {
   float *x, *dbl, *weight, *bias, *A, *D, *partial;
   float* rows(const Problem& p, long range, long batch, long k, long i) const {
@@ -156,15 +155,15 @@ struct Gradients {
   }
 };
 
-// T steps of one direction, and what one block of channels holds while it goes through them.
+// T steps of one direction, and what a block of channels holds for them.
 struct Chunk {
   const Problem& p;
   const long width, groups;
-  long n = 0, at[T];          // steps, and the offset of each in a (B, L, Di) array
-  std::vector<float> rows;    // [T][width], of dbl: low-rank step size, B and C with padded states
-  std::vector<sums> dbc;      // [T][groups][dB of G, dC of G], over the blocks of a task
+  long n = 0, at[T];          // number of steps, and the offset of each in a (B, L, Di) array
+  std::vector<float> rows;    // [T][width], rows of dbl: low-rank step size, B and C with padded states
+  std::vector<sums> dbc;      // [T][groups][dB of G, dC of G], summed over the blocks of a task
   std::vector<vec> dlow;      // [T][low_vectors]
-  vec x[T][U], dt[T][U], dtx[T][U], slope[T][U];  // slope: of softplus
+  vec x[T][U], dt[T][U], dtx[T][U], slope[T][U];  // slope: derivative of softplus
   vec y[T][U];                                    // in the backward dy
   vec from_a[T][U], from_b[T][U];                 // gradients through exp(dt A) / log(2) and dt x B
   vec a[T][G * U], before[T][G * U];              // exp(dt A), and h before the step
@@ -180,9 +179,9 @@ struct Chunk {
   void start(long batch, long k, long first) {
     n = std::min(T, p.L() - first);
     for (long l = 0; l < n; l++) {
-      const long place = p.place(k, first + l);
-      at[l] = p.channel_of(batch, place);
-      const float* from = p.dbl + ((batch * p.L() + place) * K + k) * p.row();
+      const long position = p.position(k, first + l);
+      at[l] = p.channel_of(batch, position);
+      const float* from = p.dbl + ((batch * p.L() + position) * K + k) * p.row();
       float* to = &rows[l * width];
       std::memcpy(to, from, (p.R + p.N) * 4);
       std::memcpy(to + p.R + p.states(), from + p.R + p.N, p.N * 4);
@@ -206,7 +205,7 @@ struct Block {
   const Problem& p;
   long k = 0, channel = 0;
   std::vector<vec> A, weight, h;               // [states][U], [R][U], [states][U]
-  std::vector<vec> dA, dweight, dh;            // dh: sent back by the steps after the chunk
+  std::vector<vec> dA, dweight, dh;            // dh: from the steps after the chunk
   std::vector<vec> weight_rows;                // [C][low_vectors]
   vec bias[U]{}, D[U]{}, dbias[U]{}, dD[U]{};
 
@@ -221,7 +220,7 @@ struct Block {
     for (auto* v : {&h, &dA, &dweight, &dh}) std::fill(v->begin(), v->end(), vec{});
     for (long u = 0; u < U; u++) {
       const long at = k * p.Di + channel + u * V;
-      // In units of log(2), so that a step is 2^(dt A).
+      // In units of log(2), so that the decay of a step is 2^(dt A).
       for (long s = 0; s < p.N; s++) A[s * U + u] = gather(p.A + at * p.N + s, lanes(u), p.N) * LOG2E;
       for (long r = 0; r < p.R; r++) weight[r * U + u] = gather(p.weight + at * p.R + r, lanes(u), p.R);
       bias[u] = load(p.bias + at, lanes(u)), D[u] = load(p.D + at, lanes(u));
@@ -231,7 +230,7 @@ struct Block {
       std::memcpy(&weight_rows[i * p.low_vectors()], p.weight + (k * p.Di + channel + i) * p.R, p.R * 4);
   }
 
-  // Where h at the start of a chunk is kept.
+  // The address of h at the start of a chunk.
   float* checkpoint(float* base, long batch, long chunk) const {
     return base + (((batch * p.blocks() + channel / C) * K + k) * p.chunks() + chunk) * p.states() * C;
   }
@@ -241,7 +240,7 @@ struct Block {
     store(out + channel + u * V, k ? v + load(out + channel + u * V, lanes(u)) : v, lanes(u));
   }
 
-  // x, dt and dt x. Four steps at a time share the loads of the weight.
+  // x, dt and dt x. Four steps share the loads of the weight.
   void step_sizes(Chunk& t) const {
     for (long l = 0; l < t.n; l += 4) {
       vec sum[4][U];
@@ -260,7 +259,7 @@ struct Block {
       }
   }
 
-  // G states through the chunk: adds to t.y, or keeps what their backward needs.
+  // Takes G states through the chunk: adds to t.y, or with `keep` stores what their backward needs.
   template <bool keep>
   void states_forward(Chunk& t, long state) {
     vec h_[G * U], A_[G * U];
@@ -282,7 +281,7 @@ struct Block {
     if (!keep) copy(&h[state * U], h_);
   }
 
-  // The reverse of states_forward<true>.
+  // The backward of states_forward<true>.
   void states_backward(Chunk& t, long state) {
     vec dh_[G * U], dA_[G * U], A_[G * U];
     copy(dh_, &dh[state * U]), copy(dA_, &dA[state * U]), copy(A_, &A[state * U]);
@@ -308,14 +307,14 @@ struct Block {
     copy(&dh[state * U], dh_), copy(&dA[state * U], dA_);
   }
 
-  // From the gradients of the steps to those of x, D and the projection.
+  // From the gradients of the steps to the gradients of x, D and the projection.
   void steps_backward(Chunk& t, float* dx) {
     for (long l = 0; l < t.n; l++)
       for (long u = 0; u < U; u++) {
         const vec dy = t.y[l][u], x = t.x[l][u], from_b = t.from_b[l][u];
         merge(dx + t.at[l], u, t.dt[l][u] * from_b + D[u] * dy);
         dD[u] += dy * x;
-        t.from_a[l][u] = (LN2 * t.from_a[l][u] + x * from_b) * t.slope[l][u];  // now of softplus's argument
+        t.from_a[l][u] = (LN2 * t.from_a[l][u] + x * from_b) * t.slope[l][u];  // now the gradient of softplus's argument
         dbias[u] += t.from_a[l][u];
       }
     const long low_vectors = p.low_vectors();
@@ -397,10 +396,10 @@ void backward(const Problem& p, long batch, long range, long first, long last, c
   }
 }
 
-// The gradient of dbl in one direction: the ranges' added in their order.
+// The gradient of dbl in one direction: the sum over ranges, in order.
 void add_ranges(const Problem& p, long ranges, long batch, long k, const Gradients& out) {
   for (long i = 0; i < p.L(); i++) {
-    float* to = out.dbl + ((batch * p.L() + p.place(k, i)) * K + k) * p.row();
+    float* to = out.dbl + ((batch * p.L() + p.position(k, i)) * K + k) * p.row();
     std::memcpy(to, out.rows(p, 0, batch, k, i), p.row() * 4);
     for (long range = 1; range < ranges; range++) {
       const float* from = out.rows(p, range, batch, k, i);
@@ -412,7 +411,7 @@ void add_ranges(const Problem& p, long ranges, long batch, long k, const Gradien
 template <class Task>
 void run(long tasks, int threads, const Task& task) {
 #ifdef _OPENMP
-  // One thread enters no parallel region, so that a process forked after one can still work.
+  // One thread enters no parallel region: a process forked after a parallel region could not enter another.
   if (threads > 1 && tasks > 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long i = 0; i < tasks; i++) task(i);
@@ -426,7 +425,7 @@ void run(long tasks, int threads, const Task& task) {
 
 extern "C" {
 
-// What the shape of the checkpoints, (B, blocks, K, chunks, padded states, C), depends on.
+// These decide the shape of the checkpoints: (B, blocks, K, chunks, padded states, C).
 int vmrnn_scan_channels() { return C; }
 int vmrnn_scan_steps() { return T; }
 int vmrnn_scan_group() { return G; }
@@ -439,7 +438,7 @@ int vmrnn_scan_openmp() {
 #endif
 }
 
-// checkpoints: null when no backward follows.
+// checkpoints: null if no backward follows.
 void vmrnn_scan_forward(const Problem* p, int threads, float* y, float* checkpoints) {
   const long blocks = p->blocks();
   run(p->B * blocks, threads, [&](long i) { forward(*p, i / blocks, i % blocks * C, y, checkpoints); });

@@ -1,8 +1,8 @@
-"""The scan by mamba-ssm's CUDA kernel (github.com/state-spaces/mamba), where it is installed.
+"""The scan by mamba-ssm's CUDA kernel (github.com/state-spaces/mamba), if that is installed.
 
-The kernel is one-dimensional and wants (B, K*Di, L), so this path alone makes the permuted copies
-the others avoid. The compiled extension `selective_scan_cuda` is all that is needed; the package
-`mamba_ssm` around it imports a large tree and is not touched.
+The kernel is one-dimensional and takes (B, K*Di, L), so this back end makes the permuted copies that the others avoid.
+It needs only the compiled extension `selective_scan_cuda`. The package `mamba_ssm` is not imported, since it imports
+many large packages.
 """
 
 import functools
@@ -17,7 +17,7 @@ INSTALL = "pip install --no-build-isolation --no-deps -r requirements-cuda.txt (
 
 @functools.cache
 def extension():
-    """(module, None), or (None, why it cannot be imported)."""
+    """(the module, None), or (None, the reason why it cannot be imported)."""
     try:
         return importlib.import_module("selective_scan_cuda"), None
     except ImportError as error:  # absent, or built for another torch or CUDA
@@ -41,7 +41,7 @@ def can_run(device, dtype, d_state):
 
 
 def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
-    """See `reference.scan_2d`; computed in fp32, as the published code does."""
+    """See `reference.scan_2d`. Computes in fp32, as the published code does."""
     H, W, Di = x.shape[1:]
     K, _, R = dt_weight.shape
     N = A_log.shape[-1]
@@ -65,8 +65,10 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
 
 
 class SelectiveScan(torch.autograd.Function):
-    """The extension's two calls, the same in mamba-ssm 1.x and 2.x: u, dt (B, K*Di, L); A (K*Di, N);
-    b, c (B, K, N, L); D, bias (K*Di) -> (B, K*Di, L)."""
+    """The two functions of the extension. They are the same in mamba-ssm 1.x and 2.x.
+
+    u, dt (B, K*Di, L); A (K*Di, N); b, c (B, K, N, L); D, bias (K*Di) -> (B, K*Di, L)
+    """
 
     @staticmethod
     def forward(ctx, u, dt, A, b, c, D, bias):

@@ -1,4 +1,4 @@
-"""The 2-D selective scan as a plain loop: what every back end is held to. Imports torch alone.
+"""The 2-D selective scan as a plain loop. Every back end is tested against it. Imports torch alone.
 
 Shape letters, used in all of vmrnn/scan: B batch, H, W map, L = H*W positions, K = 4 directions,
 Di inner channels, N state size (d_state), R rank of the step-size projection.
@@ -11,7 +11,7 @@ DIRECTIONS = 4
 
 
 def split_directions(t, H, W):
-    """(B, L, K, *) in natural order, one entry a direction -> list of K (B, L, *) in scan order.
+    """(B, L, K, *) in row-major order, one entry per direction -> list of K tensors (B, L, *) in scan order.
 
     Directions: 0 row-major, 1 column-major, 2 and 3 their reverses.
     """
@@ -24,7 +24,7 @@ def split_directions(t, H, W):
 
 
 def merge_directions(ys, H, W):
-    """The inverse of `split_directions`, summed: K of (B, L, Di) in scan order -> (B, H, W, Di)."""
+    """The sum over directions, put back in place: K tensors (B, L, Di) in scan order -> (B, H, W, Di)."""
     rows, columns, rows_back, columns_back = ys
     columns = columns + columns_back.flip(1)
     return (rows + rows_back.flip(1)).unflatten(1, (H, W)) + columns.unflatten(1, (W, H)).transpose(1, 2)
@@ -46,8 +46,8 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
         h_l  = exp(dt_l A) h_{l-1} + dt_l B_l x_l          h is (B, Di, N), zero at the start
         y_l  = <C_l, h_l> + D x_l
 
-    Any device, fp32 or fp64. Autograd differentiates the loop; time and memory are O(L) steps and
-    O(B L Di N), so this is for tests and tiny maps.
+    Any device, fp32 or fp64. Autograd differentiates the loop. It takes L steps one after the other and O(B L Di N)
+    memory, so it is for tests and tiny maps.
     """
     B, H, W, Di = x.shape
     K, _, R = dt_weight.shape
@@ -66,8 +66,8 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
 def selective_scan(u, dt, A, b, c):
     """One direction: u, dt (B, L, Di); A (Di, N); b, c (B, L, N) -> (B, L, Di).
 
-    unbind and stack, not indexing by l: the backward of indexing writes a full-size zero tensor a
-    step, which makes it quadratic in L.
+    The loop uses unbind and stack. The backward of indexing by l would write a full-size tensor of zeros per step, which
+    makes it quadratic in L.
     """
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[-1])
     ys = []
