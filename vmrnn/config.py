@@ -97,14 +97,16 @@ class Config:
     model: str = option("network", "VMRNN-D", "network: VMRNN-B, VMRNN-D", rule=known_network)
     patch_size: int = option("network", 2, "side of a patch in pixels: 2, 4, 8, ...", at_least=1)
     embed_dim: int = option("network", 128, "channels of the patch embedding", at_least=1)
-    depths: list[int] = option("network", [6], "VMRNN-B: VSS blocks per cell, one number per cell", at_least=1)
-    depths_down: list[int] = option("network", [2, 6], "VMRNN-D: VSS blocks per level on the way down",
+    depths: list[int] = option("network", [6], "VMRNN-B: blocks per cell, one number per cell", at_least=1)
+    depths_down: list[int] = option("network", [2, 6], "VMRNN-D: blocks per level on the way down",
         at_least=1)
     depths_up: list[int] = option("network", [6, 2],
-        "VMRNN-D: VSS blocks per level on the way up; the last number is the coarsest level", at_least=1)
+        "VMRNN-D: blocks per level on the way up; the last number is the coarsest level", at_least=1)
+    cell: str = option("network", "vss", "blocks of the cells: vss (the paper's), swin (SwinLSTM) or conv (ConvLSTM)",
+        choices=["vss", "swin", "conv"])
     d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
     drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
-    attn_drop_rate: float = option("network", 0.0, "dropout rate after each SS2D", at_least=0, below=1)
+    attn_drop_rate: float = option("network", 0.0, "dropout rate in every block", at_least=0, below=1)
     drop_path_rate: float = option("network", 0.1, "stochastic depth: rate of dropped blocks", at_least=0, below=1)
 
     dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array, grid", choices=list(DATASETS))
