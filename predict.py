@@ -1,31 +1,43 @@
 """Forecast the frames that follow those of a file. No labels are needed.
 
     python predict.py --checkpoint exps/x/best.safetensors --input clip.avi --horizon 10
-    python predict.py --checkpoint exps/x/best.safetensors --input frames/ --horizon 20 --output next.npz next.gif next.mp4
+    python predict.py --checkpoint exps/x/best.safetensors --input radar.nc --horizon 12 --output next.nc next.mp4
+    python predict.py --checkpoint exps/x/best.safetensors --input frames/ --horizon 20 --last 10 --output next.npz
     python predict.py --checkpoint trained_model_state_dict --config configs/moving_mnist_d.toml --input x.npy --horizon 10
                                                                         a published file plus its configuration
---input is a video, a folder of images, a .npy or a .npz (T, H, W[, C]). Every frame is observed, in order, at its own
-size. A .npz output holds `forecast`, (N, H, W) or (N, H, W, C), in the units and the type of the input; whole numbers are
-rounded. .gif and .mp4 show the same frames: low of the data range is black, high is white.
+--input is a video, a folder of images, a .npy or .npz, (T, H, W[, C]) or (N, T, H, W[, C]), or a gridded field (NetCDF,
+HDF5, Zarr, GRIB, GeoTIFF, TIFF). Frames are read one at a time and prepared as in training: a frame of another size than
+the network's is resized, and the forecast is resized back. Every one of N sequences gets a forecast of its own.
+
+--output, by its ending: .nc and .zarr hold a field with the names, units and coordinates of the input, whose time
+continues; .npy and .npz an array in the units and the type of the input, whole numbers rounded; .gif and .mp4 a film; .png
+one picture per frame.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vmrnn import config as configuration
-from vmrnn.data.media import read_frames
+from vmrnn.data.grid_files import GRIDS
+from vmrnn.data.inputs import open_input
 from vmrnn.errors import UserError
-from vmrnn.files import replacing
+from vmrnn.forecast_files import ENDINGS, Forecast, check_output
 from vmrnn.forecaster import Forecaster
-from vmrnn.pictures import save_video
 from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
 
-OUTPUTS = (".npz", ".gif", ".mp4")
-GREY = np.array([0.299, 0.587, 0.114])  # weights of red, green, blue (ITU-R 601), as video decoders use them
+READING = (
+    "array_key",
+    "array_axes",
+    "variables",
+    "time_from",
+    "time_step",
+    "frame_step",
+)  # options of how files are read
 
 
 def parse_arguments(argv=None):
@@ -35,79 +47,95 @@ def parse_arguments(argv=None):
         "--config", metavar="FILE.toml", help="the network's configuration, where the weights hold none"
     )
     parser.add_argument("--input", metavar="FILE", required=True, help="the frames to continue")
-    parser.add_argument("--array_key", metavar="NAME", default="", help="the array of a .npz that holds several")
+    parser.add_argument("--last", type=int, metavar="N", help="use the last N frames alone (default: all)")
     parser.add_argument("--horizon", type=int, metavar="N", required=True, help="frames to forecast")
+    parser.add_argument(
+        "--own_size", action="store_true", help="forecast at the size of the input; default: at that of the training"
+    )
     parser.add_argument(
         "--output",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help=f"{', '.join(OUTPUTS)} (default: <input>_forecast.npz here)",
+        help=f"{', '.join(ENDINGS)} (default: <input>_forecast.nc for gridded fields, else .npz, here)",
     )
+    parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--scan", default="auto", help="scan back end (default: auto)")
+    configuration.add_options(parser, only=READING)
     args = parser.parse_args(argv)
-    args.output = args.output or [Path(f"{Path(args.input).resolve().stem}_forecast.npz")]
+    for name in ("horizon", "last", "fps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not args.output:
+        ending = ".nc" if args.input.lower().endswith(GRIDS) else ".npz"
+        args.output = [Path(f"{Path(args.input).resolve().stem}_forecast{ending}")]
     for path in args.output:
-        if path.suffix.lower() not in OUTPUTS:
-            raise UserError(f"--output {path}: its name must end as one of {' '.join(OUTPUTS)}")
-        if path.resolve() == Path(args.input).resolve():
-            raise UserError(f"--output {path}: is the input; name another file")
-    if args.horizon < 1:
-        raise UserError(f"--horizon {args.horizon}: must be at least 1")
+        check_output(path, args.input)
     return args
 
 
-def in_channels(frame, channels):
-    """A frame (H, W, C) as the network takes it: colours become grey if the network takes one channel."""
-    if frame.shape[-1] == 3 and channels == 1:
-        return as_type(frame @ GREY, frame.dtype)[..., None]
-    return frame
+def forecast_sequence(forecaster, frames, horizon):
+    """Observe the frames of a sequence, one at a time, and forecast.
 
-
-def as_type(values, dtype):
-    """Values as another type of numbers. For whole numbers they are rounded, and clipped to what the type holds."""
-    if np.issubdtype(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        return np.rint(values).clip(limits.min, limits.max).astype(dtype)
-    if np.issubdtype(dtype, np.bool_):
-        return values >= 0.5
-    return values.astype(dtype)
-
-
-def save(path, forecast, value_range, dtype):
-    """Write a forecast as the ending of `path` says.
-
-    forecast      (N, H, W, C) on the network's scale [0, 1]
-    value_range   ValueRange, the way to the units of the input
-    dtype         the input's, of the numbers in a .npz
+    Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of the
+    frames; how many there were).
     """
-    with replacing(path) as temporary:
-        if path.suffix.lower() == ".npz":
-            frames = forecast[..., 0] if forecast.shape[-1] == 1 else forecast
-            with open(temporary, "wb") as f:  # np.savez would add .npz to another name
-                np.savez_compressed(f, forecast=as_type(value_range.to_data(frames), dtype))
-        else:
-            save_video(temporary, forecast.transpose(0, 3, 1, 2), path.suffix.lower())
+    forecaster.reset()
+    for frame in frames:
+        forecaster.observe(frame)
+    if forecaster.count == 0:
+        raise UserError("--input: holds no frames")
+    forecast = forecaster.forecast_in_unit(horizon)
+    forecast[:, forecaster.unseen()] = np.nan
+    return forecast, frame.dtype, forecaster.count
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    forecaster = Forecaster(args.checkpoint, args.config, args.device, args.scan)
+    forecaster = Forecaster(args.checkpoint, args.config, args.device, args.scan, own_size=args.own_size)
     log.info("device     %s", describe_device(forecaster.device))
-    frames = read_frames(args.input, args.array_key)
-    trained = forecaster.config.frame_size
-    log.info("input      %d frames of %dx%d, %s", *frames.shape[:3], frames.dtype)
-    if frames.shape[1:3] != trained:
-        log.info("note       the network was trained on frames of %dx%d", *trained)
+    given = {key: value for key, value in vars(args).items() if key in READING}
+    config = replace(forecaster.config, **given)
+    source = open_input(args.input, config)
+    for note in source.notes:
+        log.info("input      %s", note)
     for path in args.output:
         path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made fails before the work
-    for frame in frames:
-        forecaster.observe(in_channels(frame, forecaster.model.in_chans))
-    forecast = forecaster.forecast_in_unit(args.horizon)
+
+    # Forecast every sequence. Only the forecasts are kept in memory.
+    forecasts, times = [], []
+    for number, sequence in enumerate(source.sequences):
+        forecast, dtype, count = forecast_sequence(
+            forecaster, sequence.frames(config.frame_step, args.last), args.horizon
+        )
+        if number == 0:
+            log.info("input      %d frames of %dx%d, %s", count, *forecast.shape[1:3], dtype)
+            log_size(forecaster, forecast.shape[1:3])
+        forecasts.append(forecast)
+        whole = sequence.times
+        times.append(None if whole is None else whole[sequence.taken(config.frame_step)])
+    if source.many:
+        log.info("input      %d sequences, each with a forecast of its own", len(forecasts))
+
+    forecast = Forecast(
+        np.stack(forecasts), forecaster.observed_range, dtype, source.many, source.info, times, config.frame_step
+    )
     for path in args.output:
-        save(path, forecast, forecaster.observed_range, frames.dtype)
+        forecast.save(path, args.fps)
         log.info("forecast   %d frames in %s", args.horizon, path)
+
+
+def log_size(forecaster, size):
+    """Say at which size the network works, if it is not that of the input."""
+    trained, used = forecaster.config.frame_size, forecaster.prepare.size
+    if used and used != size:
+        log.info(
+            "size       resized to the %dx%d of the training, and the forecast back; --own_size keeps the input's",
+            *used,
+        )
+    elif size != trained:
+        log.info("size       the network was trained on frames of %dx%d", *trained)
 
 
 if __name__ == "__main__":

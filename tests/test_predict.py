@@ -12,6 +12,7 @@ import vmrnn
 from vmrnn import config as configuration
 from vmrnn.checkpoint import save_checkpoint, save_weights
 from vmrnn.data.media import read_frames
+from vmrnn.data.prepare import as_channels, as_type
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
@@ -51,7 +52,7 @@ def test_a_stream_is_a_rollout(trained, model, size):
     inputs = torch.rand(1, 5, 2, *size)
     padded = inputs.numpy()
     padded = np.pad(padded, ((0, 0),) * 3 + tuple((0, -n % unit) for n in size), "edge")
-    stream = vmrnn.Forecaster(path, device="cpu")
+    stream = vmrnn.Forecaster(path, device="cpu", own_size=True)
     for t in range(5):
         stream.observe(inputs[0, t].permute(1, 2, 0).numpy())
         got = stream.forecast(3)
@@ -68,7 +69,7 @@ def test_a_stream_is_a_rollout(trained, model, size):
 def test_a_stream_on_a_graph_is_the_same_stream(trained):
     """Frames, forecasts between them, another stream of another size, and the first size again."""
     _, path = trained(model="VMRNN-D")
-    plain, graphed = (vmrnn.Forecaster(path, device="cuda", cuda_graph=on) for on in (False, True))
+    plain, graphed = (vmrnn.Forecaster(path, device="cuda", cuda_graph=on, own_size=True) for on in (False, True))
     for size in ((16, 16), (24, 16), (16, 16)):
         for frame in np.random.default_rng(0).random((4, *size), dtype=np.float32):
             for stream in (plain, graphed):
@@ -147,7 +148,7 @@ def test_what_a_stream_refuses(trained, tmp_path):
     stream = vmrnn.Forecaster(path, device="cpu")
     with pytest.raises(UserError, match="before observe"):
         stream.forecast(1)
-    with pytest.raises(UserError, match=r"\(16, 16\): the network takes \(H, W, 2\)"):
+    with pytest.raises(UserError, match=r"\(16, 16, 1\): the network takes \(H, W, 2\)"):
         stream.observe(np.zeros((16, 16)))
     stream.observe(np.zeros((16, 16, 2)))
     with pytest.raises(UserError, match=r"\(16, 18, 2\) after frames of \(16, 16, 2\)"):
@@ -220,7 +221,7 @@ def test_the_forecast_has_the_inputs_type_and_units(trained, tmp_path, dtype):
 
 
 def test_a_forecast_of_yes_and_no():
-    np.testing.assert_array_equal(predict.as_type(np.array([0.01, 0.49, 0.5, 1.0]), np.dtype(bool)), [0, 0, 1, 1])
+    np.testing.assert_array_equal(as_type(np.array([0.01, 0.49, 0.5, 1.0]), np.dtype(bool)), [0, 0, 1, 1])
 
 
 def test_a_run_with_averaged_weights_forecasts_with_them(tmp_path):
@@ -236,10 +237,10 @@ def test_a_run_with_averaged_weights_forecasts_with_them(tmp_path):
 
 def test_colours_become_grey_for_a_network_of_one_channel():
     frame = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    grey = predict.in_channels(frame, 1)
+    grey = as_channels(frame, 1)
     expected = np.asarray(Image.fromarray(frame).convert("L")).astype(int)
     assert grey.dtype == np.uint8 and np.abs(grey[..., 0] - expected).max() <= 1
-    assert predict.in_channels(frame, 3) is frame
+    assert as_channels(frame, 3) is frame
 
 
 def test_a_real_process_and_its_default_output(trained, tmp_path, run):

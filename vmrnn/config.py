@@ -314,11 +314,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def add_options(parser):
-    """A flag for every key of Config; one that is not given leaves no trace in the parsed arguments."""
+def add_options(parser, only=None):
+    """A flag for every key of Config, or for those of `only`. One that is not given leaves no trace in the arguments."""
     parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
-    groups = {scope: parser.add_argument_group(scope) for scope in SCOPES}
-    for f in FIELDS.values():
+    fields = [f for f in FIELDS.values() if only is None or f.name in only]
+    groups = {
+        scope: parser.add_argument_group(scope) for scope in SCOPES if any(f.metadata["scope"] == scope for f in fields)
+    }
+    for f in fields:
         group, choices = groups[f.metadata["scope"]], f.metadata["choices"]
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         is_list = f.type in LISTS

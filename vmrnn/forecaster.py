@@ -10,10 +10,13 @@
 Only the network's states are kept of the past, so memory does not grow with the stream.
 """
 
+import logging
+
 import numpy as np
 import torch
 
 from vmrnn.checkpoint import load_network
+from vmrnn.data.prepare import Preparation, as_frame
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward
@@ -21,7 +24,9 @@ from vmrnn.rollout import network_input
 from vmrnn.values import ValueRange
 
 UNIT_RANGE, BYTE_RANGE = (0.0, 1.0), (0.0, 255.0)
-ROUNDING = 1e-3  # how far outside [0, 1] a value may lie
+ROUNDING = 1e-3  # how far outside [0, 1] a value may lie, where no range is known
+
+log = logging.getLogger("vmrnn")
 
 
 class Forecaster:
@@ -34,20 +39,24 @@ class Forecaster:
     scan         scan back end, see vmrnn.scan
     cuda_graph   record the kernels of a frame once and replay them. CUDA GPUs only. It pays for streams, where launching
                  the kernels one by one takes longer than running them
+    own_size     True: frames keep their size. False: frames of another size than those of the training are resized as
+                 the training did, and forecasts are resized back. A network that was trained on crops keeps the size of
+                 its frames either way
 
     Frames are given and returned in the units of the data: `value_range` maps them to the network's [0, 1] and back.
-    If the file knows no range, uint8 means 0 to 255, and all other types must be in [0, 1] already. NaN and the missing
-    values of the range are missing pixels. The network sees 0 in their place. Any height and width will do, but every
-    frame of a stream must have the same. Sides that the network cannot take are padded, and the forecast is cropped.
+    If the file knows no range, uint8 means 0 to 255, and all other types must be in [0, 1] already. NaN, masked pixels
+    and the missing values of the range are missing pixels. The network sees 0 in their place. Colours become grey for a
+    network of one channel. All frames of a stream must have the same height and width.
     UserError: a file that is missing, damaged or does not fit, no configuration, a device that does not exist,
     cuda_graph without a CUDA GPU.
     """
 
-    def __init__(self, checkpoint, config=None, device="auto", scan="auto", cuda_graph=False):
+    def __init__(self, checkpoint, config=None, device="auto", scan="auto", cuda_graph=False, own_size=False):
         trained = load_network(checkpoint, config, device, scan=scan)
         self.model, self.config, self.value_range = trained.model, trained.config, trained.value_range
         if not DATASETS[self.config.dataset].own and self.value_range == ValueRange():
             self.value_range = None  # generated in [0, 1]: users have such frames as bytes or as fractions
+        self.prepare = Preparation.of(self.config, self.value_range, own_size)
         self.device = next(self.model.parameters()).device
         if cuda_graph and self.device.type != "cuda":
             raise UserError(f"cuda_graph is for a CUDA GPU, and the device is {self.device}: leave it out")
@@ -58,32 +67,38 @@ class Forecaster:
         """Forget every frame, to begin another stream."""
         self.shape = None  # of the stream's frames, as given
         self.observed_range = None  # ValueRange of the stream's frames
+        self.never_seen = None  # bool (h, w): pixels that were missing in every frame, in every channel
+        self.count = 0  # frames of the stream
+        self._warned = False  # whether values outside the range were reported
+        self._size = None  # (h, w) of the prepared frames
         self._coming = self._states = None  # the frame after the last observed one, and the states that go with it
 
     @torch.inference_mode()
     def observe(self, frame):
         """Take the next frame of the stream.
 
-        frame   array (H, W) or (H, W, C) of any real type, in the units of the data
+        frame   array, masked array or tensor (H, W) or (H, W, C) of any real type, in the units of the data
 
-        UserError: another shape than the frames before, another number of channels than the network's, or, if the file
-        knows no range, values outside [0, 1] that are not uint8.
+        A frame that is refused changes nothing. Values outside the range that the network was trained on are reported
+        once per stream. UserError: no frame of real numbers, another shape than the frames before, another number of
+        channels than the network's, or, if the file knows no range, values outside [0, 1] that are not uint8.
         """
-        frame = np.asarray(frame)
-        channels = frame.shape[2] if frame.ndim == 3 else 1
-        if frame.ndim not in (2, 3) or channels != self.model.in_chans:
-            raise UserError(f"a frame of shape {frame.shape}: the network takes (H, W, {self.model.in_chans})")
-        if self.shape not in (None, frame.shape):
-            raise UserError(
-                f"a frame of shape {frame.shape} after frames of {self.shape}: reset() starts another stream"
-            )
-        value_range = self.range_of(frame)
+        given = tuple(np.shape(frame))
+        values = as_frame(frame)
+        if self.shape not in (None, given):
+            raise UserError(f"a frame of shape {given} after frames of {self.shape}: reset() starts another stream")
+        value_range = self.range_of(values)
         if self.observed_range not in (None, value_range):
-            raise UserError(f"a frame of {frame.dtype} after others: uint8 and other types have different ranges here")
-        self.shape, self.observed_range = frame.shape, value_range
-        values = torch.from_numpy(value_range.to_unit(frame)).view(*frame.shape[:2], channels).permute(2, 0, 1)
-        values = network_input(values[None].to(self.device), self.model.stride)
-        self._coming, self._states = self._advance(values, self._states)
+            raise UserError(f"a frame of {values.dtype} after others: uint8 and other types have different ranges here")
+        unit = self.prepare.with_range(value_range)(values)
+        self._report_outside(unit, value_range)
+        missing = unit.isnan().all(dim=0)
+        advanced = self._advance(network_input(unit[None].to(self.device), self.model.stride), self._states)
+
+        self._coming, self._states = advanced
+        self.shape, self.observed_range, self._size = given, value_range, tuple(unit.shape[-2:])
+        self.never_seen = missing if self.never_seen is None else self.never_seen & missing
+        self.count += 1
 
     def range_of(self, frame):
         """The ValueRange of a frame: the file's or, if the file knows none, the one of the frame's type."""
@@ -99,20 +114,42 @@ class Forecaster:
             )
         return ValueRange(*UNIT_RANGE, missing)
 
+    def _report_outside(self, unit, value_range):
+        """Warn of values far outside the training range, such as a fill value that is not named, or of other units."""
+        far = (unit < -1) | (unit > 2)
+        outside = (unit < -ROUNDING) | (unit > 1 + ROUNDING)
+        if self._warned or not (far.any() or outside.sum() > 0.5 * unit.isfinite().sum()):
+            return
+        self._warned = True
+        known = unit[~unit.isnan()]
+        worst = known[known.abs().argmax()]
+        log.warning(
+            "frame %d: %d of its %d values lie outside the range of the training (%s), %d of them by more than its width "
+            "(the farthest is %.4g on the scale from 0 to 1); name a fill value with missing_value, or check the units",
+            self.count, int(outside.sum()), unit.numel(), value_range, int(far.sum()), worst,
+        )  # fmt: skip
+
+    def unseen(self):
+        """The pixels of the input that were missing in every frame, bool (H, W)."""
+        if self.never_seen.shape == self.shape[:2]:
+            return self.never_seen.numpy()
+        return self.prepare.restore(self.never_seen.float()[None, None], self.shape[:2])[0, ..., 0] > 0.5
+
     def forecast(self, horizon):
         """Forecast the next frames. What has been observed stays as it is.
 
         horizon   number of frames, at least 1
 
-        Returns float32 (horizon, H, W) or (horizon, H, W, C), as the frames were given, in their units.
-        UserError: before the first frame, or a horizon below 1.
+        Returns float32 (horizon, H, W) if the frames were given so, else (horizon, H, W, C), in the units of the data.
+        UserError: before the first frame, a horizon below 1, or a forecast that is not finite.
         """
         unit = self.forecast_in_unit(horizon)
-        return self.observed_range.to_data(unit)
+        frames = self.observed_range.to_data(unit)
+        return frames[..., 0] if len(self.shape) == 2 else frames
 
     @torch.inference_mode()
     def forecast_in_unit(self, horizon):
-        """`forecast` on the network's scale [0, 1]."""
+        """`forecast` on the network's scale [0, 1], always (horizon, H, W, C)."""
         if self._coming is None:
             raise UserError("forecast() before observe(): there is nothing to continue")
         if horizon < 1:
@@ -121,6 +158,11 @@ class Forecaster:
         for _ in range(horizon - 1):
             frame, states = self._advance(frames[-1], states)
             frames.append(frame)
-        height, width = self.shape[:2]
-        found = torch.cat(frames)[..., :height, :width].permute(0, 2, 3, 1)
-        return found.cpu().numpy().reshape(horizon, *self.shape)
+        height, width = self._size
+        found = torch.cat(frames)[..., :height, :width]
+        if not found.isfinite().all():
+            raise UserError(
+                f"the forecast is not finite after {self.count} frames: their values are too far outside the range of the "
+                f"training ({self.observed_range})"
+            )
+        return self.prepare.restore(found, self.shape[:2])

@@ -86,6 +86,13 @@ def save_video(path, frames, kind, pixels=256, fps=5):
         container.mux(stream.encode())
 
 
+def save_images(path, frames):
+    """Write frames (T, C, H, W) as PNGs: next.png becomes next_001.png, next_002.png, ..."""
+    for number, image in enumerate(as_bytes(as_images(frames), 1), 1):
+        with replacing(path.with_stem(f"{path.stem}_{number:03d}")) as temporary:
+            Image.fromarray(image).save(temporary, "PNG")
+
+
 def as_bytes(images, scale):
     """Images (T, H, W, 3) in [0, 1] as uint8. Every pixel becomes a square of `scale` pixels."""
     return (255 * images.clip(0, 1)).round().astype(np.uint8).repeat(scale, 1).repeat(scale, 2)
