@@ -86,9 +86,8 @@ def fake_footprint(config):
     for module in model.modules():
         if isinstance(module, UsesKernels):
             module.kernels = kernels_of("triton" if config.scan == "auto" else config.scan)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = mode.from_tensor(parameter)
+        for tensors in (module._parameters, module._buffers):
+            tensors |= {name: mode.from_tensor(t) for name, t in tensors.items() if t is not None}
     shape = (config.train_batch_size // config.accumulate, config.num_frames_input, config.input_channels)
     with mode:
         return footprint(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_identical, outputs_and_gradients
 from timm.models.swin_transformer import SwinTransformerBlock
 
+from benchmarks import cells
 from functions import RolloutLoss
 from vmrnn import config as configuration
 from vmrnn.checkpoint import load_network, save_weights
@@ -26,6 +27,15 @@ def network(model, cell, **options):
 def test_every_cell_is_an_option():
     assert set(configuration.FIELDS["cell"].metadata["choices"]) == CELLS.keys()
     assert configuration.resolve(None, {}).cell == "vss"
+
+
+@pytest.mark.parametrize("task", cells.SIZES)
+def test_the_benchmark_compares_networks_of_equal_size(task):
+    counts = {
+        cell: sum(p.numel() for p in build_model(**cells.config_of(task, cell).network_options).parameters())
+        for cell in CELLS
+    }
+    assert max(counts.values()) <= 1.05 * counts["vss"] and min(counts.values()) >= 0.95 * counts["vss"], counts
 
 
 @pytest.mark.parametrize("cell", NEW_CELLS)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-KERNEL = 5  # side of the filters, as in the paper's networks for Moving MNIST
+KERNEL = 3  # side of the filters. The paper has 5 on maps of 16x16; patches make the maps here smaller
 
 
 class ConvLSTM(nn.Module):

@@ -1,0 +1,177 @@
+"""The cells of --cell in network B: trained at equal parameters, then at equal CPU time.
+
+    python -m benchmarks.cells --digits mnist                       the small task of benchmarks.recipes, three seeds
+    python -m benchmarks.cells --digits mnist --task full --seeds 1
+
+Each cell has its own width and depth, chosen so that the networks have equally many parameters (within 5 %). Everything else
+is the same: task, recipe (Muon, a tenth of the L1, a curriculum) and sequences. The first table trains every cell on the same
+sequences. The learning rate is the best of --rates with seed 0, for each cell on its own. The second table trains the same
+networks at the same rates with as much CPU time as the first cell took in the first table: CPU seconds per update are
+measured once, all cells in turn, and give every cell its number of sequences.
+
+Every run is a process of `python train.py`. Run folders stay under --folder, so a benchmark that was stopped continues
+where it was. Figures are those of `python test.py` on the same held-out digits: means over the seeds, and the MSE of every
+seed. Also: CPU milliseconds per frame of a forecast with batch 1, CPU milliseconds per frame and sequence of training, and
+the memory per frame and sequence that training keeps for the backward pass (benchmarks.footprint).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.footprint import fake_footprint
+from benchmarks.recipes import TASKS, judge, small_updates
+from functions import RolloutLoss, Step
+from vmrnn import config as configuration
+from vmrnn.network import build_model
+from vmrnn.rollout import Rollout
+from vmrnn.runtime import cpu_name, run_program
+
+SIZES = {
+    "small": {
+        "vss": {"embed_dim": 80, "depths": [2]},
+        "swin": {"embed_dim": 80, "depths": [2]},
+        "conv": {"embed_dim": 32, "depths": [3]},
+    },
+    "full": {
+        "vss": {"embed_dim": 128, "depths": [4]},
+        "swin": {"embed_dim": 112, "depths": [5]},
+        "conv": {"embed_dim": 80, "depths": [2]},
+    },
+}
+SEQUENCES = {"small": 1000, "full": 200}  # of the test
+BATCH = 4  # sequences per update
+ROUNDS, UPDATES = 5, 4  # of the measurement of CPU time
+
+
+def options_of(task, cell, rate, share=1.0):
+    """The options of a training run. share: of the task's sequences."""
+    options = TASKS[task] | SIZES[task][cell] | small_updates(BATCH, rate) | {"cell": cell}
+    sequences = round(options["train_sequences"] * share / BATCH) * BATCH
+    updates = options["epochs"] * sequences // BATCH
+    return options | {"train_sequences": sequences, "curriculum": updates * 6 // 10}
+
+
+def config_of(task, cell):
+    options = {key: [value] if key in ("depths", "input_size") and not isinstance(value, list) else value
+               for key, value in options_of(task, cell, 1e-3).items()}  # fmt: skip
+    return configuration.resolve(None, options)
+
+
+def cpu_seconds(function, calls):
+    start = time.process_time()
+    for _ in range(calls):
+        function()
+    return (time.process_time() - start) / calls
+
+
+def costs(task, cells):
+    """{cell: {"parameters", "train": CPU seconds per frame and sequence, "forecast": CPU seconds per frame,
+    "memory": bytes kept per frame and sequence}}: medians over rounds that take the cells in turn."""
+    runs, found = {}, {cell: {"train": [], "forecast": []} for cell in cells}
+    for cell in cells:
+        config = config_of(task, cell)
+        model = build_model(**config.network_options)
+        frames = torch.rand(BATCH, config.num_frames_input + config.num_frames_output, 1, *config.frame_size)
+        inputs, targets = frames.split((config.num_frames_input, config.num_frames_output), 1)
+        step = Step(Rollout(model), RolloutLoss(0.1), torch.device("cpu"))
+        step(inputs, targets)
+        states = model(frames[:1, 0])[1]
+        runs[cell] = {
+            "train": lambda step=step, inputs=inputs, targets=targets: step(inputs, targets),
+            "forecast": torch.inference_mode()(lambda m=model, f=frames[:1, 0], s=states: m(f, s)),
+        }
+        weights = sum(p.numel() for p in model.parameters())
+        kept = fake_footprint(config)["kept"] - 4 * weights
+        found[cell] |= {"parameters": weights, "memory": kept / (frames.shape[1] - 1) / BATCH}
+    for _ in range(ROUNDS):
+        for cell, functions in runs.items():
+            found[cell]["train"].append(cpu_seconds(functions["train"], UPDATES) / (frames.shape[1] - 1) / BATCH)
+            found[cell]["forecast"].append(cpu_seconds(functions["forecast"], 10 * UPDATES))
+    return {
+        cell: {key: statistics.median(value) if isinstance(value, list) else value for key, value in cost.items()}
+        for cell, cost in found.items()
+    }
+
+
+def once(path, function):
+    """What function() returned when it was first called: JSON, kept in `path`."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(function()))
+    return json.loads(path.read_text())
+
+
+def figures(folder, digits, options, sequences):
+    """{"mse", "ssim", "last": MSE at the last lead time} of one run."""
+    means = judge(folder, digits, {key: text(value) for key, value in options.items()}, sequences)
+    per_frame = json.loads((folder / "test" / "metrics.json").read_text())["results"]["forecast"]["per_frame"]
+    return {"mse": means["mse"], "ssim": means["ssim"], "last": per_frame["mse"][-1]}
+
+
+def text(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def print_row(cell, runs, rate, sequences, cost):
+    mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    print(
+        f"{cell:6}{cost['parameters']:>10,}{rate:>9g}{sequences:>11,}{mean['mse']:8.2f}{mean['ssim']:8.3f}{mean['last']:8.2f}"
+        f"{1e3 * cost['forecast']:10.2f}{1e3 * cost['train']:9.2f}{cost['memory'] / 2**20:8.2f}   "
+        + "".join(f"{run['mse']:8.2f}" for run in runs),
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--digits", default="mnist", help="as train.py's --train_data_dir")
+    parser.add_argument("--task", choices=TASKS, default="small")
+    parser.add_argument("--cells", nargs="+", default=list(SIZES["small"]), choices=list(SIZES["small"]))
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 6e-3, 1.2e-2])
+    parser.add_argument("--folder", type=Path, default=Path("exps/cells"))
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    root, sequences = args.folder / args.task, SEQUENCES[args.task]
+    cost = once(root / "costs.json", lambda: costs(args.task, list(SIZES[args.task])))
+    header = (
+        "cell  parameters     rate  sequences     MSE    ssim    last  forecast    train  memory   MSE of each seed"
+    )
+
+    def run(cell, rate, seed, share=1.0):
+        options = options_of(args.task, cell, rate, share) | {"seed": seed}
+        name = f"{cell}_{rate:g}" + (f"_share_{share:.3f}" if share != 1 else "")
+        return figures(root / name / str(seed), args.digits, options, sequences), options
+
+    print(f"{cpu_name()}, torch {torch.__version__}, one thread; the {args.task} task, updates of {BATCH}")
+    print(f"equal parameters\n{header}")
+    rates, results = {}, {"equal parameters": {}, "equal CPU time": {}}
+    for cell in args.cells:
+        tried = {rate: run(cell, rate, 0)[0] for rate in args.rates}
+        rates[cell] = min(tried, key=lambda rate, tried=tried: tried[rate]["mse"])
+        runs = [run(cell, rates[cell], seed)[0] for seed in range(args.seeds)]
+        options = options_of(args.task, cell, rates[cell])
+        print_row(cell, runs, rates[cell], options["epochs"] * options["train_sequences"], cost[cell])
+        results["equal parameters"][cell] = {"rate": rates[cell], "runs": runs, "tried": tried}
+
+    print(f"equal CPU time, {args.cells[0]}'s in the table above\n{header}")
+    for cell in args.cells:
+        share = cost[args.cells[0]]["train"] / cost[cell]["train"]
+        runs = [run(cell, rates[cell], seed, share)[0] for seed in range(args.seeds)]
+        options = options_of(args.task, cell, rates[cell], share)
+        print_row(cell, runs, rates[cell], options["epochs"] * options["train_sequences"], cost[cell])
+        results["equal CPU time"][cell] = {"share": share, "runs": runs}
+    print("forecast: CPU ms per frame; train: CPU ms per frame and sequence; memory: MiB per frame and sequence")
+    print(json.dumps({"benchmark": "cells", "task": args.task, "sizes": SIZES[args.task], "cost": cost, **results}))
+
+
+if __name__ == "__main__":
+    run_program(main)
