@@ -87,7 +87,7 @@ def forecast_sequence(forecaster, frames, horizon):
     if forecaster.count == 0:
         raise UserError("--input: holds no frames")
     forecast = forecaster.forecast_in_unit(horizon)
-    forecast[:, forecaster.unseen()] = np.nan
+    forecast[:, forecaster.never_seen] = np.nan
     return forecast, frame.dtype, forecaster.count
 
 

@@ -25,6 +25,7 @@ from vmrnn.values import ValueRange
 
 UNIT_RANGE, BYTE_RANGE = (0.0, 1.0), (0.0, 255.0)
 ROUNDING = 1e-3  # how far outside [0, 1] a value may lie, where no range is known
+FAR = 5  # widths of the training range; values so far from its middle are reported
 
 log = logging.getLogger("vmrnn")
 
@@ -67,7 +68,7 @@ class Forecaster:
         """Forget every frame, to begin another stream."""
         self.shape = None  # of the stream's frames, as given
         self.observed_range = None  # ValueRange of the stream's frames
-        self.never_seen = None  # bool (h, w): pixels that were missing in every frame, in every channel
+        self.never_seen = None  # bool (H, W): pixels that were missing in every frame, in every channel
         self.count = 0  # frames of the stream
         self._warned = False  # whether values outside the range were reported
         self._size = None  # (h, w) of the prepared frames
@@ -92,7 +93,7 @@ class Forecaster:
             raise UserError(f"a frame of {values.dtype} after others: uint8 and other types have different ranges here")
         unit = self.prepare.with_range(value_range)(values)
         self._report_outside(unit, value_range)
-        missing = unit.isnan().all(dim=0)
+        missing = value_range.is_missing(values).all(axis=-1)
         advanced = self._advance(network_input(unit[None].to(self.device), self.model.stride), self._states)
 
         self._coming, self._states = advanced
@@ -116,7 +117,7 @@ class Forecaster:
 
     def _report_outside(self, unit, value_range):
         """Warn of values far outside the training range, such as a fill value that is not named, or of other units."""
-        far = (unit < -1) | (unit > 2)
+        far = (unit - 0.5).abs() > FAR
         outside = (unit < -ROUNDING) | (unit > 1 + ROUNDING)
         if self._warned or not (far.any() or outside.sum() > 0.5 * unit.isfinite().sum()):
             return
@@ -124,16 +125,10 @@ class Forecaster:
         known = unit[~unit.isnan()]
         worst = known[known.abs().argmax()]
         log.warning(
-            "frame %d: %d of its %d values lie outside the range of the training (%s), %d of them by more than its width "
+            "frame %d: %d of its %d values lie outside the range of the training (%s), %d of them far outside "
             "(the farthest is %.4g on the scale from 0 to 1); name a fill value with missing_value, or check the units",
             self.count, int(outside.sum()), unit.numel(), value_range, int(far.sum()), worst,
         )  # fmt: skip
-
-    def unseen(self):
-        """The pixels of the input that were missing in every frame, bool (H, W)."""
-        if self.never_seen.shape == self.shape[:2]:
-            return self.never_seen.numpy()
-        return self.prepare.restore(self.never_seen.float()[None, None], self.shape[:2])[0, ..., 0] > 0.5
 
     def forecast(self, horizon):
         """Forecast the next frames. What has been observed stays as it is.
