@@ -21,15 +21,20 @@ class VMRNN(nn.Module):
     d_state         states per channel of the scan
     scan            scan back end, see vmrnn.scan
     cell            class of the cell, with the arguments and the result of VMRNNCell
+    out_chans       channels of the forecast, the first of the frame's; the others are forcings, which are given and
+                    never forecast. None: all
 
-    Frames are (B, in_chans, H, W) in [0, 1]. `states` holds what is kept of the past: pass it on unchanged.
+    Frames are (B, in_chans, H, W) in [0, 1], forecasts (B, out_chans, H, W). `states` holds what is kept of the past:
+    pass it on unchanged.
     Raises UserError for sizes that cannot work.
     """
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths=(6,), drop_rate=0.0,
-                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell=VMRNNCell):  # fmt: skip
+                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell=VMRNNCell,
+                 out_chans=None):  # fmt: skip
         super().__init__()
         self.in_chans = in_chans
+        self.out_chans = out_chans or in_chans
         self.stride = patch_size  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
         check_depths(depths=depths)
@@ -41,7 +46,7 @@ class VMRNN(nn.Module):
             cell(embed_dim, drop_path=[drop_path_rate] * depth, dropout=attn_drop_rate, d_state=d_state, scan=scan)
             for depth in depths
         )
-        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, in_chans)
+        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, self.out_chans)
 
     @classmethod
     def from_options(cls, depths, depths_down=None, depths_up=None, **options):

@@ -37,7 +37,7 @@ class VMRNN(nn.Module):
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths_downsample=(2, 6),
                  depths_upsample=(6, 2), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16,
-                 scan="auto", cell=VMRNNCell):  # fmt: skip
+                 scan="auto", cell=VMRNNCell, out_chans=None):  # fmt: skip
         super().__init__()
         check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
         levels = len(depths_downsample)
@@ -45,6 +45,7 @@ class VMRNN(nn.Module):
             raise UserError(f"depths down {depths_downsample} and up {depths_upsample}: give as many levels up as down")
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
+        self.out_chans = out_chans or in_chans
         self.stride = patch_size * 2**levels  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
 
@@ -67,7 +68,7 @@ class VMRNN(nn.Module):
         self.Upsample = nn.Module()
         self.Upsample.layers = cells(up_widths, drop_path_rates(depths_upsample)[::-1])
         self.Upsample.upsample = nn.ModuleList(PatchExpanding(width) for width in up_widths)
-        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, in_chans)
+        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, self.out_chans)
 
     @classmethod
     def from_options(cls, depths_down, depths_up, depths=None, **options):

@@ -43,12 +43,12 @@ class RolloutLoss:
         """The loss, a scalar tensor: the mean over the samples of the batch, with equal weights.
 
         outputs   (B, T_in - 1 + T_out, C, H, W), as `rollout` returns them
-        inputs    (B, T_in, C, H, W) in [0, 1]; NaN marks a missing pixel
-        targets   (B, T_out, C, H, W) in [0, 1]; NaN marks a missing pixel
+        inputs    (B, T_in, C + F, H, W) in [0, 1]; NaN marks a missing pixel; the last F channels, forcings, do not count
+        targets   (B, T_out, C + F, H, W) likewise
 
         The loss of a sample is the mean over its known pixels. It does not depend on how samples are batched.
         """
-        truth = torch.cat([inputs[:, 1:], targets], dim=1)
+        truth = torch.cat([inputs[:, 1:], targets], dim=1)[:, :, : outputs.shape[2]]
         missing = truth.isnan()
         # A missing pixel takes the value of the output: its error and its gradient are 0.
         truth = torch.where(missing, outputs.detach().to(truth.dtype), truth)
@@ -127,7 +127,7 @@ class Step:
 
     def __call__(self, inputs, targets):
         with mixed_precision(self.device, self.precision):
-            outputs = self.network(inputs, targets.shape[1])
+            outputs = self.network(inputs, targets.shape[1], targets)
         loss = self.loss_function(outputs, inputs, targets) / self.parts
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -217,7 +217,7 @@ def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=N
     loss        RolloutLoss
     precision   see mixed_precision
     baselines   {label: function(inputs, horizon) -> forecast}, see vmrnn.baselines
-    on_batch    called with (step, inputs, targets, forecast) of every batch of this process
+    on_batch    called with (step, inputs, targets, forecast) of every batch of this process, without forcings
     title       of the progress bar
 
     Returns {"loss": the mean over samples, "model": Metrics.compute(), label: the same of each baseline}. Every process
@@ -230,7 +230,8 @@ def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=N
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         horizon = targets.shape[1]
         with mixed_precision(device, precision):
-            outputs = rollout(model, inputs, horizon)
+            outputs = rollout(model, inputs, horizon, following=targets)
+        inputs, targets = inputs[:, :, : model.out_chans], targets[:, :, : model.out_chans]  # without forcings
         total += loss(outputs, inputs, targets).item() * len(inputs)
         forecast = outputs[:, inputs.shape[1] - 1 :]
         meters["model"].update(forecast, targets)

@@ -410,3 +410,56 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         build_dataset("train", options(tmp_path / "a.nc", tmp_path, input_channels=3))
     with pytest.raises(UserError, match="variables is for grid, not for moving_mnist"):
         build_dataset("train", Config(variables=["t2m"]))
+
+
+# Forcings
+
+
+def forced(tmp_path):
+    """A field with a forcing that changes with time, one that does not, and one that lies in another file."""
+    whole = numbered(range(30))
+    whole["sun"] = whole["t2m"] * 2 + 1
+    whole["height"] = whole["t2m"].isel(time=0, drop=True) + 7
+    write(whole, tmp_path / "a.nc")
+    mask = xarray.Dataset({"mask": whole["height"] - 5}).drop_vars("time", errors="ignore")
+    write(mask, tmp_path / "steady.nc")
+    return tmp_path / "a.nc", ["sun", "height", f"{tmp_path / 'steady.nc'}:mask"]
+
+
+def test_forcings_follow_the_forecast_channels(tmp_path):
+    path, forcings = forced(tmp_path)
+    grid = open_grid(path, ["t2m"], forcings=forcings)
+    assert grid.info.names == ["t2m"] and grid.info.forcings == ["sun", "height", "mask"]
+    numbers = np.arange(30.0)
+    expected = np.stack((numbers, 2 * numbers + 1, np.full(30, 7.0), np.full(30, 2.0)), axis=1)
+    np.testing.assert_array_equal(read(grid)[:, 3, 4], expected)
+    config = options(path, tmp_path, variables=["t2m"], forcings=forcings, calendar=True, input_size=[8, 12])
+    inputs, targets = build_dataset("train", config)[0]
+    assert inputs.shape[1] == targets.shape[1] == 1 + config.forcing_channels == 8
+    hour, day = (4 * np.pi / 24 * 0.5 * i for i in (1, 0))
+    first = build_dataset("valid", options(path, tmp_path, variables=["t2m"], calendar=True, valid_data_dir=str(path)))[
+        3
+    ]
+    hours = np.arange(3, 5) / 24  # of 1 January 2020
+    for i, (turn, wave) in enumerate([(hours, np.sin), (hours, np.cos), (hours / 366, np.sin), (hours / 366, np.cos)]):
+        np.testing.assert_allclose(first[0][:, 1 + i, 0, 0], 0.5 + 0.5 * wave(2 * np.pi * turn), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("forcings", "message"),
+    [
+        (["soil"], "no variable soil"),
+        (["u"], "has 2 levels; name one: u@500"),
+        (["{}/a.nc:sun"], "changes with time"),
+        (["{}/other.nc:mask"], "coordinate latitude"),
+    ],
+)
+def test_forcings_that_do_not_fit_are_refused(tmp_path, forcings, message):
+    path, _ = forced(tmp_path)
+    with xarray.open_dataset(path) as whole:
+        levels = whole["t2m"].expand_dims(level=[500, 850], axis=1)
+        write(whole.assign(u=levels), tmp_path / "b.nc")
+    with xarray.open_dataset(tmp_path / "steady.nc") as steady:
+        write(steady.assign_coords(latitude=steady.latitude + 1), tmp_path / "other.nc")
+    with pytest.raises(UserError, match=message):
+        open_grid(tmp_path / "b.nc", ["t2m"], forcings=[name.format(tmp_path) for name in forcings])

@@ -141,6 +141,11 @@ class Config:
         "found")
     time_step: str = option("data", "",
         "your own data with times: take the frames nearest to a regular step, such as 10min or 1h; empty: all frames")
+    forcings: list[str] = option("data", [],
+        "grid: fields that are known in advance, also for the frames of the forecast: they are given and never "
+        "forecast; one of another file, which does not change with time: FILE:NAME")
+    calendar: bool = option("data", False,
+        "grid: give the network sine and cosine of the hour of the day and of the day of the year (UTC)")
     frame_step: int = option("data", 1, "your own data: take every k-th frame", at_least=1)
     data_range: list[float] = option("data", [],
         "low and high: the stored values that become 0 and 1, for all channels or for each in turn; empty: the range of "
@@ -154,7 +159,7 @@ class Config:
         rule=not_nan)
     num_frames_input: int = option("data", 10, "frames given to the network", at_least=1)
     num_frames_output: int = option("data", 10, "frames to forecast", at_least=1)
-    input_channels: int = option("data", 1, "channels per frame", at_least=1)
+    input_channels: int = option("data", 1, "channels per frame, without forcings", at_least=1)
     input_size: list[int] = option("data", [64, 64], "height and width of a frame in pixels", rule=height_and_width)
     frame_fit: str = option("data", "resize",
         "frames of another size: resize them, or crop them (at random positions in training)",
@@ -261,7 +266,13 @@ class Config:
     @property
     def network_options(self):
         """The arguments of build_model. `in_chans` is the published name."""
-        return self.of_scope("network") | {"in_chans": self.input_channels, "scan": self.scan}
+        channels = {"in_chans": self.input_channels + self.forcing_channels, "out_chans": self.input_channels}
+        return self.of_scope("network") | channels | {"scan": self.scan}
+
+    @property
+    def forcing_channels(self):
+        """Channels that are given and never forecast: one per forcing, four of the calendar."""
+        return len(self.forcings) + 4 * self.calendar
 
     def of_scope(self, scope):
         """{name: value} of the options of one scope."""

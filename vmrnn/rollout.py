@@ -5,6 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vmrnn.errors import UserError
+
 
 def pad_frames(frames, multiple):
     """(..., H, W) repeated at the bottom and the right to sides that are multiples of `multiple`."""
@@ -25,15 +27,20 @@ def network_input(frames, multiple):
     return pad_frames(torch.where(frames.isnan(), 0.0, frames), multiple)
 
 
-def rollout(model, inputs, horizon, grad_checkpoint=False):
+def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
     """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
 
-    inputs (B, T_in, C, H, W), NaN where a pixel is missing: the network sees 0. Output i is the
+    inputs (B, T_in, C + F, H, W), NaN where a pixel is missing: the network sees 0. Output i is the
     network's view of frame i + 1, so the last `horizon` are the forecast. Sides that the network
     cannot take are padded, and its outputs cropped. The known frames are embedded in one call and the
     outputs before the forecast, which nothing feeds on, are decoded in one. grad_checkpoint: keep only
     the states between frames and compute a frame's activations again in the backward pass (a third to
     a half more time, a fraction of the memory).
+
+    The network's last F channels are forcings: they are given, also for the frames of the forecast, and never
+    forecast. following (B, horizon - 1 or more, C + F, H, W) are the frames that follow the inputs, of which
+    only the forcings are used; None where the network has none (F = 0).
+    Raises UserError if the network has forcings and those of the forecast are not given.
     """
 
     def advance(tokens, states):
@@ -52,13 +59,25 @@ def rollout(model, inputs, horizon, grad_checkpoint=False):
     if warm_up:
         decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
         frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
+    forcings = forcings_of(model, following, horizon)
     token = tokens[-1]
     for t in range(horizon):
         features, states = advance(token, states)
         frames.append(model.decode(features))
         if t + 1 < horizon:
-            token = model.encode(frames[-1])
+            token = model.encode(frames[-1] if forcings is None else torch.cat((frames[-1], forcings[:, t]), dim=1))
     return torch.stack(frames, 1)[..., :H, :W]
+
+
+def forcings_of(model, following, horizon):
+    """The forcings of the frames that a forecast feeds on, (B, horizon - 1 or more, F, H, W); None if there are none."""
+    if model.out_chans == model.in_chans or horizon == 1:
+        return None
+    if following is None or following.shape[1] < horizon - 1:
+        raise UserError(
+            f"the network has {model.in_chans - model.out_chans} forcings: give those of the {horizon - 1} frames after the inputs"
+        )
+    return network_input(following[:, :, model.out_chans :], model.stride)
 
 
 class Rollout(nn.Module):
@@ -68,5 +87,5 @@ class Rollout(nn.Module):
         super().__init__()
         self.model, self.grad_checkpoint = model, grad_checkpoint
 
-    def forward(self, inputs, horizon):
-        return rollout(self.model, inputs, horizon, self.grad_checkpoint)
+    def forward(self, inputs, horizon, following=None):
+        return rollout(self.model, inputs, horizon, self.grad_checkpoint, following)

@@ -1,7 +1,7 @@
 """How stored values become the network's values in [0, 1], and how its forecasts become stored values again."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class ValueRange:
                  sqrt: square root of the value
                  log: log(1 + value / zero_below)
     zero_below   with sqrt and log, a value below this one counts as 0; log needs it above 0
+    given        ValueRange of the forcings, with a tuple for low and high: these channels lie behind those that are
+                 forecast; None: there are none
 
     Frames are (..., C), channels last, where low and high are tuples. The data set makes the range, the checkpoint
     stores it, and every program that reads or writes values uses it.
@@ -32,6 +34,7 @@ class ValueRange:
     missing: tuple = ()
     transform: str = "none"
     zero_below: float = 0.0
+    given: "ValueRange | None" = None
 
     def __post_init__(self):
         pairs = list(self.pairs())
@@ -85,11 +88,15 @@ class ValueRange:
     def to_unit(self, frames):
         """Stored values as the network's.
 
-        frames   array of any real type and shape
+        frames   array of any real type and shape, with the forcings as the last channels if there are any
 
         Returns float32 of the same shape: low becomes 0, high becomes 1, values outside lie outside, a missing value
         is NaN. UserError: infinite values, which would make every sum over them infinite.
         """
+        if self.given:
+            count = len(self.given.low)
+            forecast = replace(self, given=None).to_unit(frames[..., :-count])
+            return np.concatenate((forecast, self.given.to_unit(frames[..., -count:])), axis=-1)
         missing = self.is_missing(frames)
         if frames.dtype.kind == "f" and (np.isinf(frames) & ~missing).any():
             raise UserError("the data hold infinite values: write them as NaN, which means missing")
@@ -148,7 +155,7 @@ class ValueRange:
         so that a pixel equal to the threshold counts as an event either way. The way through a transform and back
         rounds more.
         """
-        scale = replace(self, missing=(), transform="none", zero_below=0.0)
+        scale = replace(self, missing=(), transform="none", zero_below=0.0, given=None)
         shape = np.shape(self.low)
         scaled = np.minimum(*(scale.to_unit(np.full(shape, value, dtype)) for dtype in ("f4", "f8")))
         if self.transform != "none":
@@ -157,11 +164,13 @@ class ValueRange:
 
     def to_dict(self):
         """What json can hold; `from_dict` reads it."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        facts = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        return facts | ({"given": self.given.to_dict()} if self.given else {})
 
     @classmethod
     def from_dict(cls, values):
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**facts | ({"given": cls.from_dict(values["given"])} if values.get("given") else {}))
 
 
 def equals(frames, value):

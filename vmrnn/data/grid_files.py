@@ -205,11 +205,11 @@ def grib_variables(path):
         raise UserError(cannot_open(path, "grib", "", error)) from error
 
 
-def choose_variables(path, variables):
-    """`variables`, or the only field of the file. UserError: it has none or several."""
+def choose_variables(path, variables, forcings=()):
+    """`variables`, or the only field of the file that is no forcing. UserError: it has none or several."""
     if variables:
         return list(variables)
-    found = find_variables(path)
+    found = [name for name in find_variables(path) if name not in forcings]
     if len(found) != 1:
         raise UserError(
             f"{path}: holds {', '.join(found[:20]) or 'no field'}; pick with variables, in the order of the channels"

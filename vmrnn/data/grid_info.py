@@ -41,8 +41,10 @@ class Channel:
 class GridInfo:
     """Names, units, coordinates and times of the frames of a gridded field.
 
-    channels      list of Channel, in the order of the frames' last axis
-    variables     {variable: its attributes}, units among them, without those that say how values are packed
+    channels      list of Channel that are forecast, in the order of the frames' last axis
+    forcings      names of the channels behind them, which are given and never forecast
+    variables     {variable: its attributes} of what is forecast, units among them, without those that say how values are
+                  packed
     y, x          names of the dimensions of rows and columns
     time          name of the time dimension of a forecast
     time_facts    attributes of the time coordinate
@@ -54,6 +56,7 @@ class GridInfo:
     """
 
     channels: list
+    forcings: list
     variables: dict
     y: str
     x: str
@@ -66,7 +69,7 @@ class GridInfo:
 
     @property
     def names(self):
-        """The names of the channels."""
+        """The names of the channels that are forecast."""
         return [channel.name for channel in self.channels]
 
     def units(self, channel):
@@ -95,6 +98,27 @@ class GridInfo:
         xarray = import_xarray()
         coded = xarray.Variable("time", np.asarray(times), {"units": EPOCH, "calendar": self.calendar})
         return xarray.decode_cf(xarray.Dataset({"time": coded}))["time"].values
+
+    def calendar_features(self, times):
+        """Sine and cosine of the hour of the day and of the day of the year (UTC), float32 (T, 4), scaled to [0, 1].
+
+        UserError: times that are no dates.
+        """
+        if not self.calendar:
+            raise UserError("calendar: the frames have no dates, from which hour and day would come; leave it out")
+        dates = self.decoded_times(times)
+        if dates.dtype.kind == "M":
+            years, days = dates.astype("datetime64[Y]"), dates.astype("datetime64[D]")
+            day = (dates - days) / np.timedelta64(1, "D")
+            first, next_first = years.astype("datetime64[D]"), (years + 1).astype("datetime64[D]")
+            year = ((days - first) / np.timedelta64(1, "D") + day) / ((next_first - first) / np.timedelta64(1, "D"))
+        else:  # cftime
+            day = np.array([(d.hour + d.minute / 60 + d.second / 3600) / 24 for d in dates])
+            length = 360 if self.calendar == "360_day" else 365.25
+            year = (np.array([d.dayofyr - 1 for d in dates]) + day) / length
+        angles = 2 * np.pi * np.stack((day, day, year, year), axis=1)
+        waves = np.where([True, False, True, False], np.sin(angles), np.cos(angles))
+        return (0.5 + 0.5 * waves).astype(np.float32)
 
     def dataset(self, frames, times=None, extra=()):
         """Frames as an xarray.Dataset with the names, units, coordinates and attributes of the input.

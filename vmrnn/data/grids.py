@@ -35,13 +35,20 @@ BLOCK = 2**22  # values of a variable that are read at once, or more where they 
 
 @dataclass(frozen=True)
 class Selection:
-    """What of one variable makes channels: `letters` are the roles of its dimensions in order, `positions` those of its
-    levels (all dimensions C as one), `flags` the stored numbers that mean missing."""
+    """What of one variable makes channels.
+
+    variable    its name in the file
+    letters     the roles of its dimensions in order; without N and T, it does not change with time
+    positions   of its levels, all dimensions C counted as one
+    flags       the stored numbers that mean missing
+    path        of the file; None: that of the part that is read
+    """
 
     variable: str
     letters: str
     positions: tuple
     flags: tuple
+    path: Path | None = None
 
 
 @dataclass
@@ -109,7 +116,7 @@ class Grid:
             if bar is not None:
                 bar.set_description(f"decode {part.path.name}", refresh=False)
             with ExitStack() as stack:
-                fields = [stack.enter_context(opened_field(part.path, s.variable)) for s in self.selections]
+                fields = [stack.enter_context(opened_field(s.path or part.path, s.variable)) for s in self.selections]
                 pixels = int(np.prod(self.shape[1:3]))
                 step = max(1, BLOCK // pixels)
                 for selection, variable in zip(self.selections, fields):
@@ -124,6 +131,8 @@ class Grid:
                     wanted = wanted[len(here) :]
                     place = {"N": sequence, "T": slice(start, start + int(here[-1]) + 1)}
                     block = [self.read(part, s, v, place) for s, v in zip(self.selections, fields)]
+                    count = max(map(len, block))  # what does not change with time is one frame
+                    block = [np.broadcast_to(values, (count, *values.shape[1:])) for values in block]
                     for frame in np.concatenate(block, axis=3)[here]:
                         yield frame
                         if bar is not None:
@@ -167,7 +176,7 @@ def opened_field(path, variable):
         yield dataset.variables[split_path(variable)[1]]
 
 
-def open_grid(path, variables=(), array_axes="", time_from="", time_step=""):
+def open_grid(path, variables=(), array_axes="", time_from="", time_step="", forcings=()):
     """A gridded field, opened.
 
     path         a file, a Zarr folder, a folder of files, or a glob; the files follow one another in time
@@ -176,16 +185,18 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step=""):
     array_axes   letters N T C H W of the dimensions in order; "": by name and attributes (read_roles)
     time_from    as in find_times
     time_step    such as 10min: the frames nearest to this regular step are taken (times.nearest_frames); "": all
+    forcings     names of fields that follow the variables as channels; one of another file: FILE:NAME. They may have no
+                 time dimension
 
     Returns a Grid. UserError: a file that is missing, damaged or unlike the others, a variable that is not there,
     dimensions or times that have two readings, times that are there twice.
     """
     files = grid_files(path)
-    variables = choose_variables(files[0], variables)
-    first = describe(files[0], variables, array_axes, time_from)
+    variables = choose_variables(files[0], variables, forcings)
+    first = describe(files[0], variables, array_axes, time_from, forcings)
     parts = [first.part]
     for file in tqdm(files[1:], "look at files", unit="file", leave=False, dynamic_ncols=True, disable=None):
-        other = describe(file, variables, array_axes, time_from)
+        other = describe(file, variables, array_axes, time_from, forcings)
         check_alike(first, other, files[0], file)
         first.dtype = np.result_type(first.dtype, other.dtype)
         parts.append(other.part)
@@ -195,7 +206,7 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step=""):
     info.time_source, info.time_facts = parts[0].times.source, parts[0].times.facts
     lengths = [part.count for part in parts for _ in range(part.sequences)]
     breaks = [int(end) for end in np.cumsum(lengths)[:-1]] if alone else []
-    shape = (sum(lengths), *first.size[2:], len(info.channels))
+    shape = (sum(lengths), *first.size[2:], len(info.channels) + len(info.forcings))
     grid = Grid(info, shape, first.dtype, breaks, notes_of(first, files, shape, breaks), parts, first.selections)
     if time_step:
         take_nearest(grid, time_step, path)
@@ -211,8 +222,10 @@ def grid_clips(path, options):
     Returns (clips, notes): the runs of frames between gaps, and lines that say how the files were read.
     UserError: as open_grid, and another number of channels than input_channels.
     """
-    files = grid_files(path)
-    how = (options.variables, options.array_axes, options.time_from, options.time_step)
+    files = [*grid_files(path), *(file for file, _ in map(file_of, options.forcings) if file)]
+    for file in files:
+        format_of(file)  # refuses what is not there
+    how = (options.variables, options.array_axes, options.time_from, options.time_step, options.forcings)
 
     def write(folder):
         grid = open_grid(path, *how)
@@ -226,7 +239,8 @@ def grid_clips(path, options):
         index = {"runs": grid.runs(), "breaks": grid.breaks, "notes": [*grid.notes, *beyond]}
         (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
-    versions = [stamp(part) for file in files for part in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+    # The names give the order, and perhaps the times
+    versions = [[file.as_posix() if "/" in options.time_from else file.name, *stamp(file)] for file in files]
     folder = cached_folder(options.cache_dir, "grid", [versions, *how], write)
     check_channels(path, GridInfo.load(folder).names, options)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -237,6 +251,12 @@ def grid_clips(path, options):
         name = f"{path} sequence {number}" if index["breaks"] else str(path)
         clips.append(Clip(name, str(folder / "frames.npy"), start, stop))
     return clips, index["notes"]
+
+
+def calendar_of(clips):
+    """GridInfo.calendar_features of all frames in the cached file of gridded clips, float32 (T, 4)."""
+    info = GridInfo.load(Path(clips[0].path).parent)
+    return info.calendar_features(info.times)
 
 
 def check_channels(path, names, options):
@@ -289,49 +309,83 @@ class Description:
     said: str
 
 
-def describe(path, variables, array_axes, time_from):
+def describe(path, variables, array_axes, time_from, forcings=()):
     """Everything about one file but the values of its fields: a Description."""
     channels, selections, attributes, dtypes, facts, coordinates, first = [], [], {}, [], {}, {}, None
-    for asked in variables:
-        variable, _, level = asked.partition("@")
-        with opened_dataset(path, variable) as dataset:
+    for asked, given in [*((name, False) for name in variables), *((name, True) for name in forcings)]:
+        place, rest = file_of(asked) if given else (None, asked)
+        variable, _, level = rest.partition("@")
+        with opened_dataset(place or path, variable) as dataset:
             name = split_path(variable)[1]
             found = dataset.variables[name]
             if found.dtype.kind not in "buif":
-                raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another with variables")
-            # Dimensions; those beside the levels are the same for all variables
-            roles = read_roles(dataset, name, array_axes, path)
+                raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another")
+            # Dimensions: those of sequences, time, rows and columns are the same for all, but a forcing may have no time
+            roles = read_roles(dataset, name, array_axes if not given else "", place or path)
             sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}
             size = sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]
-            if first and size != first[0]:
-                raise UserError(f"{path}: {variable} has {frames_text(size)}, but {variables[0]} {frames_text(first[0])}; "
-                                "name variables that are alike")  # fmt: skip
+            if first:
+                check_size(asked, size, roles, variables[0], first[0], given, place, path)
             first = first or (size, roles, find_times(dataset, roles, path, time_from))
             # Channels
             levels = levels_of(dataset, name, roles, level, path)
-            channels += [Channel(channel_name(variable, value), variable, place, value) for _, place, value in levels]
+            if given and len(levels) > 1:
+                one = next(iter(levels[0][2].values()))
+                raise UserError(f"{path}: the forcing {asked} has {len(levels)} levels; name one: {asked}@{one}")
+            if not given:
+                channels += [Channel(channel_name(variable, value), variable, at, value) for _, at, value in levels]
+                attributes.setdefault(variable, field_attributes(found))
             # Values
-            flags, said = missing_flags(path, variable, found.attrs)
+            flags, said = missing_flags(place or path, variable, found.attrs)
             dtypes.append(stored_type(found.dtype, found.attrs, flags))
             positions = tuple(position for position, _, _ in levels)
-            selections.append(Selection(variable, "".join(roles.values()), positions, tuple(flags)))
-            # What a forecast is written with
-            attributes.setdefault(variable, field_attributes(found))
-            coordinates = steady_coordinates(dataset, roles) | coordinates
-            file_attributes = plain_attributes(dataset.attrs)
+            selections.append(Selection(variable, "".join(roles.values()), positions, tuple(flags), place))
+            # Coordinates
+            own = steady_coordinates(dataset, roles)
+            if place:
+                check_same_place(coordinates, own, first[1], path, place)
+            else:
+                coordinates = own | coordinates
+                file_attributes = plain_attributes(dataset.attrs)
             facts |= {
-                f"{variable} units": attributes[variable].get("units", ""),
-                f"{variable} dimensions": dims_text(found, roles), f"{variable} values": said,
-                f"{variable} missing": " ".join(map(str, flags)),
+                f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": said,
+                f"{variable} dimensions": dims_text(found, roles), f"{variable} missing": " ".join(map(str, flags)),
             }  # fmt: skip
     size, roles, times = first
     if times.values is not None and times.values.shape[-1] != size[1]:
         raise UserError(f"{path}: {times.source} has {times.values.shape[-1]} times for {size[1]} frames; name another")
     dims = {letter: plain_dim(dim, letter) for dim, letter in roles.items()}
     steady = import_xarray().Dataset(coords=coordinates, attrs=file_attributes)
-    info = GridInfo(channels, attributes, dims["H"], dims["W"], dims.get("T", "time"), {}, "", "", None, steady)
+    info = GridInfo(
+        channels, [file_of(name)[1] for name in forcings], attributes, dims["H"], dims["W"], dims.get("T", "time"),
+        {}, "", "", None, steady,
+    )  # fmt: skip
     part = Part(path, *size[:2], times)
     return Description(info, part, size, np.result_type(*dtypes), selections, roles, facts, said)
+
+
+def file_of(forcing):
+    """(path or None, name) of a forcing: height, or steady.nc:height for one of another file."""
+    path, _, name = forcing.rpartition(":")
+    return (Path(path) if path else None), name
+
+
+def check_size(asked, size, roles, first_name, first_size, given, place, path):
+    """UserError where a field has other frames than the first one. A forcing without a time dimension has one frame."""
+    steady = given and not {"N", "T"} & set(roles.values())
+    if place and not steady:
+        raise UserError(f"{place}: the forcing {asked} changes with time: write it into the files of {path}")
+    if size[2:] != first_size[2:] or not (steady or size == first_size):
+        raise UserError(f"{path}: {asked} has {frames_text(size)}, but {first_name} {frames_text(first_size)}; "
+                        "name fields that are alike")  # fmt: skip
+
+
+def check_same_place(coordinates, others, roles, path, other_path):
+    """UserError where two files have different coordinates of rows or columns."""
+    for dim in (plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"):
+        ours, theirs = (found[dim][1] if dim in found else None for found in (coordinates, others))
+        if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
+            raise UserError(f"{other_path}: its coordinate {dim} is not that of {path}; they are of different places")
 
 
 def channel_name(variable, level):
@@ -442,6 +496,8 @@ def notes_of(first, files, shape, breaks):
     notes = [
         f"{len(files)} file{'s' * (len(files) > 1)}, {shape[0]} frames of {shape[1]}x{shape[2]}, {units}; dimensions: {read}"
     ]
+    if info.forcings:
+        notes.append(f"forcings, given and not forecast: {', '.join(info.forcings)}")
     if times is None:
         order = "the files are in the order of their names" if len(files) > 1 else "the frames are in the file's order"
         notes.append(f"times: none, {order}")

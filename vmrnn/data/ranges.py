@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -57,6 +57,14 @@ class Summary:
                     "with missing_value if it means missing, or give data_range"
                 )
         return lines
+
+    def parted(self, count):
+        """The summaries of the first `count` channels and of the others."""
+        lists = ("low", "high", "next_low", "next_high")
+        first, others = (
+            {name: getattr(self, name)[part] for name in lists} for part in (slice(count), slice(count, None))
+        )
+        return replace(self, **first), replace(self, **others)
 
     def apart(self):
         """Yields (channel, lowest or highest value, its distance from the next one in widths of all others)."""
@@ -138,6 +146,18 @@ def merged(ends, values):
     if len(ordered) < 2:
         return (*ordered, None, None, *ordered) if ordered else (None,) * 4
     return ordered[0], ordered[1], ordered[-2], ordered[-1]
+
+
+def forcing_range(summary, missing):
+    """ValueRange of forcings, by the Summary of them in the training data; None if there are none.
+
+    A forcing that is the same everywhere is allowed, and one that is missing everywhere.
+    """
+    if not summary.low:
+        return None
+    low = tuple(0.0 if value is None else value for value in summary.low)
+    high = tuple(value if value is not None and value > below else below + 1 for below, value in zip(low, summary.high))
+    return ValueRange(low, high, tuple(missing))
 
 
 def range_of(summary, name):

@@ -6,6 +6,7 @@ that no test sequence ever selects a checkpoint.
 """
 
 import re
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import numpy as np
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
 from vmrnn.data.clips import Clip, Source, decode
 from vmrnn.data.draws import split_seed
-from vmrnn.data.grids import grid_clips
+from vmrnn.data.grids import calendar_of, grid_clips
 from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, npz_member, npz_rows, open_npy
 from vmrnn.data.prepare import stored_size
-from vmrnn.data.ranges import check_not_all_missing, range_of, summarize
+from vmrnn.data.ranges import check_not_all_missing, forcing_range, range_of, summarize
 from vmrnn.data.table import DATASETS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
@@ -195,10 +196,11 @@ def published(split, clips, windows, options):
     return clip_dataset(split, clips, windows, ValueRange(*DATASETS[options.dataset].data_range), options)
 
 
-def clip_dataset(split, clips, windows, value_range, options, notes=()):
+def clip_dataset(split, clips, windows, value_range, options, notes=(), calendar=None):
     return ClipDataset(
         clips, windows, *frames_wanted(options), options.frame_size, value_range, options.frame_fit,
         random=split == "train", length=options.train_sequences, seed=split_seed(split, options.seed), notes=notes,
+        calendar=calendar,
     )  # fmt: skip
 
 
@@ -256,10 +258,11 @@ def own(split, options, value_range, list_clips, pictures=False):
         )
     check_not_all_missing(clips, options.missing_value)
     # The training data are read whole if their range is to be found, else a look at some of all frames will do.
-    search = value_range is None and not options.data_range and not (pictures and is_bytes(clips))
+    data_range = options.data_range or (BYTE_RANGE if pictures and is_bytes(clips) else ())
+    search = value_range is None and (not data_range or options.forcings)
     summary = summarize(clips, options.missing_value, options.cache_dir, exact=search and split == "train")
     if value_range is None:
-        data_range = options.data_range or BYTE_RANGE
+        forced = None
         if search:
             training, seen = clips, summary
             if split != "train":
@@ -267,12 +270,15 @@ def own(split, options, value_range, list_clips, pictures=False):
                     all_clips, _ = every_frame_step(list_clips(options.train_data_dir, options), options)
                 training = cut(all_clips, "train")
                 seen = summarize(training, options.missing_value, options.cache_dir)
-            data_range = range_of(seen, training[0].name)
-        value_range = ValueRange.of(options, data_range)
+            forecast, others = seen.parted(options.input_channels)
+            data_range = data_range or range_of(forecast, training[0].name)
+            forced = forcing_range(others, options.missing_value)
+        value_range = replace(ValueRange.of(options, data_range), given=forced)
     notes += summary.notes(options, split)
     if split != "train":
         windows = thin(windows, getattr(options, f"{split}_sequences"))
-    return clip_dataset(split, clips, windows, value_range, options, notes)
+    calendar = calendar_of(clips) if options.calendar else None
+    return clip_dataset(split, clips, windows, value_range, options, notes, calendar)
 
 
 def is_bytes(clips):

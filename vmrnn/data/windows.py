@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from vmrnn.data.draws import split_key, uniform_draws
@@ -48,13 +49,15 @@ class ClipDataset(Dataset):
     length              items per epoch if `random`; None: as many as there are windows
     seed                of the random draws
     notes               lines that say how the data were read, for a program's start
+    calendar            float32 (frames of the clips' file, K): channels in [0, 1] that are the same for all pixels of a
+                        frame, behind the others; None: there are none
 
     A key is an index or (epoch, index). An item depends on seed and key only.
     UserError: frames too small to be cropped.
     """
 
     def __init__(self, clips, windows, num_frames_input, num_frames_output, size, value_range, frame_fit="resize",
-                 random=False, length=None, seed=0, notes=()):  # fmt: skip
+                 random=False, length=None, seed=0, notes=(), calendar=None):  # fmt: skip
         self.clips = clips
         self.windows = windows
         self.num_frames_input = num_frames_input
@@ -68,6 +71,7 @@ class ClipDataset(Dataset):
             self.length = length if frame_fit == "crop" else min(length, len(windows))
         self.seed = seed
         self.notes = notes
+        self.calendar = calendar
         self.order = None  # (epoch, its windows in order)
         if frame_fit == "crop":
             height, width = clips[0].frames().shape[1:3]
@@ -106,6 +110,10 @@ class ClipDataset(Dataset):
             y, x = np.minimum((draws * (room + 1)).astype(np.int64), room)
             frames = frames[:, y : y + self.size[0], x : x + self.size[1]]
         values = Preparation(frames.shape[-1], self.value_range, self.size).unit(frames)
+        if self.calendar is not None:
+            numbers = self.clips[clip].start + self.clips[clip].step * np.arange(first, first + total)
+            waves = torch.from_numpy(self.calendar[numbers])[:, :, None, None].expand(-1, -1, *self.size)
+            values = torch.cat((values, waves), dim=1)
         return values[: self.num_frames_input], values[self.num_frames_input :]
 
     def epoch_order(self, epoch):
