@@ -250,7 +250,8 @@ def grid_clips(path, options):
         number = sum(start >= edge for edge in index["breaks"])
         name = f"{path} sequence {number}" if index["breaks"] else str(path)
         clips.append(Clip(name, str(folder / "frames.npy"), start, stop))
-    return clips, index["notes"]
+    waves = ["calendar: hour of the day and day of the year (UTC) are given"] if options.calendar else []
+    return clips, [*index["notes"], *waves]
 
 
 def calendar_of(clips):
