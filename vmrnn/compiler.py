@@ -1,6 +1,6 @@
-"""Shared libraries from C++ sources: the compiler, and the folder that keeps what it built.
+"""Shared libraries from C++ sources. They are kept in the user's cache folder (vmrnn/cache.py).
 
-Environment: CXX names the compiler, VMRNN_CACHE the folder.
+Environment: CXX names the compiler.
 """
 
 import hashlib
@@ -15,29 +15,26 @@ from pathlib import Path
 
 import torch
 
+from vmrnn.cache import cache_folder, distrust
 from vmrnn.errors import UserError
-
-
-def cache_folder():
-    if "VMRNN_CACHE" in os.environ:
-        return Path(os.environ["VMRNN_CACHE"])
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vmrnn"
 
 
 def find_compiler():
     """The command of the C++ compiler as a list, or None if there is none.
 
     It is $CXX, which may hold several words such as "ccache g++", else the first of c++, g++ and clang++ on the PATH.
-    Raises UserError if $CXX is set and does not exist: whoever set it wants that compiler.
+    Raises UserError if $CXX is set to something else than an existing program: whoever set it wants that compiler.
     """
-    if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
+    named = os.environ.get("CXX")
+    if named:
+        try:
+            command = shlex.split(named)
+        except ValueError as error:
+            raise UserError(f"CXX={named}: {str(error).lower()}; set it to a C++ compiler or unset it") from error
+        if not command:
+            raise UserError(f"CXX={named!r} names no program; set it to a C++ compiler or unset it")
         if not shutil.which(command[0]):
-            raise UserError(f"CXX={os.environ['CXX']}: not found; set it to a C++ compiler or unset it")
+            raise UserError(f"CXX={named}: not found; set it to a C++ compiler or unset it")
         return command
     return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
@@ -59,6 +56,11 @@ def digest(*parts):
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
+def output_of(command):
+    """The finished process of a command, its output as text. Compilers may print names in any encoding."""
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+
+
 def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
@@ -77,31 +79,34 @@ def build(name, sources, flags):
     Raises UserError if there is no compiler or it fails.
     """
     folder = cache_folder()
-    source = digest(*(path.read_text() for path in sources), flags, openmp_flags(), platform.machine())
+    source = digest(*(path.read_text(encoding="utf-8") for path in sources), flags, openmp_flags(), platform.machine())
     compiler = find_compiler()
-    version = compiler and subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    version = compiler and output_of([*compiler, "--version"]).stdout
 
     # What is there already. Without a compiler, the library of any compiler is good enough.
     for path in sorted(folder.glob(f"{name}-{source}-{digest(compiler, version) if compiler else '*'}-*.lib")):
-        if path.stem.rsplit("-", 1)[1] == checksum(path):
-            return path
-        path.unlink(missing_ok=True)
+        try:
+            if not distrust(path) and path.stem.rsplit("-", 1)[1] == checksum(path):
+                return path
+            path.unlink()
+        except FileNotFoundError:  # another process has removed it meanwhile
+            continue
     if compiler is None:
         raise UserError("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or set CXX")
 
     # The first way to get OpenMP that compiles.
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / "library"
         for openmp in openmp_flags():
             command = [*compiler, *flags, str(sources[0]), "-o", str(output), *openmp]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = output_of(command)
             if done.returncode == 0:
                 break
         else:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
             first = next((line for line in lines if "error" in line), lines[0])
             raise UserError(f"{' '.join(compiler)} failed: {first}; set CXX to GCC 9 or clang 12 or newer")
+        output.chmod(0o700)
         path = folder / f"{name}-{source}-{digest(compiler, version)}-{checksum(output)}.lib"
         os.replace(output, path)
     return path
