@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from helpers import shared, write_images, write_video
 
-from vmrnn.data.media import files_in, image_frames, npz_member, read_frames, video_frames
+from vmrnn.data.arrays import npz_member
+from vmrnn.data.images import image_frames
+from vmrnn.data.media import files_in, read_frames
+from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 
 RNG = np.random.default_rng(0)

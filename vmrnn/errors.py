@@ -22,3 +22,7 @@ def range_complaint(value, at_least=None, below=None):
     if at_least is not None and value < at_least:
         return f"must be at least {at_least}" if at_least else "must be zero or more"
     return f"must be below 2**{below.bit_length() - 1}"
+
+
+class Stopped(Exception):
+    """The program was asked to stop, and has saved what it needs to continue. The message says how to continue."""

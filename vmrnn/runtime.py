@@ -12,14 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmrnn.errors import UserError
+from vmrnn.errors import Stopped, UserError
 
 LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the program again
-
-
-class Stopped(Exception):
-    """The program was asked to stop, and has saved what it needs to continue. The message says how to continue."""
 
 
 def run_program(main):

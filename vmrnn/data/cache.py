@@ -3,15 +3,12 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.media import broken, npz_member
+from vmrnn.data.arrays import npz_member, unpack
 from vmrnn.errors import UserError
 
 CACHE_FORMAT = 2  # part of every key; raise it when the content of the cache, or the way to write it, changes
@@ -132,18 +129,11 @@ def write_header(f, shape, dtype):
 def unpacked(path, array_key, cache_dir):
     """The path of a .npy file with one array of a .npz file, unpacked into the cache.
 
-    array_key   as in media.npz_member
+    array_key   as in arrays.npz_member
     """
     member, _, _ = npz_member(path, array_key)
 
     def write(folder):
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open(f"{member}.npy") as packed:
-                with open(folder / "array.npy", "wb") as f:
-                    shutil.copyfileobj(packed, f, 2**22)
-                    f.flush()
-                    os.fsync(f.fileno())
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise broken(path, error) from error
+        unpack(path, member, folder / "array.npy")
 
     return str(cached_folder(cache_dir, Path(path).stem, [stamp(path), member], write) / "array.npy")

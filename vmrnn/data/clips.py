@@ -10,9 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
-from vmrnn.data.media import VIDEOS, image_frames, open_npy, video_frames
+from vmrnn.data.images import image_frames
 from vmrnn.data.prepare import resized
+from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 
 
@@ -21,9 +23,11 @@ class Clip:
     """Frames `start` to `stop` of an array on disk.
 
     name    for messages: the file or folder that the user named
-    path    .npy file (T, H, W), (T, H, W, C), (N, T, H, W) or (N, T, H, W, C)
-    index   the place along N; None: the array has no such axis
+    path    .npy file
+    index   the place along the axis N; None: the array has no such axis
     step    1: all frames; k: every k-th
+    axes    what the array's axes are, as letters in order: N sequences, T frames, H rows, W columns, C channels
+            "": THW or THWC, or with an index NTHW or NTHWC
     """
 
     name: str
@@ -32,6 +36,7 @@ class Clip:
     stop: int
     index: int | None = None
     step: int = 1
+    axes: str = ""
 
     def __len__(self):
         return len(range(self.start, self.stop, self.step))
@@ -48,8 +53,13 @@ class Clip:
     def frames(self):
         """A view (T, H, W, C) of the memory-mapped file. Reading starts when values are used."""
         array = open_npy(self.path)
-        array = (array if self.index is None else array[self.index])[self.start : self.stop : self.step]
-        return array[..., None] if array.ndim == 3 else array
+        axes = self.axes or ("THWC" if self.index is None else "NTHWC")[: array.ndim]
+        # Basic indexing keeps the memory map; [None] makes the axis of a single channel.
+        array = array[tuple(self.index if axis == "N" else slice(None) for axis in axes)]
+        axes = axes.replace("N", "")
+        array = array.transpose([axes.index(axis) for axis in "THWC" if axis in axes])
+        array = array[self.start : self.stop : self.step]
+        return array if "C" in axes else array[..., None]
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,17 @@ class Source:
     """A clip that is not decoded yet.
 
     name    for messages
-    files   one video, or the images in order
+    files   one video, or images in order; an image may have several pages if it is the only one
+    video   whether it is a video
     """
 
     name: str
     files: tuple
+    video: bool
 
     def frames(self, channels):
         """Yields frames (H, W, C)."""
-        if self.files[0].suffix.lower() in VIDEOS:
+        if self.video:
             return video_frames(self.files[0], channels)
         return image_frames(self.files, channels)
 

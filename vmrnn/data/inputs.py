@@ -1,14 +1,19 @@
 """The frames that predict.py continues, read one at a time from any file that the data sets read."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
 from vmrnn.data.grid_files import GRIDS, is_zarr
 from vmrnn.data.grids import open_grid
-from vmrnn.data.media import ARRAYS, VIDEOS, image_frames, images_in, npz_member, npz_rows, open_npy, video_frames
+from vmrnn.data.images import IMAGES, image_frames
+from vmrnn.data.media import images_in
+from vmrnn.data.table import DATASETS
+from vmrnn.data.videos import VIDEOS, video_frames
 from vmrnn.errors import UserError
 
 
@@ -69,6 +74,8 @@ def open_input(path, config):
     """
     file = Path(path)
     suffix = file.suffix.lower()
+    if suffix in IMAGES and (suffix not in GRIDS or DATASETS[config.dataset].pictures) and file.is_file():
+        return Input([Sequence(lambda: image_frames([file], picture_channels(config)))])
     if config.dataset == "grid" or suffix in GRIDS or is_zarr(file):
         return grid_input(path, config)
     if file.is_dir():
@@ -119,22 +126,66 @@ def grid_input(path, config):
 
 
 def array_input(file, config):
-    """A .npy or .npz: (T, H, W[, C]) is one sequence, (N, T, H, W[, C]) are N."""
+    """A .npy or .npz file: one sequence, or one per entry of its axis N."""
     if file.suffix.lower() == ".npz":
         member, shape, dtype = npz_member(file, config.array_key)
-        rows, whole = (lambda: npz_rows(file, member)), None
+        array, reader = ArrayFacts(shape, dtype), RowReader(lambda: npz_rows(file, member))
     else:
-        whole = open_npy(file)
-        shape, dtype, rows = whole.shape, whole.dtype, lambda: iter(whole)
-    if len(shape) not in (3, 4, 5) or dtype.kind not in "buif" or 0 in shape:
-        raise UserError(f"{file}: holds {dtype} {shape}; it must hold numbers (T, H, W[, C]) or (N, T, H, W[, C])")
-    channels = {config.input_channels, 1, 3} if config.input_channels in (1, 3) else {config.input_channels}
-    many = len(shape) == 5 or (len(shape) == 4 and shape[3] not in channels and config.input_channels == 1)
-    if not many:
-        return Input([Sequence(lambda: map(with_channels, rows()), shape[0])])
-    reader = RowReader(rows) if whole is None else whole
-    sequences = [Sequence(lambda i=i: map(with_channels, iter(reader[i])), shape[1]) for i in range(shape[0])]
-    return Input(sequences, many=True)
+        array = reader = open_npy(file)
+    axes = input_axes(file, array, config)
+    first = axes[0]
+    if first not in "NT":  # no rows to read one after another
+        reader = read_array(file, config.array_key)
+    length = dict(zip(axes, array.shape))
+    notes = [f"{array.dtype} {array.shape} read as {', '.join(axes)}"]
+
+    def frames(index):
+        """Yields the frames of one sequence, (H, W, C); index: its place along N, or None."""
+        if first == "T" and index is None:
+            for t in range(length["T"]):
+                yield frame_of(reader[t], axes[1:])
+            return
+        whole = reader[index] if first == "N" else reader
+        rest = axes[1:] if first == "N" else axes
+        if "N" in rest:
+            whole, rest = whole.take(index, rest.index("N")), rest.replace("N", "")
+        for t in range(length["T"]):
+            yield frame_of(whole.take(t, rest.index("T")), rest.replace("T", ""))
+
+    if "N" not in axes:
+        return Input([Sequence(lambda: frames(None), length["T"])], notes=notes)
+    sequences = [Sequence(lambda i=i: frames(i), length["T"]) for i in range(length["N"])]
+    return Input(sequences, many=True, notes=notes)
+
+
+def input_axes(file, array, config):
+    """The axes of an array for a network. Colours may be given to a network of grey frames, and the other way round."""
+    try:
+        return find_axes(file, array, config.input_channels, config.array_axes)
+    except UserError:
+        if config.input_channels not in (1, 3):
+            raise
+        try:
+            return find_axes(file, array, 4 - config.input_channels, config.array_axes)
+        except UserError:
+            pass
+        raise
+
+
+@dataclass(frozen=True)
+class ArrayFacts:
+    """Shape and type of an array that is not read yet."""
+
+    shape: tuple
+    dtype: np.dtype
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
 
 
 class RowReader:
@@ -151,5 +202,7 @@ class RowReader:
         return self.row
 
 
-def with_channels(frame):
-    return frame[..., None] if frame.ndim == 2 else frame
+def frame_of(array, axes):
+    """An array with the axes H, W and perhaps C in any order as a frame (H, W, C)."""
+    array = array.transpose([axes.index(axis) for axis in "HWC" if axis in axes])
+    return array if "C" in axes else array[..., None]

@@ -11,8 +11,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
+from vmrnn.data.arrays import read_array
 from vmrnn.data.draws import split_key, split_seed, uniform_draws
-from vmrnn.data.media import read_array
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError, range_complaint
@@ -283,7 +283,7 @@ class MovingMNISTFile(Dataset):
     path                .npy (opened memory-mapped) or .npz, uint8 (frames, sequences, H, W), as in mnist_test_seq.npy
     num_frames_input    frames of the inputs: the first ones of a sequence
     num_frames_output   frames of the targets: those that follow
-    array_key           as in media.npz_member
+    array_key           as in arrays.npz_member
 
     A key is an index or (epoch, index).
     UserError: a missing, damaged or foreign file, or too few frames.

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
 from vmrnn.data.clips import Clip, Source, decode
 from vmrnn.data.draws import split_seed
 from vmrnn.data.grids import calendar_of, grid_clips
-from vmrnn.data.media import ARRAYS, IMAGES, VIDEOS, files_in, npz_member, npz_rows, open_npy
+from vmrnn.data.images import IMAGES, has_palette, page_count
+from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
 from vmrnn.data.ranges import check_not_all_missing, forcing_range, range_of, summarize
 from vmrnn.data.table import DATASETS
+from vmrnn.data.videos import VIDEOS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
 from vmrnn.values import ValueRange
@@ -73,7 +76,7 @@ def kth(split, options, value_range=None):
     runs = []
     for source, clip in zip(sources, clips):
         name = KTH_NAME.search(source.name)[1]
-        if source.files[0].suffix.lower() not in VIDEOS:
+        if not source.video:
             runs += consecutive(clip, source.files, 1)
         else:
             for start, stop in annotated.get(name, [(1, len(clip))]):
@@ -115,7 +118,7 @@ def human36m(split, options, value_range=None):
         numbers = frame_numbers(source.files)
         files = tuple(file for file, number in zip(source.files, numbers) if number % HUMAN_STEP == 1)
         if files and subject and int(subject[1]) in subjects:
-            sources.append(Source(source.name, files))
+            sources.append(Source(source.name, files, video=False))
     if not sources:
         raise UserError(
             f"{folder}: no frames of subjects {', '.join(map(str, subjects))}, the {split} part "
@@ -251,8 +254,10 @@ def own(split, options, value_range, list_clips, pictures=False):
     notes = [*notes, *gap_notes(all_clips, total)]
     if not len(windows):
         inputs, outputs = frames_wanted(options)
+        alone = len(all_clips) > 1 and max(map(len, all_clips)) == 1
+        hint = "(files of one frame each are one clip with dataset frames) " if alone else ""
         raise UserError(
-            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips leave no {split} sequence of "
+            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips {hint}leave no {split} sequence of "
             f"{inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )
@@ -311,12 +316,19 @@ def by_clip(clips):
 
 def video_clips(path, options):
     """Clips of a video, or of the videos in a folder, decoded into the cache."""
-    return decoded(video_sources(path), VIDEOS, path, options)
+    notes = []
+    return decoded(video_sources(path, notes), VIDEOS, path, options), notes
 
 
 def image_clips(path, options):
     """Clips of a folder of folders of images, decoded into the cache."""
-    return decoded(frame_sources(path), IMAGES, path, options)
+    notes = []
+    sources = frame_sources(path, notes=notes)
+    if sources and has_palette(sources[0].files[0]):
+        notes.append(
+            f"{sources[0].files[0]}: has a palette, whose colours are read; if its numbers are the values, write them as grey"
+        )
+    return decoded(sources, IMAGES, path, options), notes
 
 
 def decoded(sources, endings, path, options):
@@ -324,13 +336,13 @@ def decoded(sources, endings, path, options):
         raise UserError(f"input_channels is {options.input_channels}; {options.dataset} is read as 1 (grey) or 3 (RGB)")
     if not sources:
         raise UserError(f"{path}: nothing in it for dataset {options.dataset} ({' '.join(endings)}); name another path")
-    return decode(sources, options.cache_dir, options.dataset, options.input_channels, stored_size(options)), []
+    return decode(sources, options.cache_dir, options.dataset, options.input_channels, stored_size(options))
 
 
 def array_clips(path, options):
-    """Clips of a .npy or .npz file, or of a folder of them: (T, H, W[, C]) is one clip, (N, T, H, W[, C]) is N clips."""
-    path, channels = Path(path), options.input_channels
-    files = files_in(path, ARRAYS) if path.is_dir() else [path]
+    """Clips of a .npy or .npz file, or of a folder of them: one per file, or one per entry of its axis N."""
+    path, channels, notes, said = Path(path), options.input_channels, [], []
+    files = files_in(path, ARRAYS, notes) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no .npy or .npz in it; name another path")
     clips, first_shape = [], None
@@ -340,26 +352,24 @@ def array_clips(path, options):
         is_zip = file.suffix.lower() == ".npz"
         store = unpacked(file, options.array_key, options.cache_dir) if is_zip else str(file)
         array = open_npy(store)
-        # Four dimensions are (T, H, W, C) if the last one is the number of channels, else sequences of one channel.
-        many = array.ndim == 5 or (array.ndim == 4 and channels == 1 and array.shape[3] != 1)
-        frame_shape = array.shape[1 + many :]
-        if array.dtype.kind not in "buif" or array.size == 0 or array.ndim not in (3, 4, 5):
-            raise UserError(
-                f"{file}: holds {array.dtype} {array.shape}; it must hold numbers (T, H, W[, C]) or (N, T, H, W[, C])"
-            )
-        array_channels = frame_shape[2] if len(frame_shape) == 3 else 1
-        if array_channels != channels:
-            raise UserError(
-                f"{file}: {array.shape} has {array_channels} channels, but input_channels is {channels}; change one"
-            )
+        axes = find_axes(file, array, channels, options.array_axes)
+        length = dict(zip(axes, array.shape))
+        frame_shape = length["H"], length["W"], array.dtype
         first_shape = first_shape or frame_shape
         if frame_shape != first_shape:
-            raise UserError(f"{file}: frames of {frame_shape}, but {files[0]}: {first_shape}; make them alike")
-        if many:
-            clips += [Clip(str(file), store, 0, array.shape[1], i) for i in range(len(array))]
-        else:
-            clips.append(Clip(str(file), store, 0, len(array)))
-    return clips, []
+            raise UserError(
+                f"{file}: frames of {shape_text(frame_shape)}, but {files[0]}: {shape_text(first_shape)}; make them alike"
+            )
+        indices = range(length["N"]) if "N" in axes else [None]
+        clips += [Clip(str(file), store, 0, length["T"], index, axes=axes) for index in indices]
+        if axes not in said:
+            said.append(axes)
+            notes.append(f"{file}: {array.dtype} {array.shape} read as {', '.join(axes)}")
+    return clips, notes
+
+
+def shape_text(frame_shape):
+    return f"{frame_shape[0]}x{frame_shape[1]} {frame_shape[2]}"
 
 
 def cut_in_time(clips, split, valid_fraction, test_fraction):
@@ -397,31 +407,46 @@ CUTS = {"time": cut_in_time, "file": cut_by_file}  # by the option split_by
 # Files of a folder
 
 
-def video_sources(path):
-    """A video, or the videos in a folder, in natural order: list of Source."""
+def video_sources(path, notes=None):
+    """A video, or the videos in a folder, in natural order: list of Source.
+
+    notes   as in media.files_in
+    """
     path = existing(path)
     if path.is_file():
         if path.suffix.lower() not in VIDEOS:
             raise UserError(f"{path}: its name does not end as one of {' '.join(VIDEOS)}; name another file")
-        return [Source(path.name, (path,))]
-    return [Source(file.relative_to(path).as_posix(), (file,)) for file in files_in(path, VIDEOS)]
+        return [Source(path.name, (path,), video=True)]
+    return [Source(file.relative_to(path).as_posix(), (file,), video=True) for file in files_in(path, VIDEOS, notes)]
 
 
-def frame_sources(path, by_prefix=False):
-    """The folders of images at or under `path`: list of Source, one per folder.
+def frame_sources(path, by_prefix=False, notes=None):
+    """The folders of images at or under `path`, or an image of several pages: list of Source.
 
     by_prefix   one Source per folder and per beginning of a file's name, up to the last number in it
+    notes       as in media.files_in
+
+    A folder of images of one page each is one Source. If the first image of a folder has several pages, each image of
+    it is a Source.
     """
     path = existing(path)
     if path.is_file():
-        raise UserError(f"{path}: a file; name a folder of folders of images")
+        if path.suffix.lower() not in IMAGES:
+            raise UserError(f"{path}: a file; name a folder of folders of images, or an image of several pages")
+        return [Source(path.name, (path,), video=False)]
     groups = {}
-    for file in files_in(path, IMAGES):
+    for file in files_in(path, IMAGES, notes):
         name = file.parent.relative_to(path).as_posix()
         if by_prefix:
             name = f"{name}/{re.sub(r'[_.-]?[0-9]+[^0-9]*$', '', file.stem)}".removeprefix("./")
         groups.setdefault(name, []).append(file)
-    return [Source(name if name != "." else path.name, tuple(files)) for name, files in groups.items()]
+    sources = []
+    for name, files in groups.items():
+        if not by_prefix and page_count(files[0]) > 1:
+            sources += [Source(file.relative_to(path).as_posix(), (file,), video=False) for file in files]
+        else:
+            sources.append(Source(name if name != "." else path.name, tuple(files), video=False))
+    return sources
 
 
 def existing(path):

@@ -1,0 +1,205 @@
+"""Frames of images, upright and in the depth that they are stored in."""
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+from vmrnn.data.reading import check_size, local_path, reading
+from vmrnn.errors import UserError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".gif")
+# The formats of these endings. Some of Pillow's others start a program on the file.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
+ANIMATED = ("PNG", "WEBP", "GIF")  # formats whose pages are frames; those of a JPEG are previews and depth maps
+REDUCED, MASK = 1, 4  # bits of TIFF's NewSubfileType: a page of the pyramid, a mask
+ORIENTATION = 274  # tag of TIFF and EXIF
+
+
+def image_frames(paths, channels=None):
+    """Yields the frames of images, (H, W, C), upright: one per image, or all pages of a TIFF stack or an animation.
+
+    paths      of image files; of several each must hold one frame
+    channels   1 (grey) or 3 (RGB); None: as the files store them; an alpha channel is dropped
+
+    The frames are uint8, or what a deeper image stores: bool becomes uint8, all other types stay.
+    UserError: no image, a damaged one, images of different sizes, types or channel counts, more bits than can be kept.
+    """
+    first = None
+    for path in paths:
+        with reading(path, "an image"):
+            for number, (frame, stored) in enumerate(pages(path, channels)):
+                if len(paths) > 1 and number:
+                    raise UserError(f"{path}: holds several frames, and other images of its folder hold one; put it into "
+                                    "a folder of its own")  # fmt: skip
+                kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype} of {stored} channels"
+                first = first or kind
+                if kind != first:
+                    raise UserError(f"{path}: {kind} after {first}; all images of a clip must be alike")
+                yield frame
+
+
+def page_count(path):
+    """How many frames an image file holds."""
+    with reading(path, "an image"):
+        if is_tiff(path):
+            import tifffile
+
+            with tifffile.TiffFile(path) as file:
+                return sum(1 for page in file.pages if not is_reduced(page))
+        with Image.open(path, formats=FORMATS) as image:
+            return image.n_frames if image.format in ANIMATED else 1
+
+
+def has_palette(path):
+    """Whether an image stores numbers of colours in a palette."""
+    with reading(path, "an image"), Image.open(path, formats=FORMATS) as image:
+        return image.mode in ("P", "PA")
+
+
+def pages(path, channels):
+    """Yields (frame, channels that the file stores) of one image file."""
+    if is_tiff(path):
+        yield from tiff_pages(path, channels)
+        return
+    with Image.open(path, formats=FORMATS) as image:
+        check_size(path, *image.size)
+        if image.format == "PNG" and image.mode != "I;16" and png_depth(path) == 16:
+            yield deep_png(path, image, channels)
+            return
+        check_depth(path, image)
+        for number in range(image.n_frames if image.format in ANIMATED else 1):
+            image.seek(number)
+            yield pillow_frame(path, image, channels)
+
+
+def pillow_frame(path, image, channels):
+    deep = image.mode[0] in "IF"
+    stored = 1 if deep or image.mode in ("1", "L", "LA") else 3
+    if deep and channels == 3:
+        raise UserError(f"{path}: one channel of {image.mode}, but 3 are asked for; choose input_channels 1")
+    picture = ImageOps.exif_transpose(image)
+    if not deep:
+        picture = picture.convert("L" if (channels or stored) == 1 else "RGB")
+    frame = np.asarray(picture)
+    return frame.reshape(*frame.shape[:2], -1), stored
+
+
+def check_depth(path, image):
+    """UserError where Pillow would make 8 bits of more."""
+    arguments = str(image.tile[0][3]) if image.tile else ""
+    if image.mode[0] not in "IF" and ";16" in arguments and image.format != "BMP":
+        raise UserError(f"{path}: 16 bits per channel in a form that would lose 8 of them; write it as PNG or TIFF")
+    if image.format == "PPM" and image.tile and image.tile[0][0].startswith("ppm"):
+        highest = image.tile[0][3]
+        highest = highest[-1] if isinstance(highest, tuple) else highest
+        if isinstance(highest, int) and highest > 255 and (image.mode[0] not in "IF" or highest != 65535):
+            raise UserError(
+                f"{path}: values up to {highest}, which cannot be kept in this format; write it as PNG or TIFF"
+            )
+
+
+def png_depth(path):
+    with open(path, "rb") as f:
+        return f.read(25)[24]
+
+
+def deep_png(path, image, channels):
+    """A PNG of 16 bits per channel with colours or alpha, of which Pillow would make 8 bits."""
+    if image.is_animated:
+        raise UserError(f"{path}: an animation of 16 bits per channel; write its frames as images of their own")
+    with av.open(f"file:{local_path(path)}", format="png_pipe", options={"protocol_whitelist": "file"}) as container:
+        decoded = next(container.decode(video=0))
+    grey = decoded.format.name.startswith("ya")
+    frame = decoded.to_ndarray(format="gray16le" if grey else decoded.format.name)
+    frame = frame.reshape(*frame.shape[:2], -1)[..., : 1 if grey else 3]  # without alpha
+    return in_channels(path, oriented(frame, image.getexif().get(ORIENTATION, 1)), channels), frame.shape[2]
+
+
+def in_channels(path, frame, channels):
+    """A deep frame with the channels that are asked for. UserError: it would have to be made grey or coloured."""
+    if channels not in (None, frame.shape[2]):
+        raise UserError(
+            f"{path}: {frame.shape[2]} channels of {frame.dtype}, but {channels} are asked for; choose input_channels "
+            f"{frame.shape[2]}"
+        )
+    return frame
+
+
+def oriented(frame, orientation):
+    """A frame turned and mirrored as the tag of TIFF and EXIF says, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        frame = frame.transpose(1, 0, *range(2, frame.ndim))
+    across = orientation in (2, 3, 6, 7)
+    down = orientation in (3, 4, 7, 8)
+    frame = frame[:, ::-1] if across else frame
+    return np.ascontiguousarray(frame[::-1] if down else frame)
+
+
+# TIFF
+
+
+def is_tiff(path):
+    with open(path, "rb") as f:
+        return f.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def is_reduced(page):
+    """Whether a page is a smaller copy of another one or a mask."""
+    return bool(page.subfiletype & (REDUCED | MASK))
+
+
+def tiff_pages(path, channels):
+    """Yields (frame, stored channels) of the pages of a TIFF file. Reduced pages and masks are left out."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        taken = [page for page in file.pages if not is_reduced(page)]
+        if file.is_imagej and len(taken) == 1 and len(file.series) == 1 and file.series[0].ndim > taken[0].ndim:
+            raise UserError(f"{path}: an ImageJ stack with one header for all pages; read it with dataset grid")
+        for number, page in enumerate(taken):
+            height, width = page.imagelength, page.imagewidth
+            check_size(path, width, height)
+            plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
+            if not plain or page.axes not in ("YX", "YXS", "SYX"):
+                # Palettes, inverted grey, other colour spaces: pictures of 8 bits
+                if page.dtype is None or page.dtype.itemsize > 1:
+                    raise UserError(f"{path}: page {number} is {page.photometric.name} {page.axes} of {page.dtype}; "
+                                    "write it as grey or RGB")  # fmt: skip
+                yield pillow_page(path, number, channels)
+                continue
+            try:
+                frame = page.asarray()
+            except ValueError as error:  # a compression that needs the package imagecodecs
+                if "imagecodecs" not in str(error) or page.dtype != np.uint8:
+                    raise
+                yield pillow_page(path, number, channels)
+                continue
+            frame = frame.transpose(1, 2, 0) if page.axes == "SYX" else frame
+            frame = frame.reshape(height, width, -1)
+            frame = frame[..., : frame.shape[2] - len(page.extrasamples)] if page.extrasamples else frame
+            if frame.dtype.kind not in "buif":
+                raise UserError(f"{path}: page {number} holds {frame.dtype}; real numbers are needed")
+            if frame.dtype == bool:
+                frame = frame.astype(np.uint8) * np.uint8(255)
+            tag = page.tags.get(ORIENTATION)
+            frame, stored = oriented(frame, tag.value if tag else 1), frame.shape[2]
+            if frame.dtype == np.uint8 and channels and channels != stored:
+                picture = Image.fromarray(frame[..., 0] if stored == 1 else frame)
+                frame = np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(height_width(frame))
+            yield in_channels(path, frame.reshape(*frame.shape[:2], -1), channels), stored
+
+
+def height_width(frame):
+    return (*frame.shape[:2], -1)
+
+
+def pillow_page(path, number, channels):
+    """One page of a TIFF file as Pillow reads it. Reduced pages count for Pillow."""
+    with Image.open(path, formats=("TIFF",)) as image:
+        count = -1
+        for index in range(image.n_frames):
+            image.seek(index)
+            count += not int(image.tag_v2.get(254, 0)) & (REDUCED | MASK)
+            if count == number:
+                return pillow_frame(path, image, channels)
+    raise UserError(f"{path}: page {number} cannot be read; write it again")
