@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vmrnn import config as configuration
+from vmrnn import checked, config as configuration
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
@@ -67,9 +67,31 @@ def load_network(path, config=None, device="cpu", **changes):
         raise UserError(f"{path}: holds weights alone; name the network's configuration with config")
     resolved = configuration.resolve(config, changes, base=configuration.for_test(content["config"] or {}))
     device = pick_device(resolved.device)
+    weights = weights_of(content)
+    check_size(resolved, weights, path)
     model = build_model(**resolved.network_options)
-    load_weights(model, weights_of(content), path)
+    load_weights(model, weights, path)
     return Trained(model.to(device).eval(), resolved, value_range_of(content, resolved))
+
+
+def check_size(config, weights, path):
+    """UserError: the configuration asks for another network than the weights are of, found without its memory.
+
+    A configuration inside a file from a stranger may ask for a network of any size.
+    """
+    blocks = sum(config.depths + config.depths_down + config.depths_up)
+    if blocks > 64 + len(weights):
+        raise UserError(
+            f"{path}: its configuration has {blocks} blocks and its weights {len(weights)} tensors; get it again"
+        )
+    try:
+        with torch.device("meta"):
+            skeleton = build_model(**config.network_options)
+    except (RuntimeError, OverflowError) as error:  # sizes beyond what can be counted
+        raise UserError(
+            f"{path}: its configuration asks for a network too large for any memory; get it again"
+        ) from error
+    matched_weights(skeleton, weights, path)
 
 
 def value_range_of(content, config):
@@ -101,6 +123,16 @@ def load_weights(model, source, name="the state dict"):
     """
     if isinstance(source, (str, Path)):
         name, source = str(source), weights_of(read_checkpoint(source))
+    state = matched_weights(model, source, name)
+    try:
+        checked.check_finite(state)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; the file is damaged, or its training failed: get another") from error
+    model.load_state_dict(state)
+
+
+def matched_weights(model, source, name):
+    """The weights of a state dict under the names of `model`. UserError: they do not fit the model."""
     own = model.state_dict()
     state = published_to_ours(source, own)
     problems = {
@@ -115,7 +147,7 @@ def load_weights(model, source, name="the state dict"):
     found = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise UserError(f"{name} does not fit this network: {'; '.join(found)}; check model, widths and depths")
-    model.load_state_dict(state)
+    return state
 
 
 def weights_of(content):
@@ -161,10 +193,12 @@ def read_checkpoint(path):
         if head[8:] == b"{":  # eight bytes of length, then JSON
             with safe_open(path, "pt") as f:
                 texts = f.metadata() or {}
-                tables = {key: json.loads(texts.get(key, "null")) for key in ("config", "value_range")}
-                if not all(isinstance(table, dict | None) for table in tables.values()):
-                    raise TypeError("the configuration is no table")
-                return {"model": {key: f.get_tensor(key) for key in f.keys()}} | tables
+                state = {key: f.get_tensor(key) for key in f.keys()}
+            checked.check_metadata(state, texts)
+            content = {key: json.loads(texts.get(key, "null")) for key in ("config", "value_range")}
+            content |= {"model": checked.check_state(state), "version": VERSION}
+            checked.check_contents(content)
+            return content
         if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
             raise UserError(f"checkpoint {path}: damaged ({broken}); get it again")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -177,19 +211,28 @@ def read_checkpoint(path):
     except UserError:
         raise
     except DAMAGE as error:
-        raise UserError(f"checkpoint {path}: damaged or not a checkpoint; get it again") from error
+        reason = f" ({error})" if type(error) is ValueError and str(error).startswith("its ") else ""
+        raise UserError(f"checkpoint {path}: damaged or not a checkpoint{reason}; get it again") from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if not {"version", "model", "config"} <= content.keys():
             raise UserError(f"checkpoint {path}: incomplete; get it again")
-        if content["version"] > VERSION:
+        # A newer version may hold other things, so its contents are not looked at.
+        if type(content["version"]) is int and content["version"] > VERSION:
             raise UserError(f"checkpoint {path}: version {content['version']} is newer than this program; update it")
+        try:
+            checked.check_contents(content)
+        except ValueError as error:
+            raise UserError(f"checkpoint {path}: {error}; get it again") from error
         return content
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
         raise UserError(f"checkpoint {path}: holds no state dict")
-    return {"model": content, "config": None}
+    try:
+        return {"model": checked.check_state(content), "config": None}
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: {error}; get it again") from error
 
 
 def save_checkpoint(path, content):
@@ -233,6 +276,7 @@ def save_weights(path, model, config, value_range=None):
     metadata = {"format": "pt", "config": json.dumps(config)}
     if value_range is not None:
         metadata["value_range"] = json.dumps(value_range.to_dict())
+    metadata["checksum"] = checked.checksum(state, metadata)
     # save_file would make a file that only its owner can read.
     content = safetensors.torch.save(state, metadata=metadata)
     with replacing(path) as temporary:
