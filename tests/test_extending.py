@@ -72,9 +72,9 @@ def run(folder, *arguments):
 
 
 def test_a_run_with_everything_on_the_page(extended):
-    """The new data set, network with its cell, loss, metric, option, logger and scan, in training and in a test."""
+    """The new data set, network, cell, loss, metric, option, logger and scan, in training and in a test."""
     printed = run(
-        extended, "train.py", "--dataset", "waves", "--model", "VMRNN-G", "--patch_size", 4, "--embed_dim", 16,
+        extended, "train.py", "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--patch_size", 4, "--embed_dim", 16,
         "--depths", 1, "--d_state", 4, "--input_size", 16, "--num_frames_input", 3, "--num_frames_output", 2,
         "--train_sequences", 16, "--valid_sequences", 4, "--train_batch_size", 4, "--epochs", 2, "--epoch_valid", 1,
         "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--wet_weight", 5, "--table", "--scan", "double",

@@ -50,6 +50,14 @@ def known_network(name):
         return f"choose one of {', '.join(NETWORKS)}"
 
 
+def known_cell(name):
+    """The rule of cell: a key of vmrnn.network.CELLS."""
+    from vmrnn.network import CELLS
+
+    if name not in CELLS:
+        return f"choose one of {', '.join(CELLS)}"
+
+
 def low_and_high(values):
     """The rule of data_range: nothing, or pairs of numbers that ValueRange accepts."""
     if len(values) % 2:
@@ -103,7 +111,7 @@ class Config:
     depths_up: list[int] = option("network", [6, 2],
         "VMRNN-D: blocks per level on the way up; the last number is the coarsest level", at_least=1)
     cell: str = option("network", "vss", "blocks of the cells: vss (the paper's), swin (SwinLSTM) or conv (ConvLSTM)",
-        choices=["vss", "swin", "conv"])
+        rule=known_cell)
     d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
     drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
     attn_drop_rate: float = option("network", 0.0, "dropout rate in every block", at_least=0, below=1)
