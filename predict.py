@@ -14,6 +14,7 @@ continues; .npy and .npz an array in the units and the type of the input, whole 
 one picture per frame.
 """
 
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 from vmrnn import config as configuration
 from vmrnn.data.grid_files import GRIDS
-from vmrnn.data.inputs import open_input
+from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.errors import UserError
 from vmrnn.forecast_files import ENDINGS, Forecast, check_output
 from vmrnn.forecaster import Forecaster
@@ -36,6 +37,7 @@ READING = (
     "variables",
     "time_from",
     "time_step",
+    "forcings",
     "frame_step",
 )  # options of how files are read
 
@@ -47,6 +49,9 @@ def parse_arguments(argv=None):
         "--config", metavar="FILE.toml", help="the network's configuration, where the weights hold none"
     )
     parser.add_argument("--input", metavar="FILE", required=True, help="the frames to continue")
+    parser.add_argument(
+        "--forcing_data", metavar="FILE", help="fields with the forcings of the frames to forecast, where they change"
+    )
     parser.add_argument("--last", type=int, metavar="N", help="use the last N frames alone (default: all)")
     parser.add_argument("--horizon", type=int, metavar="N", required=True, help="frames to forecast")
     parser.add_argument(
@@ -75,18 +80,29 @@ def parse_arguments(argv=None):
     return args
 
 
-def forecast_sequence(forecaster, frames, horizon):
-    """Observe the frames of a sequence, one at a time, and forecast.
+def forecast_sequence(forecaster, sequence, source, config, args):
+    """Observe the frames of a sequence of `source`, an Input, one at a time, and forecast.
+
+    config   of the network, with the options of how files are read
 
     Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of the
     frames; how many there were).
     """
     forecaster.reset()
-    for frame in frames:
-        forecaster.observe(frame)
+    dates = itertools.repeat(None)
+    dated = sequence.times is not None and source.info.calendar
+    if dated and config.calendar:
+        dates = source.info.decoded_times(sequence.times[sequence.taken(config.frame_step, args.last)])
+    for frame, date in zip(sequence.frames(config.frame_step, args.last), dates):
+        forecaster.observe(frame, date)
     if forecaster.count == 0:
         raise UserError("--input: holds no frames")
-    forecast = forecaster.forecast_in_unit(horizon)
+    later = dates = None
+    if sequence.times is not None and config.forcing_channels and args.horizon > 1:
+        later = source.info.next_times(sequence.times[sequence.taken(config.frame_step)], args.horizon)
+        dates = source.info.decoded_times(later) if dated else None
+    forcings = coming_forcings(source, config, frame, later, args.horizon - 1, args.forcing_data)
+    forecast = forecaster.forecast_in_unit(args.horizon, forcings, dates)
     forecast[:, forecaster.never_seen] = np.nan
     return forecast, frame.dtype, forecaster.count
 
@@ -106,9 +122,7 @@ def main(argv=None):
     # Forecast every sequence. Only the forecasts are kept in memory.
     forecasts, times = [], []
     for number, sequence in enumerate(source.sequences):
-        forecast, dtype, count = forecast_sequence(
-            forecaster, sequence.frames(config.frame_step, args.last), args.horizon
-        )
+        forecast, dtype, count = forecast_sequence(forecaster, sequence, source, config, args)
         if number == 0:
             log.info("input      %d frames of %dx%d, %s", count, *forecast.shape[1:3], dtype)
             log_size(forecaster, forecast.shape[1:3])

@@ -1,9 +1,14 @@
 """Forcings are channels that are given, in the horizon too, and never forecast."""
 
+import numpy as np
 import pytest
 import torch
 
+import predict
+from dataset import build_dataset
 from functions import RolloutLoss, evaluate
+from vmrnn.checkpoint import save_weights
+from vmrnn.config import Config
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
@@ -66,3 +71,85 @@ def test_loss_and_metrics_are_of_what_is_forecast(model):
     outputs = rollout(model, inputs, 2, following=targets)
     expected = (outputs[:, 2:] - targets[:, :, :2]).square().sum(dim=(2, 3, 4)).mean().item()
     assert results[0]["model"]["mean"]["mse"] == pytest.approx(expected, rel=1e-5)
+
+
+# From files
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Files of a field with forcings, and a network for them: (folder, Config, model, ValueRange)."""
+    xarray = pytest.importorskip("xarray")
+    rng = np.random.default_rng(0)
+    hours = np.datetime64("2020-03-01T18", "ns") + np.arange(24) * np.timedelta64(1, "h")
+    dims, place = ("time", "y", "x"), {"y": np.arange(8.0), "x": np.arange(12.0)}
+    whole = xarray.Dataset(
+        {
+            "rain": (dims, rng.random((24, 8, 12), "f4"), {"units": "mm"}),
+            "sun": (dims, rng.random((24, 8, 12), "f4")),
+            "height": (("y", "x"), rng.random((8, 12), "f4")),
+        },
+        place | {"time": hours},
+    )
+    whole.to_netcdf(tmp_path / "whole.nc", engine="h5netcdf")
+    whole.isel(time=slice(20)).to_netcdf(tmp_path / "past.nc", engine="h5netcdf")
+    whole.drop_vars(["rain"]).isel(time=slice(20, 24)).to_netcdf(tmp_path / "coming.nc", engine="h5netcdf")
+    xarray.Dataset({"mask": (("y", "x"), rng.random((8, 12), "f4"))}, place).to_netcdf(
+        tmp_path / "mask.nc", engine="h5netcdf"
+    )
+    config = Config(
+        dataset="grid", train_data_dir=str(tmp_path / "whole.nc"), cache_dir=str(tmp_path / "cache"), variables=["rain"],
+        forcings=["sun", "height", f"{tmp_path / 'mask.nc'}:mask"], calendar=True, input_size=[8, 12], num_frames_input=20,
+        num_frames_output=4, valid_fraction=0.0, test_fraction=0.0, model="VMRNN-B", patch_size=2, embed_dim=16, depths=[1],
+        scan="torch",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(**config.network_options).eval()
+    data = build_dataset("train", config)
+    save_weights(tmp_path / "best.safetensors", model, config.to_dict(), data.value_range)
+    return tmp_path, config, model, data
+
+
+def predict_from(folder, **changes):
+    options = {
+        "checkpoint": "best.safetensors",
+        "input": "past.nc",
+        "forcing_data": "coming.nc",
+        "output": "out.nc",
+    } | changes
+    arguments = [part for key, name in options.items() if name for part in (f"--{key}", str(folder / name))]
+    predict.main([*arguments, "--horizon", "4", "--scan", "torch", "--device", "cpu"])
+
+
+def test_predict_gives_the_network_what_training_gave_it(trained):
+    folder, config, model, data = trained
+    predict_from(folder)
+    inputs, targets = data[0]
+    with torch.no_grad():
+        outputs = rollout(model, inputs[None], 4, following=targets[None])[0, -4:]
+    import xarray
+
+    with xarray.open_dataset(folder / "out.nc") as forecast:
+        assert list(forecast.data_vars) == ["rain"]
+        expected = data.value_range.to_data(outputs[:, 0].numpy()[..., None])[..., 0]
+        np.testing.assert_allclose(forecast["rain"], expected, atol=1e-5)
+        assert forecast["time"].values[0] == np.datetime64("2020-03-02T14", "ns")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forcing_data": None}, "needs sun for the 3 frames after the input"),
+        ({"forcing_data": "past.nc"}, "holds no sun at 2020-03-02 14:00:00"),
+        ({"input": "coming.nc"}, "no variable rain"),
+        ({"input": "bare.nc"}, "no variable sun in it; it has rain"),
+    ],
+)
+def test_predict_refuses_an_input_that_lacks_a_forcing(trained, changes, message):
+    import xarray
+
+    folder = trained[0]
+    with xarray.open_dataset(folder / "past.nc") as past:
+        past[["rain"]].to_netcdf(folder / "bare.nc", engine="h5netcdf")
+    with pytest.raises(UserError, match=message):
+        predict_from(folder, **changes)

@@ -11,6 +11,7 @@ Only the network's states are kept of the past, so memory does not grow with the
 """
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from vmrnn.checkpoint import load_network
 from vmrnn.data.prepare import Preparation, as_frame
 from vmrnn.data.table import DATASETS
+from vmrnn.data.times import calendar_features
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward
 from vmrnn.rollout import network_input
@@ -75,10 +77,12 @@ class Forecaster:
         self._coming = self._states = None  # the frame after the last observed one, and the states that go with it
 
     @torch.inference_mode()
-    def observe(self, frame):
+    def observe(self, frame, date=None):
         """Take the next frame of the stream.
 
-        frame   array, masked array or tensor (H, W) or (H, W, C) of any real type, in the units of the data
+        frame   array, masked array or tensor (H, W) or (H, W, C) of any real type, in the units of the data; the forcings
+                of the network are its last channels
+        date    numpy.datetime64 or cftime date of the frame (UTC), for a network that was trained with --calendar
 
         A frame that is refused changes nothing. Values outside the range that the network was trained on are reported
         once per stream. UserError: no frame of real numbers, another shape than the frames before, another number of
@@ -93,7 +97,9 @@ class Forecaster:
             raise UserError(f"a frame of {values.dtype} after others: uint8 and other types have different ranges here")
         unit = self.prepare.with_range(value_range)(values)
         self._report_outside(unit, value_range)
-        missing = value_range.is_missing(values).all(axis=-1)
+        missing = value_range.is_missing(values[..., : self.model.out_chans]).all(axis=-1)
+        if self.config.calendar:
+            unit = torch.cat((unit, self._waves([date], 1, unit.shape[-2:])[0]))
         advanced = self._advance(network_input(unit[None].to(self.device), self.model.stride), self._states)
 
         self._coming, self._states = advanced
@@ -130,28 +136,33 @@ class Forecaster:
             self.count, int(outside.sum()), unit.numel(), value_range, int(far.sum()), worst,
         )  # fmt: skip
 
-    def forecast(self, horizon):
+    def forecast(self, horizon, forcings=None, dates=None):
         """Forecast the next frames. What has been observed stays as it is.
 
-        horizon   number of frames, at least 1
+        horizon    number of frames, at least 1
+        forcings   (horizon - 1 or more, H, W, F) of the frames to forecast, in the units of the data; the last frame needs
+                   none. None: the network has no forcings
+        dates      of the frames to forecast, for a network that was trained with --calendar
 
         Returns float32 (horizon, H, W) if the frames were given so, else (horizon, H, W, C), in the units of the data.
-        UserError: before the first frame, a horizon below 1, or a forecast that is not finite.
+        UserError: before the first frame, a horizon below 1, forcings that are missing, or a forecast that is not finite.
         """
-        unit = self.forecast_in_unit(horizon)
+        unit = self.forecast_in_unit(horizon, forcings, dates)
         frames = self.observed_range.to_data(unit)
         return frames[..., 0] if len(self.shape) == 2 else frames
 
     @torch.inference_mode()
-    def forecast_in_unit(self, horizon):
+    def forecast_in_unit(self, horizon, forcings=None, dates=None):
         """`forecast` on the network's scale [0, 1], always (horizon, H, W, C)."""
         if self._coming is None:
             raise UserError("forecast() before observe(): there is nothing to continue")
         if horizon < 1:
             raise UserError(f"a forecast of {horizon} frames: ask for 1 or more")
+        given = self._given(horizon - 1, forcings, dates)
         frames, states = [self._coming], self._states
-        for _ in range(horizon - 1):
-            frame, states = self._advance(frames[-1], states)
+        for t in range(horizon - 1):
+            frame = frames[-1] if given is None else torch.cat((frames[-1], given[t : t + 1]), dim=1)
+            frame, states = self._advance(frame, states)
             frames.append(frame)
         height, width = self._size
         found = torch.cat(frames)[..., :height, :width]
@@ -161,3 +172,26 @@ class Forecaster:
                 f"training ({self.observed_range})"
             )
         return self.prepare.restore(found, self.shape[:2])
+
+    def _given(self, count, forcings, dates):
+        """What a network with forcings is given with its own first `count` frames, (count, F, h, w); None: nothing."""
+        names = self.config.forcings
+        if self.config.forcing_channels == 0 or count == 0:
+            return None
+        parts = []
+        if names:
+            if forcings is None or len(forcings) < count or forcings.shape[1:] != (*self.shape[:2], len(names)):
+                raise UserError(
+                    f"the network needs its forcings ({', '.join(names)}) for {count} frames of the forecast"
+                )
+            prepare = replace(self.prepare, channels=len(names), value_range=self.observed_range.given)
+            parts.append(prepare.unit(np.asarray(forcings[:count])))
+        if self.config.calendar:
+            parts.append(self._waves(dates, count, self._size))
+        return network_input(torch.cat(parts, dim=1).to(self.device), self.model.stride)
+
+    def _waves(self, dates, count, size):
+        """The channels of the calendar for `count` frames, (count, 4, h, w). UserError: there are no such dates."""
+        if dates is None or len(dates) < count or any(date is None for date in dates):
+            raise UserError("the network was trained with --calendar and needs the date of every frame")
+        return torch.from_numpy(calendar_features(np.asarray(dates[:count])))[:, :, None, None].expand(-1, -1, *size)

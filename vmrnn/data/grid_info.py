@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.times import EPOCH, later_times
+from vmrnn.data.times import EPOCH, calendar_features, later_times
 from vmrnn.errors import UserError
 
 INDEX, COORDINATES = "grid.json", "grid.nc"  # the files of a GridInfo beside the cached frames
@@ -106,19 +106,7 @@ class GridInfo:
         """
         if not self.calendar:
             raise UserError("calendar: the frames have no dates, from which hour and day would come; leave it out")
-        dates = self.decoded_times(times)
-        if dates.dtype.kind == "M":
-            years, days = dates.astype("datetime64[Y]"), dates.astype("datetime64[D]")
-            day = (dates - days) / np.timedelta64(1, "D")
-            first, next_first = years.astype("datetime64[D]"), (years + 1).astype("datetime64[D]")
-            year = ((days - first) / np.timedelta64(1, "D") + day) / ((next_first - first) / np.timedelta64(1, "D"))
-        else:  # cftime
-            day = np.array([(d.hour + d.minute / 60 + d.second / 3600) / 24 for d in dates])
-            length = 360 if self.calendar == "360_day" else 365.25
-            year = (np.array([d.dayofyr - 1 for d in dates]) + day) / length
-        angles = 2 * np.pi * np.stack((day, day, year, year), axis=1)
-        waves = np.where([True, False, True, False], np.sin(angles), np.cos(angles))
-        return (0.5 + 0.5 * waves).astype(np.float32)
+        return calendar_features(self.decoded_times(times))
 
     def dataset(self, frames, times=None, extra=()):
         """Frames as an xarray.Dataset with the names, units, coordinates and attributes of the input.

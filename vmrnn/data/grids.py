@@ -100,6 +100,12 @@ class Grid:
             runs += [(start + a, start + b) for a, b in found]
         return runs
 
+    def steady(self):
+        """Per forcing, whether it is known not to change with time: it lies in another file or has no time dimension."""
+        forced = self.selections[len(self.selections) - len(self.info.forcings) :]
+        timed = "T" in self.selections[0].letters
+        return [s.path is not None or (timed and "T" not in s.letters) for s in forced]
+
     def frames(self, start=0, stop=None, bar=None):
         """Yields the frames start to stop, (H, W, C), one at a time; `bar` (tqdm) counts them."""
         numbers = np.arange(sum(part.frames for part in self.parts)) if self.taken is None else self.taken

@@ -13,6 +13,7 @@ from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames
 from vmrnn.data.media import images_in
 from vmrnn.data.table import DATASETS
+from vmrnn.data.times import moment, usual_step
 from vmrnn.data.videos import VIDEOS, video_frames
 from vmrnn.errors import UserError
 
@@ -56,12 +57,14 @@ class Input:
     many        whether the file has an axis of sequences, and so has the forecast
     info        GridInfo of a gridded field; None for other files
     notes       lines that say how the file was read
+    steady      per forcing, whether it does not change with time (Grid.steady)
     """
 
     sequences: list
     many: bool = False
     info: object = None
     notes: list = field(default_factory=list)
+    steady: list = field(default_factory=list)
 
 
 def open_input(path, config):
@@ -102,7 +105,8 @@ def picture_channels(config):
 
 def grid_input(path, config):
     """A gridded field. Its sequences each get a forecast. Of runs between gaps in time only the last one is continued."""
-    grid = open_grid(path, config.variables, config.array_axes, config.time_from, config.time_step)
+    how = (config.variables, config.array_axes, config.time_from, config.time_step)
+    grid = open_grid(path, *how, config.forcings)
     if len(grid.info.names) != config.input_channels:
         raise UserError(
             f"{path}: {', '.join(grid.info.names)} make {len(grid.info.names)} channels, but the network takes "
@@ -122,7 +126,51 @@ def grid_input(path, config):
     sequences = [
         Sequence(lambda a=a, b=b: grid.frames(a, b), b - a, None if times is None else times[a:b]) for a, b in runs
     ]
-    return Input(sequences, many, grid.info, notes)
+    return Input(sequences, many, grid.info, notes, grid.steady())
+
+
+def coming_forcings(source, config, last_frame, times, count, path=None):
+    """The forcings of the frames to forecast, (count, H, W, F); None if the network has none.
+
+    source       Input, a gridded field
+    config       Config of the network
+    last_frame   (H, W, C + F), the last one observed; what does not change with time is taken from it
+    times        of the frames to forecast, float64 (count or more,); None: there are none
+    count        frames whose forcings are needed
+    path         file, folder or glob with those that change with time, at these times or, without times, in order
+
+    UserError: a forcing that changes with time and is not given for one of the frames.
+    """
+    if not config.forcings or count < 1:
+        return None
+    given = np.repeat(last_frame[None, ..., -len(config.forcings) :], count, axis=0)
+    changing = [i for i, steady in enumerate(source.steady) if not steady]
+    if not changing:
+        return given
+    names = [config.forcings[i] for i in changing]
+    if path is None:
+        raise UserError(
+            f"the network needs {', '.join(names)} for the {count} frames after the input; name a file that holds it with "
+            "--forcing_data"
+        )
+    grid = open_grid(path, names, config.array_axes, config.time_from)
+    if grid.shape[1:3] != given.shape[1:3]:
+        raise UserError(f"{path}: its maps are {grid.shape[1]}x{grid.shape[2]}, those of the input {given.shape[1]}x"
+                        f"{given.shape[2]}; they must be the same")  # fmt: skip
+    numbers = range(count)
+    if times is not None and grid.info.times is not None:
+        numbers = [int(np.abs(grid.info.times - time).argmin()) for time in times[:count]]
+        wide = np.abs(grid.info.times[numbers] - times[:count]) > 1e-3 * usual_step(times)
+        if wide.any():
+            raise UserError(
+                f"{path}: holds no {', '.join(names)} at {moment(times[int(wide.argmax())])}; the forecast needs it"
+            )
+    elif grid.shape[0] < count:
+        raise UserError(f"{path}: holds {grid.shape[0]} frames of {', '.join(names)}; the forecast needs {count}")
+    given = given.astype(np.result_type(given.dtype, grid.dtype))
+    for t, number in enumerate(numbers):
+        given[t][..., changing] = next(grid.frames(number, number + 1))
+    return given
 
 
 def array_input(file, config):

@@ -19,7 +19,7 @@ GREY = np.array([0.299, 0.587, 0.114])  # of red, green, blue: ITU-R 601, as vid
 class Preparation:
     """What happens to a frame between the file and the network.
 
-    channels      channels of the network's frames
+    channels      channels of the network's frames, without those of the calendar
     value_range   ValueRange of the training data
     size          (H, W) of the network's frames; None: frames keep their size
     as_stored     True: frames are resized as they are stored, and whole numbers are rounded, as in the cache of decoded
@@ -46,7 +46,8 @@ class Preparation:
         spec = DATASETS[config.dataset]
         size = None if own_size or config.frame_fit == "crop" else config.frame_size
         as_stored = spec.pictures and stored_size(config) is not None
-        return cls(config.input_channels, value_range, size, as_stored, spec.antialias)
+        channels = config.input_channels + len(config.forcings)
+        return cls(channels, value_range, size, as_stored, spec.antialias)
 
     def __call__(self, frame):
         """One frame as the network takes it.

@@ -135,7 +135,12 @@ def later_times(times, count, calendar=None):
     calendar   of the times: None where they count frames, else the CF name
 
     Frames that are whole calendar months apart go on by months (standard calendars only).
+    UserError: one time alone, whose step is not known.
     """
+    if len(times) < 2:
+        raise UserError(
+            "one frame alone has no time step: the times of those that follow are not known; give two or more"
+        )
     if calendar in ("standard", "gregorian", "proleptic_gregorian"):
         stamps = np.round(np.asarray(times) * 1000).astype("datetime64[ms]")
         months = stamps.astype("datetime64[M]")
@@ -145,6 +150,26 @@ def later_times(times, count, calendar=None):
             later = months[-1] + by[0] * np.arange(1, count + 1)
             return (later.astype("datetime64[ms]") + into[0]).astype("int64") / 1000.0
     return times[-1] + usual_step(times) * np.arange(1, count + 1)
+
+
+def calendar_features(dates):
+    """Sine and cosine of the hour of the day and of the day of the year, float32 (T, 4), scaled to [0, 1].
+
+    dates   (T,) numpy.datetime64 or cftime dates, UTC
+    """
+    dates = np.asarray(dates)
+    if dates.dtype.kind == "M":
+        days, years = dates.astype("datetime64[D]"), dates.astype("datetime64[Y]")
+        day = (dates - days) / np.timedelta64(1, "D")
+        first, next_first = years.astype("datetime64[D]"), (years + 1).astype("datetime64[D]")
+        year = ((days - first) / np.timedelta64(1, "D") + day) / ((next_first - first) / np.timedelta64(1, "D"))
+    else:
+        day = np.array([(date.hour + date.minute / 60 + date.second / 3600) / 24 for date in dates])
+        length = np.array([360 if date.calendar == "360_day" else 365 for date in dates])
+        year = (np.array([date.dayofyr - 1 for date in dates]) + day) / length
+    angles = 2 * np.pi * np.stack((day, day, year, year), axis=1)
+    waves = np.where([True, False, True, False], np.sin(angles), np.cos(angles))
+    return (0.5 + 0.5 * waves).astype(np.float32)
 
 
 def span(seconds):
