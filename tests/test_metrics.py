@@ -12,7 +12,18 @@ from torchvision.models import AlexNet_Weights, alexnet
 from vmrnn import metrics
 from vmrnn.data.table import IMAGE_METRICS as DEFAULT
 from vmrnn.errors import UserError
-from vmrnn.metrics import METRICS, Metrics, better, event, figure
+from vmrnn.metrics import (
+    METRICS,
+    Metrics,
+    anomaly_correlation,
+    better,
+    data_unit_rows,
+    event,
+    figure,
+    fractions_skill,
+    metric_rows,
+)
+from vmrnn.values import ValueRange
 
 
 def frames(*shape, seed=0):
@@ -352,3 +363,111 @@ def test_an_event_has_the_number_that_was_typed():
     for direction, names in directions.items():
         assert {better(name) for name in names} == {direction}
     assert {row.better for row in METRICS.values()} == {"lower", "higher"}
+
+
+def test_fractions_skill_is_pysteps():
+    """Over several frames together, at window sizes from a pixel to more than the frame."""
+    spatial = pytest.importorskip("pysteps.verification.spatialscores")
+    pred, true = frames(3, 2, 1, 20, 33), frames(3, 2, 1, 20, 33, seed=1)
+    pred = torch.nn.functional.avg_pool2d(pred.flatten(0, 1), 5, 1, 2).view_as(pred)  # blurred, as forecasts are
+    for window in (1, 5, 9, 41):
+        total = Metrics((fractions_skill(2.0, 0.55, window),))
+        total.update(pred, true)
+        got = total.compute()
+        for lead in (0, 1):
+            counts = spatial.fss_init(0.55, window)
+            for p, t in zip(pred[:, lead, 0], true[:, lead, 0]):
+                spatial.fss_accum(counts, p.numpy(), t.numpy())
+            assert got["per_frame"][f"fss_2_{window}px"][lead] == pytest.approx(spatial.fss_compute(counts), rel=1e-6)
+    assert better("fss_2_9px") == "higher"
+
+
+def test_fractions_skill_is_that_of_scores():
+    """The same definition in another library, one field at a time."""
+    scores = pytest.importorskip("scores.spatial")
+    xarray = pytest.importorskip("xarray")
+    pred, true = frames(1, 1, 1, 24, 30), frames(1, 1, 1, 24, 30, seed=1)
+    total = Metrics((fractions_skill(0.8, 0.8, 5),))
+    total.update(pred, true)
+    dims = ("y", "x")
+    expected = scores.fss_2d(
+        xarray.DataArray(pred[0, 0, 0].double().numpy(), dims=dims), xarray.DataArray(true[0, 0, 0].double().numpy(), dims=dims),
+        event_threshold=0.8, window_size=(5, 5), spatial_dims=dims, zero_padding=True,
+    )  # fmt: skip
+    # scores counts the windows that begin outside the frame too, so the two agree where edges count little.
+    assert total.compute()["mean"]["fss_0.8_5px"] == pytest.approx(float(expected), abs=0.02)
+
+
+def test_frequency_bias_and_equitable_threat_by_hand():
+    pred, true = (torch.zeros(1, 1, 1, 10, 10) for _ in range(2))
+    pred[0, 0, 0, :4], true[0, 0, 0, 2:5] = 1, 1  # 40 forecast, 30 observed, 20 hits
+    true[0, 0, 0, 9, :5] = torch.nan  # 95 known
+    total = Metrics([event(kind, 0.5, 0.5) for kind in ("fbias", "ets")])
+    total.update(pred, true)
+    chance = 30 * 40 / 95
+    expected = {"fbias_0.5": 40 / 30, "ets_0.5": (20 - chance) / (20 + 10 + 20 - chance)}
+    assert total.compute()["mean"] == pytest.approx(expected, rel=1e-12)
+    assert better("fbias_0.5") == "closer to 1"
+
+
+def test_thresholds_of_channels_in_different_units():
+    pred, true = frames(2, 1, 2, 8, 8), frames(2, 1, 2, 8, 8, seed=1)
+    rows = metric_rows((), (5.0,), ValueRange((0.0, -10.0), (10.0, 20.0)))
+    total = Metrics(rows)
+    total.update(pred, true)
+    for channel, level in enumerate((0.5, 0.5)):
+        alone = Metrics((event("csi", 5.0, level),))
+        alone.update(pred[:, :, channel : channel + 1], true[:, :, channel : channel + 1])
+        assert total.compute()["per_channel"]["csi_5"][channel] == alone.compute()["per_frame"]["csi_5"]
+
+
+@pytest.mark.parametrize("low, high", [(250.0, 310.0), ((250.0, -1.0), (310.0, 1.0))])
+def test_errors_in_the_units_of_the_data(low, high):
+    value_range = ValueRange(low, high)
+    pred, true = frames(3, 2, 2, 7, 9), with_holes(frames(3, 2, 2, 7, 9, seed=1), 0.2)
+    total = Metrics(data_unit_rows(value_range))
+    total.update(pred, true)
+    got = total.compute()
+    scale = (np.broadcast_to(high, 2) - np.broadcast_to(low, 2)).reshape(2, 1, 1)
+    error = (pred.double() - true.double()).numpy() * scale
+    for lead in range(2):
+        for channel in range(2):
+            e = error[:, lead, channel]
+            expected = {"mse_data": np.nanmean(e**2), "mae_data": np.nanmean(abs(e)), "bias_data": np.nanmean(e),
+                        "rmse_data": np.sqrt(np.nanmean(e**2))}  # fmt: skip
+            for name, value in expected.items():
+                assert got["per_channel"][name][channel][lead] == pytest.approx(value, rel=1e-9)
+    together = np.nanmean(abs(error)) if np.ndim(low) == 0 else np.nan  # kelvins and metres have no common mean
+    assert got["mean"]["mae_data"] == pytest.approx(together, nan_ok=True)
+
+
+def test_weights_of_latitudes():
+    latitude = torch.linspace(80, -20, 8, dtype=torch.float64)
+    weights = torch.cos(torch.deg2rad(latitude))[:, None].expand(8, 9)
+    weights = weights / weights.mean()
+    pred, true = frames(2, 3, 1, 8, 9), with_holes(frames(2, 3, 1, 8, 9, seed=1), 0.2)
+    total = Metrics(("rmse", "mse", "mae_pixel"), weights)
+    total.update(pred, true)
+    known = ~true.isnan().numpy()
+    error, weights = (pred.double() - true.double()).numpy(), np.broadcast_to(weights.numpy(), known.shape)
+    got = total.compute()
+    squares = np.where(known, error**2, 0) * weights
+    assert got["mean"]["rmse"] == pytest.approx(np.sqrt(squares.sum() / (weights * known).sum()), rel=1e-9)
+    frame = [squares[i, t].sum() / (weights * known)[i, t].sum() for i in range(2) for t in range(3)]
+    assert got["mean"]["mse"] == pytest.approx(72 * np.mean(frame), rel=1e-9)
+    assert got["per_frame"]["mae_pixel"][1] == pytest.approx(
+        np.mean([np.average(abs(error[i, 1])[known[i, 1]], weights=weights[i, 1][known[i, 1]]) for i in range(2)]),
+        rel=1e-9,
+    )
+
+
+def test_anomaly_correlation_is_the_correlation_of_anomalies():
+    climatology = frames(1, 8, 9, seed=5)
+    pred, true = frames(3, 2, 1, 8, 9), with_holes(frames(3, 2, 1, 8, 9, seed=1), 0.2)
+    total = Metrics((anomaly_correlation(climatology),))
+    total.update(pred, true)
+    known = ~true.isnan()
+    f, o = ((x.double() - climatology.double())[known].numpy() for x in (pred, true))
+    assert total.compute()["mean"]["acc"] == pytest.approx(
+        (f * o).sum() / np.sqrt((f**2).sum() * (o**2).sum()), rel=1e-9
+    )

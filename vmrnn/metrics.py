@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -29,16 +30,17 @@ LPIPS_SMALLEST = 31  # pixels; smaller frames vanish in AlexNet's strides
 class Comparison:
     """A batch of forecasts beside the truth. What several metrics need is computed once.
 
-    pred   forecasts (..., C, H, W)
-    true   truths of the same shape, NaN where a pixel is missing
+    pred      forecasts (..., C, H, W)
+    true      truths of the same shape, NaN where a pixel is missing
+    weights   (H, W), weights of the pixels in sums of errors, mean 1, such as cosines of latitudes; None: all weigh alike
 
     Sums have a last dimension of rows: row 0 is the whole frame. Where there are several channels, rows 1 to C are the
     channels.
     """
 
-    def __init__(self, pred, true):
+    def __init__(self, pred, true, weights=None):
         self.known = ~true.isnan()
-        self.pred = pred
+        self.pred, self.weights = pred, weights
         self.true = torch.where(self.known, true, pred)  # a missing pixel has no error
         self._events = {}
 
@@ -53,24 +55,41 @@ class Comparison:
         """Number of pixels of each row, missing ones too."""
         return self.rows(torch.ones_like(self.known))
 
+    def weighted(self, values):
+        """Sums of a map over each row, each pixel with its weight."""
+        return self.rows(values if self.weights is None else values * self.weights)
+
     @cached_property
     def pixels(self):
-        """Number of known pixels of each row."""
-        return self.rows(self.known)
+        """Number of known pixels of each row, or the sum of their weights."""
+        return self.weighted(self.known)
+
+    @cached_property
+    def error(self):
+        return self.pred.double() - self.true.double()
 
     @cached_property
     def errors(self):
         """Sums of squared and of absolute errors of each row."""
-        error = self.pred.double() - self.true.double()
-        return self.rows(error.square()), self.rows(error.abs())
+        return self.weighted(self.error.square()), self.weighted(self.error.abs())
+
+    def event_maps(self, threshold):
+        """(events of the forecast, events of the truth), bool maps; a missing pixel has none.
+
+        threshold   smallest value of an event: one number, or a tuple with one per channel
+        """
+        if threshold not in self._events:
+            level = torch.tensor(threshold, dtype=torch.float32, device=self.pred.device).view(-1, 1, 1)
+            self._events[threshold] = tuple((x.float() >= level) & self.known for x in (self.pred, self.true))
+        return self._events[threshold]
 
     def events(self, threshold):
-        """(hits, misses, false alarms) of each row. An event is a value of `threshold` or more."""
-        if threshold not in self._events:
-            forecast, observed = self.pred.float() >= threshold, self.true.float() >= threshold
-            cases = (forecast & observed, ~forecast & observed, forecast & ~observed)
-            self._events[threshold] = tuple(self.rows(case & self.known) for case in cases)
-        return self._events[threshold]
+        """(hits, misses, false alarms, known pixels) of each row."""
+        if ("counts", threshold) not in self._events:
+            forecast, observed = self.event_maps(threshold)
+            cases = (forecast & observed, ~forecast & observed, forecast & ~observed, self.known)
+            self._events["counts", threshold] = tuple(map(self.rows, cases))
+        return self._events["counts", threshold]
 
     @cached_property
     def window_means(self):
@@ -146,7 +165,7 @@ def psnr_uint8(c):
     """
     # .to(torch.uint8) rounds down, as np.uint8 does in the published code.
     difference = (c.pred.float() * 255).to(torch.uint8) - (c.true.float() * 255).to(torch.uint8)
-    error = c.rows((difference * difference).double()) / c.pixels
+    error = c.weighted((difference * difference).double()) / c.pixels
     return (20 * math.log10(255) - 10 * error.log10()).clamp(max=MAX_PSNR)
 
 
@@ -230,21 +249,37 @@ METRICS = [
     Metric("rmse", "root of the squared error's mean over the pixels of all frames together, on the [0, 1] scale",
            "lower", lambda c: (c.errors[0], c.pixels), lambda squares, pixels: (squares / pixels).sqrt(), pooled=True),
     Metric("lpips", "LPIPS 0.1 of AlexNet, grey frames as grey colours; frames with a missing pixel are left out",
-           "lower", per_frame(lpips, lambda c: c.pixels == c.size),
+           "lower", per_frame(lpips, lambda c: c.rows(c.known) == c.size),
            prepare=lambda: lpips_network(torch.device("cpu"))),
 ]
 
 # Scores of events at a threshold: what they are, which direction is better, their value from the sums.
 EVENTS = {
     "csi": ("critical success index, hits / (hits + misses + false alarms)", "higher",
-            lambda hits, misses, false_alarms: hits / (hits + misses + false_alarms)),
+            lambda hits, misses, alarms, pixels: hits / (hits + misses + alarms)),
     "pod": ("probability of detection, hits / (hits + misses)", "higher",
-            lambda hits, misses, false_alarms: hits / (hits + misses)),
+            lambda hits, misses, alarms, pixels: hits / (hits + misses)),
     "far": ("false alarm ratio, false alarms / (hits + false alarms)", "lower",
-            lambda hits, misses, false_alarms: false_alarms / (hits + false_alarms)),
+            lambda hits, misses, alarms, pixels: alarms / (hits + alarms)),
+    "fbias": ("frequency bias, (hits + false alarms) / (hits + misses)", "closer to 1",
+              lambda hits, misses, alarms, pixels: (hits + alarms) / (hits + misses)),
+    "ets": ("equitable threat score: the critical success index without the hits that chance gives", "higher",
+            lambda hits, misses, alarms, pixels: equitable_threat(hits, misses, alarms, pixels)),
 }
+# Scores of events that need more than their counts.
+FRACTIONS = "fss"
 # fmt: on
 METRICS = {row.name: row for row in METRICS}
+
+
+def equitable_threat(hits, misses, alarms, pixels):
+    chance = (hits + misses) * (hits + alarms) / pixels
+    return (hits - chance) / (hits + misses + alarms - chance)
+
+
+def typed(number):
+    """A number as the user typed it: 2.0 is 2."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def event(kind, threshold, unit_value):
@@ -255,7 +290,7 @@ def event(kind, threshold, unit_value):
     unit_value   the same threshold on the network's scale
     """
     convention, better, finish = EVENTS[kind]
-    number = repr(float(threshold)).removesuffix(".0")
+    number = typed(threshold)
     return Metric(
         f"{kind}_{number}",
         f"{convention}; counted over the pixels of all frames together, event: a value of {number} or more in the units "
@@ -267,19 +302,116 @@ def event(kind, threshold, unit_value):
     )
 
 
-def metric_rows(names, thresholds=(), value_range=UNIT_RANGE, lpips=False):
+def fractions_skill(threshold, unit_value, window):
+    """The row of a fractions skill score (Roberts and Lean 2008), such as fss_2_9px.
+
+    threshold, unit_value   as in event
+    window                  side of the square that the shares of events are compared in, an odd number of pixels
+
+    1 - sum((f - o)^2) / sum(f^2 + o^2) over the windows around all pixels; f and o are the shares of events in the
+    window, pixels outside the frame and missing ones counted as none. The sums run over all frames together, as in pysteps.
+    """
+
+    def terms(c):
+        shares = []
+        for events in c.event_maps(unit_value):
+            maps = events.double().flatten(0, -3)
+            for sides in ((1, window), (window, 1)):
+                padding = [side // 2 for side in sides]
+                maps = F.avg_pool2d(maps, sides, stride=1, padding=padding)
+            shares.append(maps.unflatten(0, events.shape[:-2]))
+        forecast, observed = shares
+        return c.rows((forecast - observed).square()), c.rows(forecast.square() + observed.square())
+
+    return Metric(
+        f"{FRACTIONS}_{typed(threshold)}_{window}px",
+        f"fractions skill score in windows of {window}x{window} pixels, event: a value of {typed(threshold)} or more in the "
+        "units of the data",
+        "higher",
+        terms,
+        lambda differences, squares: 1 - differences / squares,
+        pooled=True,
+    )
+
+
+def data_unit_rows(value_range):
+    """The rows of errors in the units of the data: mean squared, mean absolute, root mean square, and bias.
+
+    value_range   ValueRange of the data. Where its channels have ranges, and hence units, of their own, the whole frame
+                  has no figure.
+    """
+    low, high = np.atleast_1d(value_range.low), np.atleast_1d(value_range.high)
+    width = torch.from_numpy((high - low).astype(np.float64))
+
+    def scaled(power, sums):
+        def terms(c):
+            values, scale = c.weighted(sums(c.error)), (width**power).to(c.pred.device)
+            if len(scale) == 1:
+                return values * scale, c.pixels
+            whole = torch.full_like(scale[:1], torch.nan)  # rows are the frame and then the channels
+            return values * torch.cat((whole, scale))[: values.shape[-1]], c.pixels
+
+        return terms
+
+    where = "over the pixels of all frames together, in the units of the data"
+    return (
+        Metric("mse_data", f"mean squared error {where}, squared", "lower", scaled(2, torch.square), pooled=True),
+        Metric("mae_data", f"mean absolute error {where}", "lower", scaled(1, torch.abs), pooled=True),
+        Metric(
+            "rmse_data",
+            f"root mean squared error {where}",
+            "lower",
+            scaled(2, torch.square),
+            lambda squares, pixels: (squares / pixels).sqrt(),
+            pooled=True,
+        ),
+        Metric(
+            "bias_data", f"mean of forecast minus truth {where}", "closer to 0", scaled(1, lambda e: e), pooled=True
+        ),
+    )
+
+
+def anomaly_correlation(climatology):
+    """The row of the anomaly correlation: the correlation of forecast and truth, both minus a climatology.
+
+    climatology   tensor (C, H, W) on the network's linear scale; NaN: no climatology there
+    """
+
+    def terms(c):
+        mean = climatology.to(c.pred.device).double()
+        known = c.known & ~mean.isnan()
+        forecast, observed = (torch.where(known, x.double() - mean, 0) for x in (c.pred, c.true))
+        return tuple(map(c.weighted, (forecast * observed, forecast.square(), observed.square())))
+
+    return Metric(
+        "acc",
+        "anomaly correlation, of forecast and truth minus the climatology, over the pixels of all frames together",
+        "higher",
+        terms,
+        lambda products, forecast, observed: products / (forecast * observed).sqrt(),
+        pooled=True,
+    )
+
+
+def metric_rows(names, thresholds=(), value_range=UNIT_RANGE, lpips=False, windows=(), data_units=False):
     """The metrics of an experiment, a tuple of rows.
 
     names         names of METRICS, in the order of the tables
     thresholds    thresholds of events in the units of the data; any adds rmse and, per threshold, a row of each score
     value_range   ValueRange of the data
     lpips         whether to add lpips
+    windows       sides of the windows of the fractions skill score, for each threshold
+    data_units    whether to add the errors in the units of the data
 
     UserError: an unknown name.
     """
     rows = [row_of(name) for name in (*names, *(["rmse"] if thresholds else []), *(["lpips"] if lpips else []))]
-    events = [event(kind, value, value_range.threshold(value)) for value in thresholds for kind in EVENTS]
-    return tuple({row.name: row for row in (*rows, *events)}.values())
+    for value in thresholds:
+        level = value_range.threshold(value)
+        rows += [event(kind, value, level) for kind in EVENTS]
+        rows += [fractions_skill(value, level, window) for window in windows]
+    rows += data_unit_rows(value_range) if data_units else ()
+    return tuple({row.name: row for row in rows}.values())
 
 
 def row_of(name):
@@ -296,6 +428,8 @@ def better(name):
     kind = name.split("_")[0]
     if kind in EVENTS:
         return EVENTS[kind][1]
+    if kind in (FRACTIONS, "acc"):
+        return "higher"
     return METRICS[name].better if name in METRICS else "lower"
 
 
@@ -309,6 +443,7 @@ class Metrics:
     """Metrics over many samples, per lead time, of whole frames and of their channels.
 
     metrics   rows, or names of METRICS
+    weights   of the pixels, see Comparison
 
         metrics = Metrics(("mse", "ssim", event("csi", 0.5, 0.5)))
         metrics.update(pred, true)     # any number of times
@@ -318,8 +453,8 @@ class Metrics:
     `state()`, and `merge` what arrives. UserError: an unknown name, a metric that cannot run on this machine.
     """
 
-    def __init__(self, metrics):
-        self.metrics = tuple(map(row_of, metrics))
+    def __init__(self, metrics, weights=None):
+        self.metrics, self.weights = tuple(map(row_of, metrics)), weights
         for metric in self.metrics:
             if metric.prepare:
                 metric.prepare()  # fails now, not after a day of training
@@ -335,10 +470,11 @@ class Metrics:
             )
         if pred.device.type == "mps":  # has no float64
             pred, true = pred.cpu(), true.cpu()
+        weights = None if self.weights is None else self.weights.to(pred.device)
         # A few million pixels at a time: float64 copies of a large batch need not fit in memory.
         part = max(1, 2**21 // pred.shape[1:].numel())
         for p, t in zip(pred.split(part), true.split(part), strict=True):
-            comparison = Comparison(p, t)
+            comparison = Comparison(p, t, weights)
             sums = {
                 metric.name: torch.stack([term.double().sum(dim=0).T for term in metric.terms(comparison)])
                 for metric in self.metrics
