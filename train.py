@@ -162,6 +162,7 @@ def train(config, weights, resumed, device, signals, run):
 
     # From here on there is something to save: a signal ends the run after the next update.
     signals.deferred = True
+    validated = False
     while progress.epoch <= config.epochs:
         train_loader.sampler.epoch, train_loader.sampler.start = progress.epoch, progress.step * config.train_batch_size
         updates = train_one_epoch(
@@ -189,7 +190,8 @@ def train(config, weights, resumed, device, signals, run):
                 f"set --clip_grad 1; its batch and the weights before it are in {path}"
             ) from failure
 
-        if progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs:
+        validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
+        if validated:
             results = evaluate(
                 eval_model, valid_loader, device, rows, loss_function, config.precision,
                 on_batch=partial(validation_batch, run, state, signals, logger), title=f"validate {progress.epoch}",
@@ -205,6 +207,10 @@ def train(config, weights, resumed, device, signals, run):
             )  # fmt: skip
         progress.next_epoch()
         run.save(state)
+        if validated:
+            logger.curve()
+    if not validated:  # an earlier start ended between the save and the curve
+        logger.curve()
     log.info("done: %s", run.path)
     if run.best.exists():
         log.info(

@@ -1,5 +1,6 @@
 """Fixtures of all tests. One thread and a fixed seed, so that the suite is the same everywhere."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 pytest.register_assert_rewrite("helpers")  # before its first import: a failed assertion there shows its values
 
 import torch  # noqa: E402
-from helpers import ROOT, nan_filled_memory  # noqa: E402
+from helpers import FORKS, OPTIONS, ROOT, nan_filled_memory  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,17 @@ def run():
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(folder, first) -> (pid, wait): a run in `folder` in a process of its own; wait() is its exit status."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def start_one(folder, first=""):
+            print(json.dumps([[*OPTIONS, "--res_dir", str(folder)], first]), file=server.stdin, flush=True)
+            return int(server.stdout.readline()), lambda: int(server.stdout.readline())
+
+        yield start_one
+        server.kill()

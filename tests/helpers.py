@@ -191,3 +191,52 @@ def write_images(folder, frames, name="frame_{}.png"):
     folder.mkdir(parents=True, exist_ok=True)
     for i, frame in enumerate(frames, 1):
         Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(folder / name.format(i))
+
+
+# A run that takes a second
+TINY = [
+    "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "1", "--d_state", "4",
+    "--train_data_dir", "builtin", "--input_size", "16", "--digit_size", "8", "--num_objects", "1",
+    "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "16", "--valid_sequences", "6",
+    "--test_sequences", "6", "--train_batch_size", "4", "--epoch_valid", "1", "--device", "cpu", "--lr", "1e-3",
+]  # fmt: skip
+
+# Everything that has a state: stochastic depth, dropout, a schedule, moments, averaged weights, accumulation.
+OPTIONS = [
+    "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "2", "--d_state", "4",
+    "--train_data_dir", "builtin", "--input_size", "16", "--digit_size", "8", "--num_objects", "1",
+    "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "27", "--valid_sequences", "5",
+    "--train_batch_size", "4", "--valid_batch_size", "2", "--epochs", "3", "--epoch_valid", "2", "--log_train", "4",
+    "--attn_drop_rate", "0.1", "--drop_path_rate", "0.2", "--optimizer", "muon", "--schedule", "onecycle",
+    "--ema", "0.9", "--accumulate", "2", "--save_every", "2", "--device", "cpu", "--resume", "auto",
+]  # fmt: skip
+
+# A process that has imported everything and forks the runs: a start then takes a moment, not seconds.
+# Reads a line of arguments and of Python to run first, answers with the pid, then with the exit status.
+FORKS = """
+import json, os, signal, sys
+import sklearn.datasets, torch
+torch.set_num_threads(1)
+import train
+from vmrnn.runtime import run_program
+for line in sys.stdin:
+    arguments, first = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        exec(first)
+        try:
+            run_program(lambda: train.main(arguments))
+        except SystemExit as ended:
+            os._exit(ended.code)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def without_time(entries):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]

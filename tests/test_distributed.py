@@ -8,8 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
-from test_resume import OPTIONS, without_time
+from helpers import OPTIONS, ROOT, without_time
 
 import train
 from vmrnn import distributed

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, TINY
 from PIL import Image
 from torch.cuda._utils import _get_device_index
 
@@ -22,13 +22,6 @@ from vmrnn.errors import UserError
 from vmrnn.network import build_model
 from vmrnn.run_folder import read_log
 from vmrnn.runtime import pick_device, run_program
-
-TINY = [
-    "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "1", "--d_state", "4",
-    "--train_data_dir", "builtin", "--input_size", "16", "--digit_size", "8", "--num_objects", "1",
-    "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "16", "--valid_sequences", "6",
-    "--test_sequences", "6", "--train_batch_size", "4", "--epoch_valid", "1", "--device", "cpu", "--lr", "1e-3",
-]  # fmt: skip
 
 
 def fails(program, arguments, capsys):

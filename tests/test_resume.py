@@ -1,6 +1,5 @@
 """A run that is killed, stopped or damaged anywhere goes on to the same weights, log and pictures, bit for bit."""
 
-import json
 import os
 import random
 import re
@@ -11,63 +10,13 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import OPTIONS, ROOT, without_time
 
 import train
 from vmrnn.checkpoint import previous_of, read_checkpoint, save_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.run_folder import read_log
 from vmrnn.runtime import EXIT_STOPPED, Stopped
-
-# Everything that has a state: stochastic depth, dropout, a schedule, moments, averaged weights, accumulation.
-OPTIONS = [
-    "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "2", "--d_state", "4",
-    "--train_data_dir", "builtin", "--input_size", "16", "--digit_size", "8", "--num_objects", "1",
-    "--num_frames_input", "3", "--num_frames_output", "2", "--train_sequences", "27", "--valid_sequences", "5",
-    "--train_batch_size", "4", "--valid_batch_size", "2", "--epochs", "3", "--epoch_valid", "2", "--log_train", "4",
-    "--attn_drop_rate", "0.1", "--drop_path_rate", "0.2", "--optimizer", "muon", "--schedule", "onecycle",
-    "--ema", "0.9", "--accumulate", "2", "--save_every", "2", "--device", "cpu", "--resume", "auto",
-]  # fmt: skip
-
-# A process that has imported everything and forks the runs: a start then takes a moment, not seconds.
-# Reads a line of arguments and of Python to run first, answers with the pid, then with the exit status.
-FORKS = """
-import json, os, signal, sys
-import sklearn.datasets, torch
-torch.set_num_threads(1)
-import train
-from vmrnn.runtime import run_program
-for line in sys.stdin:
-    arguments, first = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        exec(first)
-        try:
-            run_program(lambda: train.main(arguments))
-        except SystemExit as ended:
-            os._exit(ended.code)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def start():
-    """start(folder, first) -> (pid, wait): a run in `folder` in a process of its own; wait() is its exit status."""
-    command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-
-        def start_one(folder, first=""):
-            print(json.dumps([[*OPTIONS, "--res_dir", str(folder)], first]), file=server.stdin, flush=True)
-            return int(server.stdout.readline()), lambda: int(server.stdout.readline())
-
-        yield start_one
-        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +26,6 @@ def whole(start, tmp_path_factory):
         begun = time.monotonic()
         assert start(folder)[1]() == 0
     return folder, time.monotonic() - begun
-
-
-def without_time(entries):
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
 def assert_same(whole, other):
@@ -230,6 +175,9 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(whole,
     caplog.set_level("INFO", "vmrnn")
     train.main(stopped)
     assert re.search(r"last.pt: damaged .*: going on from .*previous_last.pt", caplog.text)
+    kept = tmp_path / "run" / "last.pt.kept1"
+    assert kept.read_bytes() == content
+    kept.unlink()
     assert_same(whole[0], tmp_path / "run")
 
 
@@ -312,6 +260,7 @@ def test_a_damaged_checkpoint_under_another_name_of_its_folder(whole, stopped, t
     monkeypatch.chdir(tmp_path)
     options = stopped[: stopped.index("--resume")]
     train.main([*options, "--resume", str(last), "--res_dir", "run"])
+    (tmp_path / "run" / "last.pt.kept1").unlink()
     assert_same(whole[0], tmp_path / "run")
 
 

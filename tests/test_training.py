@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from helpers import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_programs import TINY
 from timm.scheduler import CosineLRScheduler
 
 import test

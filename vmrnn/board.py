@@ -22,6 +22,9 @@ class Board(Logger):
         self.batch = batch
         self.since = progress.global_step, time.perf_counter()
 
+    def __str__(self):
+        return "TensorBoard"
+
     def training(self, progress, values):
         # Sequences per second since the last call, validation included
         (step, moment), self.since = self.since, (progress.global_step, time.perf_counter())

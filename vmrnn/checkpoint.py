@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 import struct
+import time
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -24,11 +25,17 @@ from vmrnn.values import ValueRange
 
 log = logging.getLogger("vmrnn")
 
+
+class Damaged(UserError):
+    """A checkpoint was read to its end and is damaged, or is not a checkpoint."""
+
+
 # What torch.load, zipfile and safetensors raise for files that are not what they seem.
 DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, ValueError, TypeError, KeyError,
           AttributeError, IndexError, AssertionError)  # fmt: skip
 
 FORMAT, VERSION = "vmrnn-checkpoint", 2
+READ_PAUSES = (1, 5)  # seconds before the second and the third attempt to read a checkpoint
 
 # Weights of published files that no output depends on. Every VSS block but a cell's first carries an unused
 # `linear`, and the decoder carries an unused patch embedding.
@@ -200,39 +207,39 @@ def read_checkpoint(path):
             checked.check_contents(content)
             return content
         if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
-            raise UserError(f"checkpoint {path}: damaged ({broken}); get it again")
+            raise Damaged(f"checkpoint {path}: damaged ({broken}); get it again")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
-        raise UserError(
+        raise Damaged(
             f"checkpoint {path}: damaged, or holds more than weights, and is not loaded (code in it was not run)"
         ) from error
     except UserError:
         raise
     except DAMAGE as error:
         reason = f" ({error})" if type(error) is ValueError and str(error).startswith("its ") else ""
-        raise UserError(f"checkpoint {path}: damaged or not a checkpoint{reason}; get it again") from error
+        raise Damaged(f"checkpoint {path}: damaged or not a checkpoint{reason}; get it again") from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if not {"version", "model", "config"} <= content.keys():
-            raise UserError(f"checkpoint {path}: incomplete; get it again")
+            raise Damaged(f"checkpoint {path}: incomplete; get it again")
         # A newer version may hold other things, so its contents are not looked at.
         if type(content["version"]) is int and content["version"] > VERSION:
             raise UserError(f"checkpoint {path}: version {content['version']} is newer than this program; update it")
         try:
             checked.check_contents(content)
         except ValueError as error:
-            raise UserError(f"checkpoint {path}: {error}; get it again") from error
+            raise Damaged(f"checkpoint {path}: {error}; get it again") from error
         return content
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        raise UserError(f"checkpoint {path}: holds no state dict")
+        raise Damaged(f"checkpoint {path}: holds no state dict")
     try:
         return {"model": checked.check_state(content), "config": None}
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}; get it again") from error
+        raise Damaged(f"checkpoint {path}: {error}; get it again") from error
 
 
 def save_checkpoint(path, content):
@@ -251,17 +258,35 @@ def previous_of(path):
 def read_last_checkpoint(path):
     """Read `path`, or the checkpoint before it if `path` is damaged or missing.
 
-    Returns (content, path of the file that was read). Falling back logs a warning.
+    Returns (content, path of the file that was read). Falling back logs a warning. UserError: neither can be used, or
+    `path` exists and cannot be read, or comes from a newer version. Such a file may be whole, and the next save of a
+    run that continues from the older file would replace it.
     """
     path, previous = Path(path), previous_of(path)
     try:
-        return read_checkpoint(path), path
-    except UserError as error:
+        if path.exists() or not previous.exists():
+            return read_patiently(path), path
+        error = f"{path}: missing"
+    except Damaged as damage:
         if not previous.exists():
             raise
-        content = read_checkpoint(previous)
-        log.warning("%s: going on from %s", error, previous)
-        return content, previous
+        error = damage
+    content = read_patiently(previous)
+    log.warning("%s: going on from %s", error, previous)
+    return content, previous
+
+
+def read_patiently(path):
+    """read_checkpoint, tried again after a read error: on a network file system it often passes."""
+    for seconds in READ_PAUSES:
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError) or isinstance(error.__cause__, FileNotFoundError):
+                raise
+            log.warning("%s: trying again in %g s", error, seconds)
+            time.sleep(seconds)
+    return read_checkpoint(path)
 
 
 def save_weights(path, model, config, value_range=None):

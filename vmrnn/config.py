@@ -413,6 +413,11 @@ def check_keys(values, where):
 
 
 def save_toml(config, path):
-    """The resolved configuration, readable by --config; JSON and TOML agree on these simple values."""
+    """Write a configuration that --config can read."""
+    Path(path).write_text(to_toml(config), encoding="utf-8")
+
+
+def to_toml(config):
+    """The text of a TOML file. JSON and TOML write these simple values alike."""
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.to_dict().items()]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    return "".join(lines)

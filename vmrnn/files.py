@@ -1,6 +1,7 @@
 """Folders that can be written, and files that are replaced whole or not at all."""
 
 import os
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,14 +10,23 @@ from safetensors import SafetensorError
 from vmrnn.errors import UserError
 
 
+def new_file(path):
+    """Make an empty file beside `path` under a name that nobody can predict, and return its path.
+
+    The name is .NAME.*.tmp. A file or a link that someone else put there is never opened.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask applies, as with open()
+    return temporary
+
+
 def make_folder(path):
     """The folder as a Path, made if it does not exist; UserError if it cannot be written."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        new_file(path / "writable").unlink()
     except OSError as error:
         raise UserError(
             f"{path}: cannot write there ({error.strerror}); choose another folder with --res_dir"
@@ -33,9 +43,9 @@ def replacing(path, keep=None):
 
     On an error the temporary file is removed. A reader sees the old file or the whole new one. UserError: a full disk.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, temporary = Path(path), None
     try:
+        temporary = new_file(path)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
@@ -46,4 +56,5 @@ def replacing(path, keep=None):
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); the previous file is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)

@@ -1,7 +1,12 @@
 """What a run reports while it trains: log.jsonl, loss.png, pictures, TensorBoard."""
 
+import logging
+from contextlib import contextmanager
+
 from vmrnn.files import make_folder
 from vmrnn.run_folder import read_log
+
+log = logging.getLogger("vmrnn")
 
 
 class Logger:
@@ -21,6 +26,9 @@ class Logger:
 
     def picture(self, progress, name, path):
         """A PNG or GIF that was saved at `path`."""
+
+    def curve(self):
+        """Called after the weights of a validated epoch were saved: draw what the whole log says."""
 
 
 class RunLogger(Logger):
@@ -42,36 +50,58 @@ class RunLogger(Logger):
     def training(self, progress, values):
         self.write(progress, values)
         for other in self.others:
-            other.training(progress, values)
+            with harmless("training", other):
+                other.training(progress, values)
 
     def validation(self, progress, values, per_frame):
         self.write(progress, values)
-        self.pictures.save_curve(self.run.path / "loss.png", read_log(self.run.log_file))
         for other in self.others:
-            other.validation(progress, values, per_frame)
+            with harmless("validation", other):
+                other.validation(progress, values, per_frame)
 
     def write(self, progress, values):
         progress.count_time()
         place = {"epoch": progress.epoch, "step": progress.step, "samples": progress.global_step * self.batch,
                  "seconds": round(progress.seconds, 2)}  # fmt: skip
-        self.run.append_to_log(place | values)
+        with harmless("an entry", self.run.log_file):
+            self.run.append_to_log(place | values)
 
     def forecast(self, progress, batch, inputs, targets, forecast):
         if (batch - 1) % self.log_valid:
             return
         sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
-        folder = make_folder(self.run.path / "pictures")
-        path = folder / f"epoch{progress.epoch:04d}_batch{batch:04d}.png"
-        self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}")
-        self.picture(progress, f"forecast/batch {batch}", path)
+        path = self.run.path / "pictures" / f"epoch{progress.epoch:04d}_batch{batch:04d}.png"
+        with harmless("a picture", path):
+            make_folder(path.parent)
+            self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}")
+            self.picture(progress, f"forecast/batch {batch}", path)
         if batch == 1:
             path = self.run.path / "forecast.gif"
-            self.pictures.save_animation(path, *sequence)
-            self.picture(progress, "forecast/animation", path)
+            with harmless("the animation", path):
+                self.pictures.save_animation(path, *sequence)
+                self.picture(progress, "forecast/animation", path)
 
     def picture(self, progress, name, path):
         for other in self.others:
-            other.picture(progress, name, path)
+            with harmless(name, other):
+                other.picture(progress, name, path)
+
+    def curve(self):
+        path = self.run.path / "loss.png"
+        with harmless("the curve", path):
+            entries = read_log(self.run.log_file)
+            if any("valid_loss" in entry for entry in entries):
+                self.pictures.save_curve(path, entries)
+
+
+@contextmanager
+def harmless(what, where):
+    """Turn an error of the block into a warning: no picture and no line of a log is worth the training behind it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning("warning: %s was not written to %s (%s); training goes on", what, where, reason)
 
 
 def make_logger(run, state):

@@ -131,7 +131,8 @@ def save_curve(path, entries):
     figure = Figure((5, 3), layout="constrained")
     axis = figure.subplots()
     for name, label, marker in (("train_loss", "training", ""), ("valid_loss", "validation", ".")):
-        points = [(e["samples"], e[name]) for e in entries if name in e]
+        points = [(e.get("samples"), e.get(name)) for e in entries]
+        points = [point for point in points if all(isinstance(value, int | float) for value in point)]
         axis.plot(*zip(*points), marker=marker, label=label)
     axis.set(xlabel="samples seen", ylabel="loss", yscale="log")
     axis.grid(alpha=0.3, which="both")

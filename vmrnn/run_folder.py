@@ -9,11 +9,15 @@ lock                  held while a process trains here
 loss.png, forecast.gif, pictures/, tensorboard/   see vmrnn.logger
 """
 
+import errno
 import json
+import logging
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import filelock
@@ -22,6 +26,14 @@ from vmrnn import checkpoint, config as configuration
 from vmrnn.errors import UserError
 from vmrnn.files import make_folder
 from vmrnn.values import ValueRange
+
+log = logging.getLogger("vmrnn")
+
+# Names in a run folder that are ours, as a regular expression
+OURS = (
+    r"(previous_)?last\.pt|best\.safetensors|(previous_)?failed_update_rank\d+\.pt|config\.toml|log\.jsonl|lock|"
+    r"loss\.png|forecast\.gif|pictures|tensorboard|test.*|.*\.kept\d+|\..*\.tmp"
+)
 
 
 @dataclass
@@ -128,8 +140,8 @@ class RunState:
         stored = content.get("value_range")
         if stored and ValueRange.from_dict(stored) != self.value_range:
             raise UserError(
-                f"the training data changed: their range is {self.value_range.low:g} {self.value_range.high:g}, and "
-                f"was {stored['low']:g} {stored['high']:g} when the run began; start a new run"
+                f"the training data changed: their range is {self.value_range}, and was "
+                f"{ValueRange.from_dict(stored)} when the run began; start a new run"
             )
 
 
@@ -165,7 +177,9 @@ class Resumed:
 #   --resume FILE,  FILE's own folder             continues it from FILE; this is the folder unless --res_dir is given
 #   --resume FILE,  another folder without a run  continues there, with a new log and a new best; FILE's folder stays
 #   --resume FILE,  another folder with a run     refused
-# If last.pt is damaged or missing, previous_last.pt takes its place, with a warning.
+# If last.pt is damaged or missing, previous_last.pt takes its place, with a warning. The damaged file is kept. A last.pt
+# that cannot be read, or that a newer version wrote, is refused: it may be whole.
+# A folder without a run has no last.pt. If it has best weights or a log all the same, it is refused, see check_new.
 def checkpoint_to_resume(folder, resume):
     """Path of the checkpoint that a start in `folder` continues from; None: a new run.
 
@@ -174,11 +188,39 @@ def checkpoint_to_resume(folder, resume):
     """
     last = Path(folder) / "last.pt"
     exists = last.exists() or checkpoint.previous_of(last).exists()
-    if resume == "auto":
-        return last if exists else None
+    if resume == "auto" and exists:
+        return last
     if exists and (resume is None or last.resolve() != Path(resume).resolve()):
         raise UserError(f"{last.parent} already holds a run: --resume auto goes on, or give another --res_dir")
-    return resume
+    if not exists:
+        check_new(last.parent, resume)
+    return None if resume == "auto" else resume
+
+
+def check_new(folder, resume):
+    """UserError: a run that begins in `folder`, which has no last.pt, would destroy something there.
+
+    Files that the run would not touch are reported with a warning.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); choose another folder with --res_dir") from error
+    if "best.safetensors" in names:
+        raise UserError(
+            f"{folder}: holds best.safetensors of a run whose last.pt is gone: --init_from starts from it in another "
+            "--res_dir, or move it away"
+        )
+    # A run that was killed before its first save may have a log. A job that starts again goes on without a person.
+    if resume != "auto" and file_size(folder / "log.jsonl"):
+        raise UserError(
+            f"{folder}: holds the log.jsonl of a run without a last.pt: give another --res_dir, or move it away"
+        )
+    if file_size(folder / "lock"):
+        raise UserError(f"{folder / 'lock'}: is not the lock of a run; give another --res_dir, or move it away")
+    if foreign := sorted(name for name in names if not re.fullmatch(OURS, name)):
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        log.warning("run folder %s already holds %s, which is not of a run and stays as it is", folder, shown)
 
 
 def stamp_of(path):
@@ -188,6 +230,24 @@ def stamp_of(path):
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def file_size(path):
+    """Bytes of a file; 0 if it does not exist."""
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return 0
+
+
+def keep(path):
+    """Rename a file, if it exists, to a free name beside it: last.pt becomes last.pt.kept1. Returns the new path."""
+    number = 1
+    while os.path.lexists(kept := path.with_name(f"{path.name}.kept{number}")):
+        number += 1
+    if os.path.lexists(path):
+        os.replace(path, kept)
+    return kept
 
 
 class RunFolder:
@@ -202,7 +262,7 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.log_file = self.path / "log.jsonl"
         self.lock = filelock.FileLock(self.path / "lock", timeout=0)
-        self.saved = 0, time.perf_counter()  # global step and time of the last save
+        self.saved = 0, time.perf_counter()  # global step and time of the last save, or of the start
 
     def __enter__(self):
         return self
@@ -238,13 +298,21 @@ class RunFolder:
         # What a kill in the middle of a save left
         for cut_off in (*self.path.glob(".*.tmp"), *self.path.glob("pictures/.*.tmp")):
             cut_off.unlink()
-        # If last.pt is damaged, the next save would keep the damaged file as the previous one.
+        # If last.pt is damaged, the next save would put it in the place of the checkpoint before it.
         if own and resumed.path.resolve() == checkpoint.previous_of(self.last).resolve():
+            keep(self.last)
             os.replace(resumed.path, self.last)
         # The updates after the checkpoint are done again and logged again.
+        if not own and file_size(self.log_file):
+            log.warning(
+                "%s: a run ended before its first save; its log is kept as %s", self.path, keep(self.log_file).name
+            )
         self.log_file.touch()
-        os.truncate(self.log_file, min(state.progress.log_size, self.log_file.stat().st_size))
-        configuration.save_toml(state.config, self.path / "config.toml")
+        os.truncate(self.log_file, min(state.progress.log_size, file_size(self.log_file)))
+        toml = self.path / "config.toml"
+        if not own and toml.exists() and toml.read_bytes() != configuration.to_toml(state.config).encode():
+            log.warning("%s: another one was there and is kept as %s", toml, keep(toml).name)
+        configuration.save_toml(state.config, toml)
 
     def save_due(self, state):
         """Whether the option save_every asks for a save."""
@@ -256,7 +324,7 @@ class RunFolder:
         state.progress.count_time()
         self.saved = state.progress.global_step, time.perf_counter()
         if self.writes:
-            state.progress.log_size = self.log_file.stat().st_size
+            state.progress.log_size = file_size(self.log_file)
             checkpoint.save_checkpoint(self.last, state.to_dict())
 
     def save_best(self, state, model, mse):
@@ -277,13 +345,37 @@ class RunFolder:
 
     def append_to_log(self, entry):
         """Add one entry, a dict, to log.jsonl."""
-        with open(self.log_file, "a", encoding="utf-8") as f:
-            f.write(strict_json(entry) + "\n")
+        line = (strict_json(entry) + "\n").encode()
+        with open(self.log_file, "ab", buffering=0) as f:
+            size = f.seek(0, os.SEEK_END)
+            try:
+                if f.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                f.truncate(size)  # no half of a line
+                raise
 
 
 def read_log(path):
-    """The entries of a log.jsonl, a list of dicts."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The entries of a log.jsonl, a list of dicts. Lines that are no entries are skipped with one warning."""
+    entries, skipped = [], []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
+            skipped.append(number)
+    if skipped:
+        warn_once(path, skipped[0], len(skipped))
+    return entries
+
+
+@cache
+def warn_once(path, line, count):
+    log.warning("%s: line %d is no entry and is skipped (%d such lines)", path, line, count)
 
 
 def strict_json(value, indent=None):
