@@ -8,12 +8,14 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.images import image_frames
 from vmrnn.data.prepare import resized
+from vmrnn.data.times import at_regular_step, check_step, increases, parse_step, times_from_names
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 
@@ -75,51 +77,84 @@ class Source:
     files: tuple
     video: bool
 
-    def frames(self, channels):
-        """Yields frames (H, W, C)."""
+    def timed_frames(self, channels):
+        """Yields (frame (H, W, C), its time or None): seconds of a video, the numbers or dates in the names of images."""
         if self.video:
-            return video_frames(self.files[0], channels)
-        return image_frames(self.files, channels)
+            times = []
+            for frame in video_frames(self.files[0], channels, times):
+                yield frame, times[-1]
+            return
+        times = times_from_names(self.files)
+        for i, frame in enumerate(image_frames(self.files, channels)):
+            yield frame, None if times is None else float(times[i])
 
 
-def decode(sources, cache_dir, label, channels, size=None, antialias=True):
-    """Clips of the sources, decoded into the cache: frames.npy (T, H, W, C) and index.json.
+def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_step=""):
+    """Clips of the sources, decoded into the cache: frames.npy (T, H, W, C) and index.json, which `times_of` reads.
 
     sources     list of Source
     label       start of the cache folder's name
     channels    1 (grey) or 3 (RGB)
     size        (H, W) to which frames are resized; None: frames keep their size, which must be the same in all
     antialias   as in prepare.resize
+    time_step   such as 0.2s: the frames nearest to this regular step are taken; "": all
 
-    UserError: a damaged source, or one whose frames have another size or type than those before.
+    UserError: a damaged source, one whose frames have another size or type than those before, or one without times if
+    time_step is given.
     """
     versions = [[source.name, *map(stamp, source.files)] for source in sources]
 
     def write(folder):
         clips = []
 
+        def source_frames(source):
+            timed = source.timed_frames(channels)
+            return regular(timed, time_step, source.name) if time_step else timed
+
         def frames(bar):
             first = None
             for number, source in enumerate(sources, 1):
                 bar.set_description(f"decode {number}/{len(sources)} {Path(source.name).name}", refresh=False)
-                count = 0
-                for frame in source.frames(channels):
+                times = []
+                for frame, time in source_frames(source):
                     kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype}"
                     first = first or kind
                     if kind != first:
                         raise UserError(f"{source.name}: {kind}, but {sources[0].name}: {first}; make them alike")
                     yield resized(frame, size, antialias)
-                    count += 1
+                    times.append(time)
                     bar.update()
-                clips.append([source.name, count])
+                known = None not in times and increases(times)
+                clips.append([source.name, len(times), times if known else None])
 
         with tqdm(unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=None) as bar:
             write_npy(folder / "frames.npy", frames(bar))
         (folder / "index.json").write_text(json.dumps({"clips": clips}, indent=1), encoding="utf-8")
 
-    folder = cached_folder(cache_dir, label, [versions, channels, size and list(size), antialias], write)
+    folder = cached_folder(cache_dir, label, [versions, channels, size and list(size), antialias, time_step], write)
     clips, start = [], 0
-    for name, count in json.loads((folder / "index.json").read_text(encoding="utf-8"))["clips"]:
+    for name, count, _ in json.loads((folder / "index.json").read_text(encoding="utf-8"))["clips"]:
         clips.append(Clip(name, str(folder / "frames.npy"), start, start + count))
         start += count
     return clips
+
+
+def regular(timed_frames, time_step, name):
+    """Of (frame, time) those nearest to a regular step. UserError: there are no times, or the step is too short."""
+    step, times = parse_step(time_step), []
+
+    def checked():
+        for frame, time in timed_frames:
+            if time is None or (times and time <= times[-1]):
+                raise UserError(f"{name}: its frames have no times that increase, which time_step needs; leave it out")
+            times.append(time)
+            yield frame, time
+
+    yield from at_regular_step(checked(), step)
+    check_step(step, times, name)
+
+
+def times_of(clips):
+    """The times of the frames of each clip that `decode` returned, a list of float64 (T,) or None."""
+    index = json.loads((Path(clips[0].path).parent / "index.json").read_text(encoding="utf-8"))
+    return [None if times is None else np.array(times) for _, _, times in index["clips"]]

@@ -27,7 +27,7 @@ from vmrnn.data.grid_files import choose_variables, format_of, grid_files, is_fi
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, decode, missing_flags, stored_type
-from vmrnn.data.times import moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
+from vmrnn.data.times import check_step, moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
 from vmrnn.errors import UserError
 
 BLOCK = 2**22  # values of a variable that are read at once, or more where they are stored in larger pieces
@@ -282,6 +282,7 @@ def take_nearest(grid, time_step, path):
         )
     edges, taken, times, breaks = [0, *grid.breaks, grid.shape[0]], [], [], []
     for start, stop in pairwise(edges):
+        check_step(step, grid.info.times[start:stop], path)
         indices, regular = nearest_frames(grid.info.times[start:stop], step)
         breaks.append(sum(map(len, taken)))
         taken.append(start + indices)

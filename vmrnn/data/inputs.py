@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
+from vmrnn.data.clips import Source, regular
 from vmrnn.data.grid_files import GRIDS, is_zarr
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames
 from vmrnn.data.media import images_in
 from vmrnn.data.table import DATASETS
-from vmrnn.data.times import moment, usual_step
-from vmrnn.data.videos import VIDEOS, video_frames
+from vmrnn.data.times import moment, runs_without_gap, times_from_names, usual_step
+from vmrnn.data.videos import VIDEOS
 from vmrnn.errors import UserError
 
 
@@ -82,20 +83,44 @@ def open_input(path, config):
     if config.dataset == "grid" or suffix in GRIDS or is_zarr(file):
         return grid_input(path, config)
     if file.is_dir():
-        images = images_in(file)
-        return Input([Sequence(lambda: image_frames(images, picture_channels(config)), len(images))])
+        return image_input(images_in(file), config)
     if not file.exists():
         raise UserError(
             f"{path}: no such file or folder; name a video, a folder of images, an array or a gridded field"
         )
     if suffix in VIDEOS:
-        return Input([Sequence(lambda: video_frames(file, picture_channels(config)))])
+        return Input([picture_sequence(Source(file.name, (file,), True), config)])
     if suffix in ARRAYS:
         return array_input(file, config)
     raise UserError(
         f"{path}: its name does not end as one of {' '.join((*VIDEOS, *ARRAYS, *GRIDS))}; name such a file or a folder of "
         "images"
     )
+
+
+def image_input(images, config):
+    """A folder of images. If numbers are missing in their names, only the images after the last gap are continued."""
+    times, notes = times_from_names(images), []
+    if times is not None and not config.time_step:
+        runs = runs_without_gap(times)
+        images = images[runs[-1][0] :]
+        if len(runs) > 1:
+            notes.append(
+                f"{len(runs) - 1} gaps in the names' numbers: only the {len(images)} images after the last are used"
+            )
+    return Input(
+        [picture_sequence(Source(images[0].parent.name, tuple(images), False), config, len(images))], notes=notes
+    )
+
+
+def picture_sequence(source, config, count=None):
+    """A video or images, at the regular step of time_step if there is one."""
+
+    def read():
+        timed = source.timed_frames(picture_channels(config))
+        return (frame for frame, _ in (regular(timed, config.time_step, source.name) if config.time_step else timed))
+
+    return Sequence(read, None if config.time_step else count)
 
 
 def picture_channels(config):

@@ -14,7 +14,7 @@ import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
-from vmrnn.data.clips import Clip, Source, decode
+from vmrnn.data.clips import Clip, Source, decode, times_of
 from vmrnn.data.draws import split_seed
 from vmrnn.data.grids import calendar_of, grid_clips
 from vmrnn.data.images import IMAGES, has_palette, page_count
@@ -22,6 +22,7 @@ from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
 from vmrnn.data.ranges import check_not_all_missing, forcing_range, range_of, summarize
 from vmrnn.data.table import DATASETS
+from vmrnn.data.times import parse_step, runs_without_gap, usual_step
 from vmrnn.data.videos import VIDEOS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
@@ -317,7 +318,7 @@ def by_clip(clips):
 def video_clips(path, options):
     """Clips of a video, or of the videos in a folder, decoded into the cache."""
     notes = []
-    return decoded(video_sources(path, notes), VIDEOS, path, options), notes
+    return decoded(video_sources(path, notes), VIDEOS, path, options, notes), notes
 
 
 def image_clips(path, options):
@@ -328,15 +329,28 @@ def image_clips(path, options):
         notes.append(
             f"{sources[0].files[0]}: has a palette, whose colours are read; if its numbers are the values, write them as grey"
         )
-    return decoded(sources, IMAGES, path, options), notes
+    return decoded(sources, IMAGES, path, options, notes), notes
 
 
-def decoded(sources, endings, path, options):
+def decoded(sources, endings, path, options, notes):
+    """The sources as clips in the cache, parted at gaps in time. Adds a line to `notes` for each irregular clip."""
     if options.input_channels not in (1, 3):
         raise UserError(f"input_channels is {options.input_channels}; {options.dataset} is read as 1 (grey) or 3 (RGB)")
     if not sources:
         raise UserError(f"{path}: nothing in it for dataset {options.dataset} ({' '.join(endings)}); name another path")
-    return decode(sources, options.cache_dir, options.dataset, options.input_channels, stored_size(options))
+    how = options.input_channels, stored_size(options), True, options.time_step
+    clips, pieces = decode(sources, options.cache_dir, options.dataset, *how), []
+    for clip, times in zip(clips, times_of(clips)):
+        if times is None or len(times) < 2:
+            pieces.append(clip)
+            continue
+        step = parse_step(options.time_step) if options.time_step else None
+        pieces += [clip.cut(start, stop) for start, stop in runs_without_gap(times, step)]
+        steps = np.diff(times)
+        if endings is VIDEOS and not step and np.ptp(steps) > 0.1 * usual_step(times):
+            notes.append(f"{clip.name}: its frame rate varies: frames are {steps.min():.3g} to {steps.max():.3g} s apart; "
+                         "time_step takes frames at a regular step")  # fmt: skip
+    return pieces
 
 
 def array_clips(path, options):

@@ -86,6 +86,76 @@ def parse_step(text):
     return float(match[1]) * scale
 
 
+def times_from_names(paths):
+    """Times of files by the numbers in their names, float64 (n,); None: the names hold none that increase.
+
+    The numbers that stand in all names are read as a date and time together if they can be (20240131_2355), else the last
+    one that differs between the names counts the frames.
+    """
+    numbers = [re.findall(r"[0-9]+", Path(path).stem) for path in paths]
+    if len(numbers) < 2 or len({len(row) for row in numbers}) > 1:
+        return None
+    columns = list(zip(*numbers))
+    found = None
+    for first in range(len(columns)):
+        for last in range(len(columns), first, -1):
+            texts = ["".join(parts) for parts in zip(*columns[first:last])]
+            found = found or dates_of(texts)
+    if found is None:
+        counting = [column for column in columns if len(set(column)) > 1]
+        found = [float(number) for number in counting[-1]] if counting else None
+    times = None if found is None else np.array(found)
+    return times if times is not None and increases(times) else None
+
+
+def dates_of(texts):
+    """Seconds since 1970-01-01 of texts that are all dates: 20240131, or with hours, minutes and seconds; None: they are not."""
+    form = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(texts[0]))
+    if form is None or len({len(text) for text in texts}) > 1:
+        return None
+    try:
+        dates = [datetime.strptime(text, form).replace(tzinfo=UTC) for text in texts]
+    except ValueError:
+        return None
+    return [date.timestamp() for date in dates] if all(1900 <= date.year < 2200 for date in dates) else None
+
+
+def increases(times):
+    return bool(np.all(np.diff(times) > 0))
+
+
+def at_regular_step(timed_frames, step):
+    """Of frames with their times those that are nearest to a regular step, with the time that they then stand for.
+
+    timed_frames   iterator over (frame, time), times increasing
+    step           of the regular times, which start at the first frame; in the unit of the times
+
+    Yields (frame, regular time). A regular time without a frame within half a step is left out.
+    """
+    start, slot, best = None, None, None
+    for frame, time in timed_frames:
+        start = time if start is None else start
+        here = int(np.floor((time - start) / step + 0.5))
+        distance = abs(time - start - here * step)
+        if slot is not None and here != slot:
+            yield best[1], start + slot * step
+            best = None
+        if best is None or distance < best[0]:
+            best = (distance, frame)
+        slot = here
+    if best is not None:
+        yield best[1], start + slot * step
+
+
+def check_step(step, times, name):
+    """UserError for a regular step that is shorter than that of the frames at `times`."""
+    usual = usual_step(times)
+    if usual and step < 0.75 * usual:
+        raise UserError(
+            f"{name}: time_step is {span(step)}, but the frames are {span(usual)} apart; give that or a longer one"
+        )
+
+
 def usual_step(times):
     """The step that most frames are apart: the median of the steps, or None of fewer than two frames."""
     return float(np.median(np.diff(times))) if len(times) > 1 else None
@@ -115,11 +185,8 @@ def nearest_frames(times, step):
     step    of the regular times, which start at the first frame; in the unit of `times`
 
     Returns (indices, regular times), both (n,). A regular time without a frame within half a step is left out, so a gap
-    stays a gap. UserError: a step that is shorter than that of the frames.
+    stays a gap.
     """
-    usual = usual_step(times)
-    if usual and step < 0.75 * usual:
-        raise UserError(f"time_step is {span(step)}, but the frames are {span(usual)} apart; give that or a longer one")
     slots = np.floor((times - times[0]) / step + 0.5)
     distance = np.abs(times - times[0] - slots * step)
     order = np.lexsort((distance, slots))  # by slot, the nearest frame of each first
