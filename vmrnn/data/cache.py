@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from vmrnn.data.arrays import npz_member, unpack
 from vmrnn.errors import UserError
@@ -14,6 +17,9 @@ from vmrnn.errors import UserError
 CACHE_FORMAT = 2  # part of every key; raise it when the content of the cache, or the way to write it, changes
 
 
+MAKING = ".making-"  # start of the names of unfinished folders
+CONTENTS = "contents.json"  # file in a folder of the cache: what the folder held when it was made
+SMALL = 2**20  # bytes up to which its files have a checksum
 WHOLE = 2**28  # bytes
 SAMPLES, SAMPLE = 256, 2**16  # pieces, bytes per piece
 
@@ -27,28 +33,63 @@ def cached_folder(cache_dir, label, key, write):
     write       write(folder) fills the folder
 
     The folder is made under another name and renamed when it is complete. A killed process therefore leaves no folder
-    that looks complete. If two processes make the same folder, the second one uses the first one's.
+    that looks complete, and the next one removes what it left. If two processes make the same folder, the second one
+    uses the first one's. A folder with damaged files is made again.
     UserError: cache_dir cannot be written.
     """
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, key]).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"{label}-{digest}"
-    if folder.is_dir():
+    if is_whole(folder):
         return folder
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".making-") as scratch:
+        remove_leftovers(cache_dir)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=MAKING) as scratch, FileLock(Path(scratch) / "lock"):
             made = Path(scratch) / folder.name
             made.mkdir()
             write(made)
+            (made / CONTENTS).write_text(json.dumps(contents(made)), encoding="utf-8")
+            if folder.exists() and not is_whole(folder):
+                os.rename(folder, Path(scratch) / "damaged")
             try:
                 os.rename(made, folder)
             except OSError:
-                if not folder.is_dir():  # another process was first
+                if not is_whole(folder):  # else another process was first
                     raise
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{cache_dir}: cannot be written ({reason}); make room or name another cache_dir") from error
     return folder
+
+
+def contents(folder):
+    """{name: [size, checksum]} of the files in a folder of the cache; large files, which are mapped, have no checksum."""
+    facts = {}
+    for file in sorted(folder.iterdir()):
+        size = file.stat().st_size
+        if file.name != CONTENTS:
+            facts[file.name] = [size, checksum(file, size) if size <= SMALL else ""]
+    return facts
+
+
+def is_whole(folder):
+    """Whether a folder of the cache is there, and holds what it held when it was made."""
+    try:
+        return json.loads((folder / CONTENTS).read_text(encoding="utf-8")) == contents(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def remove_leftovers(cache_dir):
+    """Remove the unfinished folders of processes that have ended, however they ended."""
+    for scratch in Path(cache_dir).glob(f"{MAKING}*"):
+        try:
+            # A process takes the lock of its folder a moment after it made the folder.
+            if time.time() - scratch.stat().st_mtime > 60:
+                with FileLock(scratch / "lock", timeout=0):
+                    shutil.rmtree(scratch, ignore_errors=True)
+        except (OSError, Timeout):  # its owner lives, or another process removes it
+            continue
 
 
 def identity(path):

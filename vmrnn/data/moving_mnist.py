@@ -1,6 +1,7 @@
 """Moving MNIST: digits, sequences generated from them, and the sequences of a test file."""
 
 import gzip
+import hashlib
 import os
 import tempfile
 import zlib
@@ -12,6 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from vmrnn.data.arrays import read_array
+from vmrnn.data.cache import identity
 from vmrnn.data.draws import split_key, split_seed, uniform_draws
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import SPLITS
@@ -230,6 +232,11 @@ class MovingMNIST(Dataset):
             f"{self.num_objects} of {len(self.digits)} digits, seed {self.seed}"
         )
 
+    @property
+    def identity(self):
+        """A checksum of the digits."""
+        return hashlib.sha256(self.digits.tobytes()).hexdigest()
+
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
 
@@ -323,6 +330,11 @@ class MovingMNISTFile(Dataset):
 
     def __setstate__(self, state):
         self.__dict__.update(state, frames=open_sequences(state["path"], state["array_key"]))
+
+    @property
+    def identity(self):
+        """A checksum of the file."""
+        return identity(self.path)[1]
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]

@@ -14,6 +14,7 @@ from vmrnn.values import ValueRange, equals
 BLOCK = 2**22  # values that are read at once
 LOOK = 2**28  # values that are looked at where the range need not be exact
 APART, FAR_APART = 10, 1000  # widths of all other values between them and one that looks like a fill value
+REACH = 1e6  # widths of the range between it and a value that no network can be given
 
 
 @dataclass
@@ -76,6 +77,24 @@ class Summary:
                 width = abs(neighbour - other)
                 if width > 0:
                     yield channel, extreme, abs(extreme - neighbour) / width
+
+
+def check_reach(summary, value_range, name):
+    """UserError for values so far outside the range that a network could make nothing of the frames that hold them.
+
+    summary       Summary of a split
+    value_range   ValueRange of the training data
+    name          of the data, for messages
+    """
+    pairs = list(value_range.pairs())
+    pairs = pairs * len(summary.low) if len(pairs) == 1 else pairs
+    for channel, (low, high) in enumerate(pairs):
+        for value in (summary.low[channel], summary.high[channel]):
+            if value is not None and REACH * (high - low) < abs(value - (low + high) / 2) < math.inf:
+                raise UserError(
+                    f"{name}: holds the value {value:g} in channel {channel}, far outside the range {low:g} to {high:g} "
+                    "of the training data; name it with missing_value if it means missing"
+                )
 
 
 def blocks(clips, step=1):

@@ -20,7 +20,7 @@ from vmrnn.data.grids import calendar_of, grid_clips
 from vmrnn.data.images import IMAGES, has_palette, page_count
 from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
-from vmrnn.data.ranges import check_not_all_missing, forcing_range, range_of, summarize
+from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, range_of, summarize
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import parse_step, runs_without_gap, usual_step
 from vmrnn.data.videos import VIDEOS
@@ -280,6 +280,7 @@ def own(split, options, value_range, list_clips, pictures=False):
             data_range = data_range or range_of(forecast, training[0].name)
             forced = forcing_range(others, options.missing_value)
         value_range = replace(ValueRange.of(options, data_range), given=forced)
+    check_reach(summary, value_range, clips[0].name)
     notes += summary.notes(options, split)
     if split != "train":
         windows = thin(windows, getattr(options, f"{split}_sequences"))

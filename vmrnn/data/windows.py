@@ -1,11 +1,14 @@
 """Windows: the sequences of fixed length that are cut from clips, and the data set of them."""
 
+import hashlib
+import json
 import math
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from vmrnn.data.cache import identity
 from vmrnn.data.draws import split_key, uniform_draws
 from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
@@ -90,6 +93,15 @@ class ClipDataset(Dataset):
             f"in {len(self.clips)} clips ({self.clips[0].name}, ...), {self.size[0]}x{self.size[1]}, "
             f"values {self.value_range}"
         )
+
+    @property
+    def identity(self):
+        """A checksum of the frames. It is the same for equal data wherever they lie."""
+        paths = list(dict.fromkeys(clip.path for clip in self.clips))
+        numbers = {path: i for i, path in enumerate(paths)}
+        clips = [[numbers[c.path], c.index, c.start, c.stop, c.step, c.axes] for c in self.clips]
+        facts = [[identity(path) for path in paths], clips, self.windows.tolist()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
