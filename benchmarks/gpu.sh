@@ -29,6 +29,7 @@ has() { # has MODULE
     "$python" -c "import timm, torch, sys; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'timm', timm.__version__, 'Python', sys.version.split()[0])"
 } | tee "$result"
 
+step 40 "$python" -m vmrnn.selfcheck
 # The tests spend most of their time in the compiler, so they run in several processes if pytest-xdist is installed.
 # shellcheck disable=SC2046  # several words, or none
 step 110 "$python" -m pytest -q -rs -m gpu $(has xdist && echo "-n 8")
@@ -40,9 +41,9 @@ wait
 step 60 "$python" -m benchmarks.scan --device cuda --rounds 1
 published=$("$python" -c "from vmrnn.scan import mamba; print('D:16:bf16:mamba D:16:mamba' if mamba.can_run('cuda', None, 16)[0] else '')")
 # shellcheck disable=SC2086  # several words, or none
-step 225 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
+step 195 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:16:bf16:triton D:16:bf16:triton:graph \
     $published D:1:bf16:triton:graph D:16:triton D:16:bf16:torch D:16:bf16:triton:checkpoint B:16:bf16:triton:graph \
-    D:64:bf16:triton:graph D:8:bf16:triton:graph B:1:bf16:triton:graph B:8:bf16:triton:graph B:64:bf16:triton:graph \
+    D:64:bf16:triton:graph B:1:bf16:triton:graph B:64:bf16:triton:graph \
     D:16:bf16:triton:graph:muon D:16:bf16:triton:compile
 step 30 "$python" -m benchmarks.layers --device cuda
 echo "results: $result"

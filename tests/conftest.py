@@ -13,6 +13,15 @@ import torch  # noqa: E402
 from helpers import FORKS, OPTIONS, ROOT, nan_filled_memory  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="another device for the tests marked `device`: mps, xpu, cuda")
+
+
+def pytest_configure(config):
+    # Test files read it when they are imported.
+    os.environ["VMRNN_TEST_DEVICE"] = config.getoption("--device") or "cpu"
+
+
 @pytest.fixture(autouse=True)
 def same_everywhere():
     torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time than it saves

@@ -1,5 +1,6 @@
 """What several test files need. A test file imports from here and never from another test file."""
 
+import os
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,8 +8,11 @@ from unittest.mock import patch
 
 import torch
 
+from vmrnn.selfcheck import outputs_and_gradients, relative_error, relative_errors, scan_inputs  # noqa: F401 - for tests
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+DEVICE = os.environ.get("VMRNN_TEST_DEVICE", "cpu")  # python -m pytest -m device --device mps
 
 SCAN_NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
 
@@ -29,20 +33,6 @@ def shared(name):
 # Tensors
 
 
-def relative_error(value, reference):
-    """Largest absolute difference divided by the reference's largest magnitude (0 for two tensors of zeros)."""
-    value, reference = value.detach().cpu().double(), reference.detach().cpu().double()
-    return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
-
-
-def relative_errors(values, references):
-    """{name: relative error} of two dictionaries of tensors with the same names and shapes."""
-    assert values.keys() == references.keys()
-    for name, value in values.items():
-        assert value.shape == references[name].shape, f"{name}: {value.shape}, not {references[name].shape}"
-    return {name: relative_error(value, references[name]) for name, value in values.items()}
-
-
 def assert_small(errors, tolerance):
     """errors: {name: relative error}. NaN is not small."""
     assert errors
@@ -60,21 +50,6 @@ def assert_identical(values, references):
     assert values.keys() == references.keys()
     for name, value in values.items():
         assert torch.equal(value, references[name]), name
-
-
-def outputs_and_gradients(function, inputs):
-    """{name: tensor}: the outputs of function(*inputs), then the gradient with respect to each input.
-
-    The gradients are those of the sum of all outputs, each element weighted by a fixed normal draw that bf16 can
-    hold. Two calls on the same shapes use the same weights, whatever their dtype.
-    """
-    outputs = function(*inputs)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
-    gradients = torch.autograd.grad(outputs, inputs, weights)
-    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-    return found | {f"gradient of input {i}": t for i, t in enumerate(gradients)}
 
 
 @contextmanager
@@ -109,24 +84,6 @@ SCAN_SHAPES = [
     (3, 40, 3, 16, 8, 1),
     (1, 8, 8, 32, 16, 2),
 ]
-
-
-def scan_inputs(B, H, W, Di, N, R, dtype=torch.float64, device="cpu", seed=0):
-    """x, dbl, dt_weight, dt_bias, A_log, D of a scan, drawn so that every input matters. They require gradients."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    tensors = (
-        normal(B, H, W, Di),
-        normal(B, H, W, 4, R + 2 * N),
-        normal(4, Di, R) * R**-0.5,
-        normal(4, Di) - 2,
-        normal(4, Di, N),
-        normal(4, Di),
-    )
-    return [t.to(device, dtype).requires_grad_() for t in tensors]
 
 
 def fresh_scan_inputs(B, H, W, Di, N, R, dtype=torch.float32, device="cpu", seed=0):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import DEVICE, assert_close, outputs_and_gradients
 
 from vmrnn.network.fused import cell_gate, conv_silu, in_proj, norm, norm_gate_linear
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
 def plain_conv_silu(x, weight, bias):
@@ -42,40 +44,30 @@ CASES = {
 }
 
 
-def results(function, inputs, weights=None):
-    """Outputs, and the gradients of their sum weighted by `weights` (drawn where there are none)."""
-    outputs = function(*inputs)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    weights = weights or [torch.randn(t.shape, dtype=torch.float64) for t in outputs]
-    total = sum((t.double() * w).sum() for t, w in zip(outputs, weights, strict=True))
-    return [t.detach() for t in outputs] + list(torch.autograd.grad(total, inputs)), weights
-
-
+@pytest.mark.device
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name):
     function, plain, shapes, _ = CASES[name]
     inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(function, inputs)
-    expected, weights = results(plain, inputs)
-    got, _ = results(function, [t.detach().float().requires_grad_() for t in inputs], weights)
-    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-        assert relative_error(g, e) < 5e-6, f"result {i}"
+    got = outputs_and_gradients(function, [t.detach().float().to(DEVICE).requires_grad_() for t in inputs])
+    assert_close(got, outputs_and_gradients(plain, inputs), 5e-6)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", CASES)
 def test_under_autocast(name):
     function, plain, shapes, maps = CASES[name]
     types = [torch.bfloat16] * maps + [torch.float32] * (len(shapes) - maps)
-    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, types, strict=True)]
-    expected, weights = results(plain, [t.detach().double().requires_grad_() for t in inputs])
-    with torch.autocast("cpu", torch.bfloat16):
-        got, _ = results(function, inputs, weights)
-    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-        assert relative_error(g, e) < 0.05, f"result {i}"
+    inputs = [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape, dtype in zip(shapes, types, strict=True)]
+    expected = outputs_and_gradients(plain, [t.detach().cpu().double().requires_grad_() for t in inputs])
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        got = outputs_and_gradients(function, inputs)
+    assert_close(got, expected, 0.05)
 
 
 def test_what_autocast_leaves_alone():
-    """fp64, and maps of any type where it is off."""
+    """fp64 under autocast, and maps of any dtype without autocast."""
     x, weight, bias = torch.randn(2, 3), torch.ones(3), torch.zeros(3)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x, weight, bias, 1e-5).dtype == torch.bfloat16

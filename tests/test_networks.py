@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, SHARED, relative_error
+from helpers import DEVICE, ROOT, SHARED, relative_error
 
 from functions import RolloutLoss, mixed_precision
 from vmrnn import scan
@@ -28,7 +28,7 @@ OWN = ROOT / "tests" / "golden"  # the reference in float64, made by make_golden
 
 BACK_ENDS = [
     pytest.param(device, name, id=f"{device}-{name}", marks=[pytest.mark.gpu] * (device == "cuda"))
-    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    for device in dict.fromkeys(["cpu", DEVICE, *(["cuda"] if torch.cuda.is_available() else [])])
     for name, module in scan.BACKENDS.items()
     if module.can_run(device, torch.float32, 16)[0]
 ]
@@ -45,6 +45,7 @@ def golden_model(file, back_end):
     return model.eval()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("device, back_end", BACK_ENDS)
 @pytest.mark.parametrize(
     "path",
@@ -169,21 +170,24 @@ def test_compiled_steps_are_one_graph_and_the_same_numbers(device, name):
     assert all(relative_error(b, a) < 1e-4 for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("model", [B(16, 4, 1, 32, [2]), D(16, 2, 1, 16, [1], [1])], ids=["B", "D"])
 def test_bf16_is_close_to_fp32_and_frames_states_and_gradients_stay_fp32(model):
-    inputs, targets = torch.rand(2, 3, 1, 16, 16), torch.rand(2, 2, 1, 16, 16)
+    device = torch.device(DEVICE)
+    model.to(device)
+    inputs, targets = torch.rand(2, 3, 1, 16, 16).to(device), torch.rand(2, 2, 1, 16, 16).to(device)
     outputs, gradients = [], []
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
         model.zero_grad()
-        with mixed_precision(torch.device("cpu"), precision):
+        with mixed_precision(device, precision):
             outputs.append(rollout(model, inputs, 2))
         RolloutLoss()(outputs[-1], inputs, targets).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert outputs[1].dtype == torch.float32 and len(outputs[1].unique()) > 256
     assert 0 < relative_error(outputs[1], outputs[0]) < 0.02
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
-    with mixed_precision(torch.device("cpu"), "bf16"):
+    with mixed_precision(device, "bf16"):
         states = model(inputs[:, 0])[1]
     assert all(t.dtype == torch.float32 for state in states for t in state)
 

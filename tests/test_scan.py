@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers import SCAN_NAMES, SCAN_SHAPES, assert_close, outputs_and_gradients, relative_error, scan_inputs
+from helpers import DEVICE, SCAN_NAMES, SCAN_SHAPES, assert_close, outputs_and_gradients, relative_error, scan_inputs
 
 from vmrnn import scan
 from vmrnn.errors import UserError
@@ -13,12 +13,13 @@ from vmrnn.scan import reference
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("shape", SCAN_SHAPES, ids=str)
 @pytest.mark.parametrize(
     "name, device",
     [
         ("cpu", "cpu"),
-        ("torch", "cpu"),
+        ("torch", DEVICE),
         *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ("mamba", "triton", "torch")),
     ],
 )
@@ -29,7 +30,7 @@ def test_parity(name, device, shape):
     expected = outputs_and_gradients(reference.scan_2d, scan_inputs(*shape))
     inputs = scan_inputs(*shape, dtype=torch.float32, device=device)
     got = outputs_and_gradients(lambda *t: scan.scan_2d(*t, backend=name), inputs)
-    steps = shape[1] * shape[2] if device == "cuda" else 0  # see test_scan_triton.py
+    steps = shape[1] * shape[2] if device != "cpu" else 0  # see test_scan_triton.py
     assert_close(got, expected, 5e-6 + steps * 2**-24)
 
 

@@ -118,8 +118,8 @@ def pick_device(name):
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda, mps")
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("not one of cpu, cuda, mps, xpu")
         torch.empty(1, device=device)
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -11,6 +11,15 @@ from vmrnn import scan
 from vmrnn.network import fused, fused_triton
 
 
+def first_use(name, device, d_state):
+    from vmrnn import selfcheck  # which imports this package
+
+    return selfcheck.first_use(name, device, d_state)
+
+
+scan.first_use = first_use  # the check needs the layers, which vmrnn.scan does not know
+
+
 class Kernels(NamedTuple):
     """One function per layer, all for the same device. Their contracts: vmrnn/scan/reference.py and fused.py."""
 

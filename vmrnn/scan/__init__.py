@@ -50,6 +50,17 @@ def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
             raise ValueError(f"scan: {name} is {tuple(tensor.shape)}, x {tuple(x.shape)} (B, H, W, Di) needs {shape}")
 
 
+def first_use(name, device, d_state):
+    """None if a back end that can run may be used, else the reason why not. vmrnn.network puts a real check here."""
+
+
+def usable(name, device, dtype, d_state):
+    """(whether a back end may be used, the reason)."""
+    ok, reason = BACKENDS[name].can_run(device, dtype, d_state)
+    complaint = first_use(name, device, d_state) if ok else None
+    return (False, complaint) if complaint else (ok, reason)
+
+
 def resolve(backend, device, dtype=torch.float32, d_state=16):
     """The name of the back end that `backend` means, logged the first time.
 
@@ -64,7 +75,7 @@ def resolve(backend, device, dtype=torch.float32, d_state=16):
         return _first_that_runs(device, dtype, d_state)
     if backend not in BACKENDS:
         raise UserError(f"scan back end {backend!r} does not exist: choose auto, {', '.join(BACKENDS)}")
-    ok, reason = BACKENDS[backend].can_run(device, dtype, d_state)
+    ok, reason = usable(backend, device, dtype, d_state)
     if not ok:
         raise UserError(f"scan back end {backend!r} cannot run on {device} here: {reason}")
     _log_once(backend, device, reason)
@@ -74,7 +85,7 @@ def resolve(backend, device, dtype=torch.float32, d_state=16):
 def _first_that_runs(device, dtype, d_state):
     refused = ""
     for name in ORDER.get(device, OTHER_DEVICES):
-        ok, reason = BACKENDS[name].can_run(device, dtype, d_state)
+        ok, reason = usable(name, device, dtype, d_state)
         if ok:
             break
         refused += f"; not {name}: {reason}"
