@@ -12,6 +12,7 @@ from vmrnn import distributed
 from vmrnn.metrics import Metrics
 from vmrnn.rollout import rollout
 from vmrnn.runtime import seed_update
+from vmrnn.values import ValueRange
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Smallest scale of fp16's gradients. Training needs no scale within six halvings of it.
@@ -206,45 +207,79 @@ def train_one_epoch(
         yield update
 
 
+def network_outputs(model, precision="fp32"):
+    """The outputs of a network as `compare` asks for them: a function of (inputs, targets).
+
+    model       the network; it is put into evaluation mode
+    precision   see mixed_precision
+    """
+    model.eval()
+
+    def outputs(inputs, targets):
+        with mixed_precision(inputs.device, precision):
+            return rollout(model, inputs, targets.shape[1], following=targets)
+
+    return outputs
+
+
+def evaluate(model, loader, device, metrics, loss, precision="fp32", **options):
+    """`compare` for the forecasts of a network; precision: see mixed_precision."""
+    return compare(network_outputs(model, precision), loader, device, metrics, loss, **options)
+
+
 @torch.no_grad()
-def evaluate(model, loader, device, metrics, loss, precision="fp32", baselines=None, on_batch=None, title=""):
+def compare(
+    outputs_of,
+    loader,
+    device,
+    metrics,
+    loss=None,
+    *,
+    baselines=None,
+    value_range=None,
+    weights=None,
+    on_batch=None,
+    title="",
+):
     """Forecast all sequences of a loader and compare the forecasts with the truth.
 
-    model       the network
-    loader      any sequence of batches (inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) in [0, 1]; NaN is a
-                missing pixel
-    metrics     rows or names of vmrnn.metrics
-    loss        RolloutLoss
-    precision   see mixed_precision
-    baselines   {label: function(inputs, horizon) -> forecast}, see vmrnn.baselines
-    on_batch    called with (step, inputs, targets, forecast) of every batch of this process, without forcings
-    title       of the progress bar
+    outputs_of    function of (inputs, targets) that returns outputs (B, T, C, H, W); the last T_out are the forecast.
+                  With a loss, T is T_in - 1 + T_out, as `rollout` has it
+    loader        any sequence of batches (inputs (B, T_in, C, H, W), targets (B, T_out, C, H, W)) in [0, 1]; NaN is a
+                  missing pixel
+    metrics       rows or names of vmrnn.metrics
+    loss          RolloutLoss; None: no loss is computed
+    baselines     {label: function(inputs, horizon) -> forecast}, see vmrnn.baselines
+    value_range   ValueRange of the data; metrics are computed on the scale without its transform; None: no transform
+    weights       (H, W), weights of the pixels in sums of errors, see vmrnn.metrics.Comparison
+    on_batch      called with (step, inputs, targets, forecast) of every batch of this process, without forcings
+    title         of the progress bar
 
     Returns {"loss": the mean over samples, "model": Metrics.compute(), label: the same of each baseline}. Every process
     evaluates its own samples, and all processes get the results over all samples.
     """
-    model.eval()
-    baselines = baselines or {}
-    total, meters = 0.0, {label: Metrics(metrics) for label in ("model", *baselines)}
+    baselines, value_range = baselines or {}, value_range or ValueRange()
+    total, meters = 0.0, {label: Metrics(metrics, weights) for label in ("model", *baselines)}
     for step, (_, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         horizon = targets.shape[1]
-        with mixed_precision(device, precision):
-            outputs = rollout(model, inputs, horizon, following=targets)
-        inputs, targets = inputs[:, :, : model.out_chans], targets[:, :, : model.out_chans]  # without forcings
-        total += loss(outputs, inputs, targets).item() * len(inputs)
-        forecast = outputs[:, inputs.shape[1] - 1 :]
-        meters["model"].update(forecast, targets)
-        for label, baseline in baselines.items():
-            meters[label].update(baseline(inputs, horizon), targets)
+        outputs = outputs_of(inputs, targets)
+        inputs, targets = (frames[:, :, : outputs.shape[2]] for frames in (inputs, targets))  # without forcings
+        if loss:
+            total += loss(outputs, inputs, targets).item() * len(inputs)
+        forecasts = {"model": outputs[:, -horizon:]}
+        forecasts |= {label: baseline(inputs, horizon) for label, baseline in baselines.items()}
+        truth = value_range.to_linear(targets, axis=2)
+        for label, forecast in forecasts.items():
+            meters[label].update(value_range.to_linear(forecast, axis=2), truth)
         if on_batch:
-            on_batch(step, inputs, targets, forecast)
+            on_batch(step, inputs, targets, forecasts["model"])
     # Merge the sums of all processes.
     (total, samples) = distributed.all_sum(total, meters["model"].count)
-    results = {}
+    results = {"loss": total / samples} if loss else {}
     for label, meter in meters.items():
         merged = Metrics(metrics)
         for state in distributed.all_gather(meter.state()):
             merged.merge(state)
         results[label] = merged.compute()
-    return {"loss": total / samples, **results}
+    return results

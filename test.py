@@ -1,11 +1,13 @@
-"""Test a trained network: metrics overall and per lead time, and pictures, beside two baselines.
+"""Test a trained network: metrics overall and per lead time, and pictures, beside baselines.
 
     python test.py --checkpoint exps/quickstart/best.safetensors        configuration read from the file
     python test.py --checkpoint exps/x/best.safetensors --test_data_dir data/mnist_test_seq.npy
     python test.py --checkpoint trained_model_state_dict --model VMRNN-D --test_data_dir data/mnist_test_seq.npy
                                                                         a published file plus flags
+    python test.py --forecasts theirs.npy --config configs/radar.toml   another method's forecasts of the same test set
 Writes report.html (one file to open or to send: figures, curves, a player, how it was made), metrics.json,
-lead_times.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the checkpoint).
+lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the
+checkpoint or the forecasts). --save_forecasts writes inputs, truths and forecasts of all sequences into one file.
 The baselines are a black frame, the last input frame repeated, and the last input frame moved along the optical flow.
 """
 
@@ -18,27 +20,49 @@ from pathlib import Path
 import torch
 
 from dataset import DATASETS, build_dataset, make_loader
-from functions import evaluate, make_loss
+from functions import compare, make_loss, network_outputs
 from vmrnn import config as configuration, scan
 from vmrnn.baselines import BASELINES
 from vmrnn.checkpoint import load_network
 from vmrnn.errors import UserError
+from vmrnn.field_facts import climatology, facts_of, latitude_weights
 from vmrnn.files import make_folder
-from vmrnn.metrics import figure, metric_rows
+from vmrnn.forecast_store import ForecastWriter, StoredForecasts
+from vmrnn.metrics import anomaly_correlation, figure, metric_rows
 from vmrnn.network import compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
-from vmrnn.report import pick, write_report
+from vmrnn.report import is_compared, pick, write_report
 from vmrnn.run_folder import strict_json
-from vmrnn.runtime import describe_device, run_program
+from vmrnn.runtime import describe_device, pick_device, run_program
+from vmrnn.spectrum import Spectrum
 
 log = logging.getLogger("vmrnn")
 
+OWN = ("config", "checkpoint", "forecasts", "save_forecasts", "climatology", "latitude_weights", "motion", "strips")
+
 
 def parse_arguments(argv=None):
-    """(checkpoint, TOML file or None, options of the command line, output folder, strips, whether with motion)."""
+    """(the arguments of this program, an argparse.Namespace; the options of Config on the command line, a dict)."""
     parser = configuration.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
-    parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="weights to test")
+    parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to test")
+    parser.add_argument(
+        "--forecasts",
+        metavar="FILE",
+        help="test another method's forecasts instead: .npy or .npz (N, T, H, W[, C]) in the units of the data, in the "
+        "order of the test set",
+    )
+    parser.add_argument(
+        "--save_forecasts", metavar="FILE", help="write inputs, truths and forecasts: .nc, .zarr or .npz"
+    )
+    parser.add_argument(
+        "--latitude_weights",
+        action="store_true",
+        help="weigh errors by the cosine of the latitude; gridded fields with a latitude only",
+    )
+    parser.add_argument(
+        "--climatology", metavar="FILE", help="the mean of its frames is the climatology of the anomaly correlation"
+    )
     parser.add_argument(
         "--motion",
         action=argparse.BooleanOptionalAction,
@@ -47,71 +71,140 @@ def parse_arguments(argv=None):
     parser.add_argument("--strips", type=int, default=4, metavar="N", help="sequences to picture (default: 4)")
     configuration.add_options(parser)
     given = vars(parser.parse_args(argv))
-    toml, path, strips = (given.pop(key) for key in ("config", "checkpoint", "strips"))
-    with_motion = given.pop("motion")
-    if strips < 1:
-        raise UserError(f"--strips {strips}: must be at least 1")
-    folder = given.get("res_dir") or Path(path).parent / "test"
-    return path, toml, given, folder, strips, with_motion
+    own = argparse.Namespace(**{key: given.pop(key) for key in OWN})
+    if own.strips < 1:
+        raise UserError(f"--strips {own.strips}: must be at least 1")
+    if not own.checkpoint and not own.forecasts:
+        raise UserError("name the weights to test with --checkpoint, or another method's --forecasts; see --help")
+    if own.forecasts and not (own.checkpoint or own.config or given):
+        raise UserError("--forecasts: name the test set with --config FILE.toml or with options such as --dataset")
+    return own, given
 
 
-def table(results, conventions):
-    """The figures as lines of text: one row per metric with its convention, one column per forecast."""
-    lines = ["  ".join(["metric".ljust(12)] + [label.rjust(16) for label in results] + ["convention"])]
-    for name in results["forecast"]["mean"]:
-        values = [f"{result['mean'][name]:16.4f}" for result in results.values()]
-        lines.append("  ".join([name.ljust(12)] + values + [conventions[name]]))
-    return lines
+def load(own, given):
+    """(network or None, Config, ValueRange or None, device): what is tested, and how its test set is made."""
+    if own.checkpoint:
+        trained = load_network(own.checkpoint, own.config, given.pop("device", None), **given)
+        model = None if own.forecasts else trained.model
+        return model, trained.config, trained.value_range, next(trained.model.parameters()).device
+    config = configuration.resolve(own.config, given)
+    return None, config, None, pick_device(config.device)
+
+
+def rows_of(own, config, value_range):
+    """The metrics of the test."""
+    spec = DATASETS[config.dataset]
+    rows = metric_rows(
+        spec.metrics, config.thresholds, value_range, config.lpips, config.fss_windows, data_units=spec.own
+    )
+    if own.climatology:
+        rows += (anomaly_correlation(climatology(own.climatology, config, value_range)),)
+    return rows
+
+
+def table(results, rows, config):
+    """The figures as lines of text: one row per metric, one column per forecast, and below what the metrics are.
+
+    Conventions that only published figures use are left to the report where there are none to compare with.
+    """
+    shown = [row for row in rows if is_compared(row.name, config)]
+    widths = {label: max(12, len(label)) for label in results}
+    lines = ["  ".join(["metric".ljust(14)] + [label.rjust(width) for label, width in widths.items()])]
+    for row in shown:
+        values = [f"{result['mean'][row.name]:{widths[label]}.4f}" for label, result in results.items()]
+        lines.append("  ".join([row.name.ljust(14), *values]))
+    return lines + [""] + [f"{row.name}: {row}" for row in shown]
+
+
+class Pictures:
+    """Pictures of the first sequences, and the error of every sequence: a step of the pass over the test set.
+
+    folder   where pictures are saved
+    count    sequences to picture
+    """
+
+    def __init__(self, folder, count):
+        self.folder, self.count = folder, count
+        self.errors = []  # mse of each sequence: the mean over lead times with known pixels
+
+    def __call__(self, inputs, targets, forecast):
+        for i in range(min(len(inputs), self.count - len(self.errors))):
+            index = len(self.errors) + i
+            sequence = [frames[i].cpu() for frames in (inputs, targets, forecast)]
+            save_strip(self.folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}")
+            if index == 0:
+                save_animation(self.folder / "forecast.gif", *sequence)
+        self.errors += figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist()
 
 
 def main(argv=None):
-    path, toml, given, folder, strips, with_motion = parse_arguments(argv)
-    trained = load_network(path, toml, given.pop("device", None), **given)
-    model, config = trained.model, trained.config
-    device = next(model.parameters()).device
+    own, given = parse_arguments(argv)
+    folder = given.get("res_dir") or Path(own.checkpoint or own.forecasts).parent / "test"
+    model, config, value_range, device = load(own, given)
     log.info("device     %s", describe_device(device))
-    scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
-    test_set = build_dataset("test", config, trained.value_range)
-    metrics = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, test_set.value_range, config.lpips)
-    conventions = {metric.name: str(metric) for metric in metrics}
-    loader = make_loader(test_set, config.test_batch_size, config.num_workers)
-    if config.compile:
-        compile_model(model, device)
-    folder = make_folder(folder)
+    if model:
+        scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end
 
-    log.info("checkpoint %s (%s)", path, config.model)
+    # The test set, and what it is compared by
+    test_set = build_dataset("test", config, value_range)
+    value_range = test_set.value_range
+    loader = make_loader(test_set, config.test_batch_size, config.num_workers)
+    facts = facts_of(test_set, config)
+    rows = rows_of(own, config, value_range)
+    weights = latitude_weights(facts.info, config) if own.latitude_weights else None
+    baselines = dict(BASELINES)
+    if not (DATASETS[config.dataset].own if own.motion is None else own.motion):
+        del baselines["motion"]
+
+    # Whose forecasts
+    loss_function = make_loss(config) if model else None
+    if model:
+        if config.compile:
+            compile_model(model, device)
+        outputs_of, tested = network_outputs(model, config.precision), own.checkpoint
+        log.info("checkpoint %s (%s)", own.checkpoint, config.model)
+    else:
+        shape = (config.num_frames_output, config.input_channels, *config.frame_size)
+        outputs_of = StoredForecasts(own.forecasts, config.array_key, len(test_set), shape, value_range)
+        tested = own.forecasts
+        log.info("forecasts  %s", own.forecasts)
     log.info("data       %s", test_set)
     for note in test_set.notes:
         log.info("           %s", note)
-    errors = []  # mse of each sequence, in the order of the data set: the mean over lead times with known pixels
+    folder = make_folder(folder)
 
-    def pictures(step, inputs, targets, forecast):
-        for i in range(min(len(inputs), strips - len(errors))):
-            index = len(errors) + i
-            sequence = [frames[i].cpu() for frames in (inputs, targets, forecast)]
-            save_strip(folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}")
-            if index == 0:
-                save_animation(folder / "forecast.gif", *sequence)
-        errors.extend(figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist())
+    # One pass over the test set
+    pictures, spectrum, writer = Pictures(folder, own.strips), Spectrum(), None
+    if own.save_forecasts:
+        writer = ForecastWriter(own.save_forecasts, len(test_set), value_range, facts.info, facts.times, facts.leads)
 
-    baselines = dict(BASELINES)
-    if not (DATASETS[config.dataset].own if with_motion is None else with_motion):
-        del baselines["motion"]
-    loss_function = make_loss(config)
-    results = evaluate(
-        model, loader, device, metrics, loss_function, config.precision, baselines, on_batch=pictures,
-        title="test",
-    )  # fmt: skip
-    loss = results.pop("loss")
+    def see(step, inputs, targets, forecast):
+        pictures(inputs, targets, forecast)
+        spectrum.update("truth", targets)
+        spectrum.update("forecast", forecast)
+        if writer:
+            writer(inputs, targets, forecast)
+
+    try:
+        results = compare(
+            outputs_of, loader, device, rows, loss_function, baselines=baselines, value_range=value_range,
+            weights=weights, on_batch=see, title="test",
+        )  # fmt: skip
+        if writer:
+            writer.close()
+            log.info("forecasts  of all sequences are in %s", own.save_forecasts)
+    finally:
+        if writer:
+            writer.discard()
+    loss = results.pop("loss", None)
     results = {"forecast": results.pop("model")} | results
-    loss_name = f"{loss_function}, over all outputs"
-    log.info("%d sequences, loss (%s) %.4f", results["forecast"]["count"], loss_name, loss)
-    for line in table(results, conventions):
-        log.info(line)
+    losses = {"loss": f"{loss:.4f} ({loss_function}, over all outputs)"} if model else {}
+    log.info("%d sequences%s", results["forecast"]["count"], "".join(f", {k} {v}" for k, v in losses.items()))
+    for line in table(results, rows, config.to_dict()):
+        log.info("%s", line)
 
     # Only now is it known which sequences the report shows, so these are forecast again.
-    roles = pick(errors)
-    sequences = []
+    roles, sequences = pick(pictures.errors), []
 
     def keep(step, inputs, targets, forecast):
         for (role, index), *frames in zip(roles.items(), inputs.cpu(), targets.cpu(), forecast.cpu()):
@@ -119,27 +212,32 @@ def main(argv=None):
 
     if roles:
         batch = [torch.stack(frames) for frames in zip(*(test_set[index] for index in roles.values()))]
-        evaluate(
-            model, [batch], device, ("mse",), loss_function, config.precision, on_batch=keep,
-            title="sequences of the report",
-        )  # fmt: skip
+        if not model:
+            outputs_of.restart(roles.values())
+        compare(outputs_of, [batch], device, ("mse",), on_batch=keep, title="sequences of the report")
 
+    # Files
+    conventions = {row.name: str(row) for row in rows}
+    leads = facts.lead_names(config.num_frames_output)
     curves = [name for name in ("mse", "ssim", "psnr") if name in conventions]
-    save_lead_times(folder / "lead_times.png", results, curves or [metric.name for metric in metrics[:3]])
-    report = {
-        "checkpoint": str(path), "data": str(test_set), "loss": loss, "conventions": conventions,
-        "results": results, "value_range": test_set.value_range.to_dict(), "config": config.to_dict(),
+    save_lead_times(folder / "lead_times.png", results, curves or [row.name for row in rows[:3]])
+    spectrum.draw(folder / "spectrum.png", leads)
+    content = {
+        "checkpoint": str(tested), "data": str(test_set), "loss": loss, "conventions": conventions,
+        "results": results, "value_range": value_range.to_dict(), "lead_times": leads,
+        "spectrum": {label: power.tolist() for label, power in spectrum.compute().items()}, "config": config.to_dict(),
     }  # fmt: skip
-    (folder / "metrics.json").write_text(strict_json(report, indent=1), encoding="utf-8")
+    (folder / "metrics.json").write_text(strict_json(content, indent=1), encoding="utf-8")
     write_report(
         folder / "report.html",
-        title=f"{config.model} on {config.dataset}",
+        title=f"{config.model if model else Path(own.forecasts).name} on {config.dataset}",
         facts={
-            "checkpoint": str(path),
+            "checkpoint" if model else "forecasts": str(tested),
             "data": DATASETS[config.dataset].description,
             "test set": str(test_set),
+            "values": str(value_range),
             "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
-            "loss": f"{loss:.4f} ({loss_name})",
+            **losses,
             "device": describe_device(device),
         },
         conventions=conventions,
@@ -147,6 +245,9 @@ def main(argv=None):
         sequences=sequences,
         config=config.to_dict(),
         command=shlex.join(["python", "test.py", *map(str, sys.argv[1:] if argv is None else argv)]),
+        leads=leads,
+        channels=facts.info.names[: config.input_channels] if facts.info else None,
+        spectrum=folder / "spectrum.png",
     )
     log.info("report.html, pictures and metrics.json are in %s", folder)
 

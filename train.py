@@ -193,7 +193,7 @@ def train(config, weights, resumed, device, signals, run):
         validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
         if validated:
             results = evaluate(
-                eval_model, valid_loader, device, rows, loss_function, config.precision,
+                eval_model, valid_loader, device, rows, loss_function, config.precision, value_range=value_range,
                 on_batch=partial(validation_batch, run, state, signals, logger), title=f"validate {progress.epoch}",
             )  # fmt: skip
             check_validation(results, config, progress.epoch)

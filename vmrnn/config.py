@@ -78,6 +78,12 @@ def axes(value):
         return "give one of N T C H W per dimension, H and W among them, such as THW"
 
 
+def odd_numbers(values):
+    """The rule of fss_windows."""
+    if any(value < 1 or value % 2 == 0 for value in values):
+        return "give odd numbers of pixels, such as 1 5 17"
+
+
 def height_and_width(values):
     """The rule of input_size: one or two sides, each at least the window of SSIM."""
     if len(values) > 2:
@@ -183,8 +189,11 @@ class Config:
     valid_batch_size: int = option("evaluation", 16, "sequences per validation batch", at_least=1, resume=True)
     test_batch_size: int = option("evaluation", 16, "sequences per test batch", at_least=1, resume=True)
     thresholds: list[float] = option("evaluation", [],
-        "thresholds of CSI, POD and FAR, in the units of the data: values from a threshold upwards are events",
+        "thresholds of CSI, POD, FAR and other scores of events, in the units of the data: values from a threshold upwards are events",
         resume=True)
+    fss_windows: list[int] = option("evaluation", [],
+        "test: sides in pixels, odd numbers, of the windows of the fractions skill score, for each threshold",
+        rule=odd_numbers, resume=True)
     lpips: bool = option("evaluation", False, "also compute LPIPS; needs the package lpips and its weights",
         resume=True)
     epoch_valid: int = option("evaluation", 5, "epochs between validations", at_least=1, resume=True)

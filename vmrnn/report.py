@@ -49,6 +49,15 @@ PUBLISHED = {
 MOVING_MNIST_MD5 = "be083ec986bfe91a449d63653c411eb2"  # mnist_test_seq.npy
 
 
+# Conventions that only published figures use, and the data sets whose published figures use them.
+PUBLISHED_ONLY = {"ssim_dr2": ("moving_mnist", "taxibj", "kth", "human36m"), "psnr_uint8": ("kth",)}
+
+
+def is_compared(name, config):
+    """Whether a metric belongs into a short table of a test with this configuration, a dict."""
+    return name not in PUBLISHED_ONLY or config["dataset"] in PUBLISHED_ONLY[name]
+
+
 def published(config, mean):
     """The published figures beside those of this test.
 
@@ -150,10 +159,17 @@ def sprite(images):
         picture = picture.convert("L")
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
-    return {"columns": columns, "uri": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
+    return {"columns": columns, "uri": data_uri(file.getvalue())}
 
 
-def write_report(path, *, title, facts, conventions, results, sequences, config, command):
+def data_uri(png):
+    """The bytes of a PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def write_report(
+    path, *, title, facts, conventions, results, sequences, config, command, leads=None, channels=None, spectrum=None
+):  # fmt: skip
     """Write the page.
 
     path          file to write
@@ -165,6 +181,9 @@ def write_report(path, *, title, facts, conventions, results, sequences, config,
                   pixels
     config        dict of options
     command       the exact command line
+    leads         names of the lead times, such as 10 min; None: they are counted
+    channels      names of the channels; None: they are counted
+    spectrum      a PNG of the power spectra to show; None: none
     """
     first = next(iter(results.values()))
     limit = error_limit([(forecast, targets) for *_, targets, forecast in sequences])
@@ -179,6 +198,9 @@ def write_report(path, *, title, facts, conventions, results, sequences, config,
         "white": white,
         "limit": limit,
         "channels": config["input_channels"],
+        "channel_names": channels or [f"channel {c}" for c in range(config["input_channels"])],
+        "leads": leads or [str(t + 1) for t in range(len(next(iter(first["per_frame"].values()))))],
+        "spectrum": data_uri(Path(spectrum).read_bytes()) if spectrum else None,
         "config": config,
         "versions": versions(),
         "command": command,

@@ -1,0 +1,176 @@
+"""What test.py writes for experts: forecasts of the whole test set, figures of others' forecasts, fields' facts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import data_set
+
+import test as test_program
+from vmrnn import config as configuration
+from vmrnn.checkpoint import save_weights
+from vmrnn.errors import UserError
+from vmrnn.network import build_model
+from vmrnn.rollout import rollout
+from vmrnn.spectrum import Spectrum
+from vmrnn.values import ValueRange
+
+xarray = pytest.importorskip("xarray")
+
+OPTIONS = dict(
+    model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4, input_size=[16, 20], num_frames_input=3,
+    num_frames_output=2, dataset="grid", data_range=[250.0, 310.0], valid_fraction=0.0, test_fraction=0.5,
+    test_batch_size=3, thresholds=[280.0], fss_windows=[5],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    """(folder, options, network): 24 frames of a moving temperature field on a latitude grid, and a network."""
+    folder = tmp_path_factory.mktemp("field")
+    y, x, t = np.meshgrid(np.arange(16), np.arange(20), np.arange(24), indexing="ij")
+    values = (280 + 25 * np.sin((x - t) / 3) * np.cos(y / 4)).transpose(2, 0, 1).astype(np.float32)
+    values[:, 0, :5] = np.nan
+    times = np.datetime64("2024-01-31T00:00", "ns") + np.arange(24) * np.timedelta64(10, "m")
+    xarray.Dataset(
+        {"t2m": (("time", "lat", "lon"), values, {"units": "K"})},
+        {"time": times, "lat": ("lat", np.linspace(85, 10, 16), {"units": "degrees_north"}), "lon": np.arange(20.0)},
+    ).to_netcdf(folder / "x.nc", engine="h5netcdf")
+    options = OPTIONS | {"train_data_dir": str(folder / "x.nc"), "cache_dir": str(folder / "cache")}
+    config = configuration.resolve(None, options)
+    model = build_model(**config.network_options).eval()
+    save_weights(folder / "w.safetensors", model, config.to_dict(), ValueRange(250.0, 310.0))
+    return folder, options, model
+
+
+def run(folder, *arguments):
+    """test.py in this process; returns what metrics.json holds."""
+    test_program.main(["--device", "cpu", "--strips", "1", "--res_dir", str(folder), *map(str, arguments)])
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def expected_arrays(options, model):
+    """(inputs, truths, forecasts) of the test set in kelvins, (N, T, C, H, W)."""
+    data = data_set("test", **options)
+    items = [data[i] for i in range(len(data))]
+    inputs, targets = (torch.stack(frames) for frames in zip(*items))
+    with torch.no_grad():
+        forecast = rollout(model, inputs, 2)[:, 2:]
+    return [(250 + 60 * frames).numpy() for frames in (inputs, targets, forecast)]
+
+
+@pytest.mark.parametrize("ending", [".npz", ".nc", ".zarr"])
+def test_the_forecasts_of_the_whole_test_set(field, tmp_path, ending):
+    folder, options, model = field
+    if ending == ".zarr":
+        pytest.importorskip("zarr")
+    path = tmp_path / f"all{ending}"
+    run(tmp_path / "out", "--checkpoint", folder / "w.safetensors", "--save_forecasts", path)
+    expected = expected_arrays(options, model)
+    if ending == ".npz":
+        found = np.load(path)
+    elif ending == ".nc":
+        found = xarray.load_dataset(path, engine="h5netcdf")
+    else:
+        found = xarray.open_zarr(path, consolidated=False)
+    for name, values in zip(("input", "truth", "forecast"), expected):
+        np.testing.assert_allclose(np.asarray(found[name]), values, atol=1e-3)
+    assert len(expected[0]) == 8
+    if ending != ".npz":
+        assert found.forecast.dims == ("sequence", "time", "channel", "lat", "lon")
+        assert found.channel.values.tolist() == ["t2m"] and found.forecast.attrs["units"] == "K"
+        np.testing.assert_array_equal(found.lead_time, np.timedelta64(10, "m") * np.arange(1, 3))
+        # The test part is frames 12 to 23; the last input of its first sequence is frame 14.
+        assert found.forecast_reference_time.values[0] == np.datetime64("2024-01-31T02:20")
+        np.testing.assert_allclose(found.lat, np.linspace(85, 10, 16))
+    assert not list(tmp_path.glob(".all*"))  # nothing half-written is left
+
+
+def test_the_same_forecasts_from_a_file_give_the_same_figures(field, tmp_path):
+    """test.py --forecasts on what --save_forecasts wrote, in every layout; without the network."""
+    folder, options, model = field
+    own = run(tmp_path / "own", "--checkpoint", folder / "w.safetensors", "--save_forecasts", tmp_path / "all.npz")
+    forecast = np.load(tmp_path / "all.npz")["forecast"]
+    np.save(tmp_path / "last.npy", np.moveaxis(forecast, 2, -1))
+    np.save(tmp_path / "grey.npy", forecast[:, :, 0])
+    np.savez(tmp_path / "named.npz", forecast=forecast)
+    configuration.save_toml(configuration.resolve(None, options), tmp_path / "c.toml")
+    for name in ("all.npz", "last.npy", "grey.npy", "named.npz"):
+        other = run(tmp_path / "other", "--forecasts", tmp_path / name, "--config", tmp_path / "c.toml")
+        for label, figures in own["results"].items():
+            for metric, value in figures["mean"].items():
+                got = other["results"][label]["mean"][metric]
+                assert got == value or got == pytest.approx(value, rel=1e-4, abs=1e-6), (label, metric)
+        assert other["loss"] is None and "motion" in other["results"]
+    with pytest.raises(
+        UserError, match=r"holds float32 \(7, 2, 16, 20\), but the test set has 8 sequences of 2 frames"
+    ):
+        np.save(tmp_path / "few.npy", forecast[:7, :, 0])
+        run(tmp_path / "other", "--forecasts", tmp_path / "few.npy", "--config", tmp_path / "c.toml")
+    with pytest.raises(UserError, match="holds NaN"):
+        np.save(tmp_path / "nan.npy", forecast[:, :, 0] * np.nan)
+        run(tmp_path / "other", "--forecasts", tmp_path / "nan.npy", "--config", tmp_path / "c.toml")
+    with pytest.raises(UserError, match="--checkpoint, or another method's --forecasts"):
+        run(tmp_path / "other")
+
+
+def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):
+    folder, options, model = field
+    plain = run(tmp_path / "out", "--checkpoint", folder / "w.safetensors", "--climatology", folder / "x.nc")
+    weighted = run(tmp_path / "out2", "--checkpoint", folder / "w.safetensors", "--latitude_weights")
+    _, truth, forecast = expected_arrays(options, model)
+    error = forecast - truth
+    weights = np.broadcast_to(np.cos(np.deg2rad(np.linspace(85, 10, 16)))[:, None], error.shape)
+    known = ~np.isnan(error)
+    for found, w in ((plain, np.ones_like(error)), (weighted, weights)):
+        mean = found["results"]["forecast"]["mean"]
+        expected = {"mae_data": np.average(abs(error[known]), weights=w[known]),
+                    "bias_data": np.average(error[known], weights=w[known]),
+                    "rmse_data": np.sqrt(np.average(error[known] ** 2, weights=w[known]))}  # fmt: skip
+        for name, value in expected.items():
+            assert mean[name] == pytest.approx(value, rel=1e-4), name
+    assert plain["lead_times"] == ["10 min", "20 min"]
+    with xarray.open_dataset(folder / "x.nc", engine="h5netcdf") as source:
+        mean = source.t2m.mean("time").values
+    f, o = ((x - mean)[known] for x in (forecast, truth))
+    assert plain["results"]["forecast"]["mean"]["acc"] == pytest.approx(
+        (f * o).sum() / np.sqrt((f**2).sum() * (o**2).sum()), rel=1e-4
+    )
+    assert {"csi_280", "fbias_280", "ets_280", "fss_280_5px"} <= plain["results"]["forecast"]["mean"].keys()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "10 min" in page and "t2m" in page and (tmp_path / "out" / "spectrum.png").exists()
+
+
+def test_latitudes_are_asked_of_data_without_them(tmp_path):
+    options = dict(
+        model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4, input_size=[16], num_frames_input=3,
+        num_frames_output=2, train_data_dir="builtin", digit_size=8, num_objects=1, test_sequences=2,
+    )  # fmt: skip
+    config = configuration.resolve(None, options)
+    save_weights(tmp_path / "w.safetensors", build_model(**config.network_options), config.to_dict())
+    with pytest.raises(UserError, match="no coordinate of latitude"):
+        run(tmp_path / "out", "--checkpoint", tmp_path / "w.safetensors", "--latitude_weights")
+
+
+def test_a_plane_wave_has_its_power_at_its_wavenumber():
+    x = torch.arange(64) / 64
+    wave = (0.5 + 0.3 * torch.sin(2 * torch.pi * 5 * x)).expand(1, 2, 1, 64, 64)
+    spectrum = Spectrum()
+    spectrum.update("truth", wave)
+    spectrum.update("truth", torch.full((3, 2, 1, 64, 64), torch.nan))  # frames with holes do not count
+    power = spectrum.compute()["truth"]
+    assert power.shape == (2, 33)
+    rings = np.hypot(*np.meshgrid(np.fft.fftfreq(64) * 64, np.fft.fftfreq(64) * 64)).round()
+    for k, expected in ((0, 0.25), (5, 2 * 0.15**2 / (rings == 5).sum()), (9, 0)):
+        assert power[0, k] == pytest.approx(expected, abs=1e-9)
+
+
+def test_blur_takes_power_from_small_scales_alone():
+    noise = torch.rand(4, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    spectrum = Spectrum()
+    spectrum.update("truth", noise)
+    spectrum.update("forecast", torch.nn.functional.avg_pool2d(noise.flatten(0, 1), 3, 1, 1).view_as(noise))
+    power = spectrum.compute()
+    ratio = power["forecast"][0] / power["truth"][0]
+    assert ratio[2:5].min() > 0.6 and ratio[20:].max() < 0.2

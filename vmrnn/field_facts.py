@@ -1,0 +1,100 @@
+"""What a test set of a gridded field knows beside its values: times, coordinates, latitudes, a climatology."""
+
+from dataclasses import dataclass, replace as with_options
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vmrnn.data.grid_info import GridInfo
+from vmrnn.data.inputs import open_input
+from vmrnn.data.prepare import Preparation, resize
+from vmrnn.data.times import span, usual_step
+from vmrnn.errors import UserError
+
+
+@dataclass
+class FieldFacts:
+    """Facts of a test set; all are None for data that are no gridded field.
+
+    info    GridInfo
+    times   time of the last input frame of each sequence, float64 (N,)
+    leads   lead time of each forecast frame in seconds, float64 (T,)
+    """
+
+    info: object = None
+    times: np.ndarray | None = None
+    leads: np.ndarray | None = None
+
+    def lead_names(self, horizon):
+        """A short name of every lead time: 10 min where frames have times, else 1, 2, ..."""
+        if self.leads is None:
+            return [str(step) for step in range(1, horizon + 1)]
+        return [span(float(lead)) for lead in self.leads]
+
+
+def facts_of(test_set, config):
+    """The FieldFacts of a test set.
+
+    test_set   from dataset.build_dataset
+    config     its Config
+    """
+    clips = getattr(test_set, "clips", None)
+    info = GridInfo.load(Path(clips[0].path).parent) if clips and config.dataset == "grid" else None
+    if info is None or info.times is None or not info.calendar:
+        return FieldFacts(info)
+    last = [
+        clips[clip].start + clips[clip].step * (first + config.num_frames_input - 1) for clip, first in test_set.windows
+    ]
+    step = usual_step(info.times) * clips[0].step
+    return FieldFacts(info, info.times[last], step * np.arange(1, config.num_frames_output + 1))
+
+
+def latitude_weights(info, config):
+    """Cosine of the latitude of every pixel, with mean 1: float64 (H, W) of the frames of a test.
+
+    info     GridInfo; None: the data are no gridded field
+    config   Config of the test
+
+    UserError: the data have no latitude.
+    """
+    latitude = None if info is None else info.latitude
+    if latitude is None:
+        raise UserError(
+            "--latitude_weights: the data have no coordinate of latitude (units degrees_north); leave it out"
+        )
+    latitude = np.atleast_2d(latitude.T).T  # one per row: (H, 1)
+    weights = torch.from_numpy(np.cos(np.deg2rad(latitude)))
+    height, width = config.frame_size
+    if config.frame_fit == "crop":  # the test takes the centre
+        top, left = ((side - own) // 2 for side, own in zip(weights.shape, (height, width)))
+        weights = weights[top : top + height, max(left, 0) : max(left, 0) + width]
+    else:
+        weights = resize(weights[None, None], (height, weights.shape[1] if weights.shape[1] == 1 else width))[
+            0, 0
+        ].double()
+    weights = weights.expand(height, width)
+    return weights / weights.mean()
+
+
+def climatology(path, config, value_range):
+    """The mean of the frames of a file, as frames of a test: float32 (C, H, W) on the scale without transform.
+
+    path          any file that predict.py takes, in the units of the data
+    config        Config of the test
+    value_range   ValueRange of the data
+
+    UserError: frames that do not become those of the test.
+    """
+    source = open_input(path, with_options(config, forcings=[], calendar=False))
+    prepare, total, count = Preparation.of(config, value_range), 0, 0
+    for frame in source.sequences[0].frames():
+        unit = value_range.to_linear(prepare(frame)[: config.input_channels], axis=0)
+        total, count = total + unit, count + 1
+    mean = total / max(count, 1)
+    if tuple(mean.shape) != (config.input_channels, *config.frame_size):
+        raise UserError(
+            f"--climatology {path}: its frames become {tuple(mean.shape)}, but those of the test are "
+            f"{(config.input_channels, *config.frame_size)}; give frames of that size"
+        )
+    return mean

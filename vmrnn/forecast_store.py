@@ -1,0 +1,229 @@
+"""Forecasts of a whole test set: written while they are made, and read back from any method's file."""
+
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vmrnn.data.arrays import npz_member, npz_rows, open_npy
+from vmrnn.data.grid_info import import_xarray
+from vmrnn.errors import UserError
+from vmrnn.files import replacing
+
+NAMES = ("input", "truth", "forecast")
+ENDINGS = (".nc", ".npz", ".zarr")
+
+
+class ForecastWriter:
+    """Writes inputs, truths and forecasts of all sequences into one file, a batch at a time.
+
+    path          .nc, .zarr or .npz; the arrays input, truth and forecast are (N, T, C, H, W), float32 in the units of
+                  the data, NaN where a pixel is missing
+    count         number of sequences
+    value_range   ValueRange of the data
+    info          GridInfo of the data, whose coordinates and channel names are written; None: none are
+    times         time of the last input frame of each sequence, float64 (count,); None: unknown
+    leads         lead time of each forecast frame in seconds, float64 (T,); None: they are counted
+
+    Call it with each batch, and `close` at the end. A file that is not closed does not appear under its name.
+    UserError: a file that cannot be written.
+    """
+
+    def __init__(self, path, count, value_range, info=None, times=None, leads=None):
+        self.path, self.count, self.value_range, self.info = Path(path), count, value_range, info
+        self.times, self.leads, self.written, self.arrays = times, leads, 0, None
+        if self.path.suffix.lower() not in ENDINGS:
+            raise UserError(f"--save_forecasts {path}: its name must end as one of {' '.join(ENDINGS)}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # The folder is on the same disk, so that the finished file can take its name.
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+
+    def __call__(self, inputs, targets, forecast):
+        """Add a batch, tensors (B, T, C, H, W) on the scale [0, 1]."""
+        batch = [
+            self.value_range.to_data(frames.float().cpu(), axis=2).numpy() for frames in (inputs, targets, forecast)
+        ]
+        if self.arrays is None:
+            self.arrays = self.create([frames.shape[1:] for frames in batch])
+        stop = self.written + len(batch[0])
+        for array, frames in zip(self.arrays, batch):
+            array[self.written : stop] = frames
+        self.written = stop
+
+    def create(self, shapes):
+        """The three arrays in their file, for frames of these shapes (T, C, H, W)."""
+        suffix = self.path.suffix.lower()
+        if suffix == ".npz":
+            return [
+                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float32, (self.count, *shape))
+                for name, shape in zip(NAMES, shapes)
+            ]
+        header, dims = self.coordinates(shapes), ("channel", *self.plane())
+        axes = [("sequence", "input_time", *dims), ("sequence", "time", *dims), ("sequence", "time", *dims)]
+        about = {"units": self.info.units(0)} if self.info and len(self.info.names) == 1 else {}
+        if suffix == ".zarr":
+            try:
+                import zarr
+            except ImportError as error:
+                raise UserError(f"{self.path}: needs the package zarr; pip install zarr, or name a .nc file") from error
+            store = self.folder / "store"
+            header.to_zarr(store, mode="w", consolidated=False)
+            group = zarr.open_group(store, mode="a")
+            return [
+                group.create_array(
+                    name, shape=(self.count, *shape), chunks=(1, *shape), dtype="f4", fill_value=np.nan,
+                    dimension_names=axis, attributes=about,
+                )
+                for name, shape, axis in zip(NAMES, shapes, axes)
+            ]  # fmt: skip
+        import h5netcdf
+
+        header.to_netcdf(self.folder / "store", engine="h5netcdf")
+        self.file = h5netcdf.File(self.folder / "store", "a")
+        sizes = {
+            "sequence": self.count,
+            "input_time": shapes[0][0],
+            "time": shapes[1][0],
+            **dict(zip(dims, shapes[0][1:])),
+        }
+        for name, size in sizes.items():
+            if name not in self.file.dimensions:
+                self.file.dimensions[name] = size
+        variables = []
+        for name, shape, axis in zip(NAMES, shapes, axes):
+            variable = self.file.create_variable(
+                name,
+                axis,
+                "f4",
+                chunks=(1, *shape),
+                compression="gzip",
+                compression_opts=4,
+                shuffle=True,
+                fillvalue=np.nan,
+            )
+            variable.attrs.update(about)
+            variables.append(variable)
+        return variables
+
+    def plane(self):
+        """Names of the dimensions of rows and columns."""
+        return (self.info.y, self.info.x) if self.info else ("y", "x")
+
+    def coordinates(self, shapes):
+        """An xarray.Dataset of what is known of the axes."""
+        xarray = import_xarray()
+        (inputs, channels, height, width), (horizon, *_), _ = shapes
+        found = xarray.Dataset(coords={"input_time": np.arange(1 - inputs, 1)})
+        found.input_time.attrs["long_name"] = "frames after the last input frame"
+        lead = np.arange(1, horizon + 1)
+        if self.info:
+            found = found.assign_coords(channel=self.info.names[:channels])
+            sizes = dict(zip(self.plane(), (height, width)))
+            fits = {
+                name: coordinate.variable
+                for name, coordinate in self.info.coordinates.coords.items()
+                if all(sizes.get(dim) == size for dim, size in coordinate.sizes.items())
+            }
+            found = found.assign_coords(fits).assign_attrs(self.info.coordinates.attrs)
+        if self.leads is not None:
+            lead = np.round(self.leads * 1e9).astype("timedelta64[ns]")
+            reference = self.info.decoded_times(self.times)
+            found = found.assign_coords(forecast_reference_time=("sequence", reference))
+        found = found.assign_coords(lead_time=("time", lead))
+        found.lead_time.attrs["long_name"] = "time after the last input frame"
+        return found
+
+    def close(self):
+        """Finish the file and give it its name. An older file of that name is replaced."""
+        suffix = self.path.suffix.lower()
+        try:
+            if suffix == ".npz":
+                for array in self.arrays:
+                    array.flush()
+                with (
+                    replacing(self.path) as temporary,
+                    zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive,
+                ):
+                    for name in NAMES:
+                        archive.write(self.folder / f"{name}.npy", f"{name}.npy")
+            else:
+                if suffix == ".nc":
+                    self.file.close()
+                if self.path.is_dir() and not any((self.path / name).exists() for name in ("zarr.json", ".zgroup")):
+                    raise UserError(f"{self.path}: is a folder and no Zarr store; name another")
+                if self.path.is_dir():
+                    shutil.rmtree(self.path)
+                (self.folder / "store").replace(self.path)
+        finally:
+            self.discard()
+
+    def discard(self):
+        """Remove what is not finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class StoredForecasts:
+    """Another method's forecasts for the sequences of a test set, in the order of the test set.
+
+    path          .npy or .npz, (N, T, H, W[, C]) or (N, T, C, H, W), in the units of the data
+    array_key     name of the array of a .npz; "": `forecast`, or the only one
+    count         sequences of the test set
+    shape         (T, C, H, W) of the targets
+    value_range   ValueRange of the data
+
+    Called with the inputs and targets of a batch, it returns the forecasts of the next sequences (B, T, C, H, W), as
+    functions.compare asks for them. UserError: a file that is missing or damaged, or that does not fit the test set.
+    """
+
+    def __init__(self, path, array_key, count, shape, value_range):
+        self.path, self.key, self.value_range, self.shape = Path(path), array_key, value_range, shape
+        steps, channels, height, width = shape
+        if self.path.suffix.lower() == ".npz":
+            self.key, found, dtype = npz_member(self.path, array_key or self.default_key())
+        else:
+            array = open_npy(self.path)
+            found, dtype = array.shape, array.dtype
+        last = (count, steps, height, width, channels)
+        self.channels_first = found == (count, *shape) and found != last
+        if dtype.kind not in "buif" or (
+            not self.channels_first and found not in (last, last[:4] if channels == 1 else last)
+        ):
+            raise UserError(
+                f"--forecasts {path}: holds {dtype} {found}, but the test set has {count} sequences of {steps} frames to "
+                f"forecast, {height}x{width} with {channels} channels: give {last} in the units of the data"
+            )
+        self.restart(range(count))
+
+    def default_key(self):
+        with zipfile.ZipFile(self.path) as archive:
+            return "forecast" if "forecast.npy" in archive.namelist() else ""
+
+    def restart(self, numbers):
+        """Begin again, with these sequences in this order."""
+        self.numbers = list(numbers)
+        self.rows = self.in_order(self.numbers)
+
+    def in_order(self, numbers):
+        if self.path.suffix.lower() != ".npz":
+            array = open_npy(self.path)
+            yield from (array[number] for number in numbers)
+        elif numbers == sorted(numbers):
+            wanted = set(numbers)
+            yield from (row for i, row in enumerate(npz_rows(self.path, self.key)) if i in wanted)
+        else:
+            kept = {i: row.copy() for i, row in enumerate(npz_rows(self.path, self.key)) if i in set(numbers)}
+            yield from (kept[number] for number in numbers)
+
+    def __call__(self, inputs, targets):
+        frames = np.stack([next(self.rows) for _ in range(len(inputs))])
+        if self.channels_first:
+            frames = np.moveaxis(frames, 2, -1)
+        unit = self.value_range.to_unit(frames.reshape(len(frames), *np.array(self.shape)[[0, 2, 3, 1]]))
+        if np.isnan(unit).any():
+            raise UserError(
+                f"--forecasts {self.path}: holds NaN or missing values; a forecast gives a value to every pixel"
+            )
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(unit, -1, 2))).to(targets.device)
