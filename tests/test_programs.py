@@ -287,3 +287,27 @@ def test_exit_code_and_one_line_of_a_real_process(run, tmp_path):
     done = run("train.py", *TINY, "--res_dir", tmp_path / "x", "--scan", "mamba")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and os.linesep in done.stderr
+
+
+@pytest.mark.parametrize("numbers", [["-3.4e38"], ["-1e-3", "-.5"], ["-9999", "1E+20"], ["-5", "-2.5"]])
+def test_negative_numbers_are_values_and_not_options(numbers):
+    parser = configuration.Parser("")
+    configuration.add_options(parser)
+    assert vars(parser.parse_args(["--missing_value", *numbers])) == {"missing_value": [float(n) for n in numbers]}
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u202f", "\u3000", " "])
+def test_any_space_may_be_in_a_path(tmp_path, space):
+    config = configuration.resolve(None, {"train_data_dir": f"my{space}data"})
+    configuration.save_toml(config, tmp_path / "c.toml")
+    assert configuration.resolve(tmp_path / "c.toml", {}) == config
+    with pytest.raises(UserError, match="not text"):
+        configuration.resolve(None, {"train_data_dir": "my\x07data"})
+
+
+def test_a_configuration_that_begins_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfepochs = 3\n")
+    assert configuration.resolve(tmp_path / "c.toml", {}).epochs == 3
+    (tmp_path / "c.toml").write_text("epochs = 3\n", encoding="utf-16")
+    with pytest.raises(UserError, match="not a TOML file"):
+        configuration.resolve(tmp_path / "c.toml", {})

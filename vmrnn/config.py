@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tomllib
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -337,6 +338,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        # Before Python 3.14 argparse takes -3.4e38 for the name of an option.
+        self._negative_number_matcher = re.compile(r"-(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$")
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -387,8 +390,7 @@ def given_options(toml_path, given):
 
 def read_toml(path):
     try:
-        with open(path, "rb") as f:
-            values = tomllib.load(f)
+        values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -415,7 +417,8 @@ def check_keys(values, where):
             fits, wanted = type(value) is kind, kind.__name__
         if not fits:
             raise UserError(f"{where}: {key} = {value!r} is not {wanted}")
-        if not str(value).isprintable():  # such as a path in another encoding: no file could hold it
+        # Text that cannot be shown, such as a path in another encoding. Spaces of all kinds are text.
+        if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for sign in str(value)):
             raise UserError(f"{where}: {key} = {value!r} holds signs that are not text")
         checked[key] = value
     return checked
