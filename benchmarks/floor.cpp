@@ -7,12 +7,12 @@
 namespace {
 
 template <bool both>
-vec steps(long n, const vec* table) {
+vec steps(i64 n, const vec* table) {
   vec h[G * U], A_[G * U], dh[G * U]{}, dA[G * U]{}, y{}, from_a{}, from_b{}, db{}, dc{};
-  for (long i = 0; i < G * U; i++) h[i] = table[i], A_[i] = -table[i];
-  for (long l = 0; l < n; l++) {
+  for (i64 i = 0; i < G * U; i++) h[i] = table[i], A_[i] = -table[i];
+  for (i64 l = 0; l < n; l++) {
     const vec *row = table + l % 64, dt = row[0], dtx = row[1], b = row[2], c = row[3], dy = row[4];
-    for (long i = 0; i < G * U; i++) {
+    for (i64 i = 0; i < G * U; i++) {
       const vec a = exp2v(dt * A_[i]);
       if (both) {
         const vec g = c * dy + dh[i], decayed = a * h[i], g_decayed = g * decayed;
@@ -29,18 +29,18 @@ vec steps(long n, const vec* table) {
       }
     }
   }
-  for (long i = 0; i < G * U; i++) y += h[i] + dh[i] + dA[i];
+  for (i64 i = 0; i < G * U; i++) y += h[i] + dh[i] + dA[i];
   return y + from_a + from_b + db + dc;
 }
 
 }  // namespace
 
 // `count` steps of one channel and one state, forward, or (both) recomputed and backward.
-extern "C" float vmrnn_floor(long count, int threads, int both) {
+extern "C" float vmrnn_floor(i64 count, int threads, int both) {
   std::vector<vec> table(68, splat(0.01f));
   std::vector<float> sink(threads);
-  const long n = count / (G * U * V) / threads;
+  const i64 n = count / (G * U * V) / threads;
   const auto kernel = both ? steps<true> : steps<false>;
-  run(threads, threads, [&](long i) { sink[i] = kernel(n, table.data())[0]; });
+  run(threads, threads, [&](i64 i) { sink[i] = kernel(n, table.data())[0]; });
   return sink[0];
 }

@@ -72,7 +72,7 @@ def floor_runs(inputs):
     """The floor's forward and forward + backward for these shapes."""
     flags = cpu.FLAGS + cpu.ISA_FLAGS[cpu.wanted_isa()]
     library = ctypes.CDLL(str(compiler.build("floor", (FLOOR, cpu.SOURCE), flags)))
-    library.vmrnn_floor.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int)
+    library.vmrnn_floor.argtypes = (ctypes.c_int64, ctypes.c_int, ctypes.c_int)
     count, threads = inputs[0].numel() * DIRECTIONS * D_STATE, torch.get_num_threads()
 
     def forward():

@@ -18,6 +18,12 @@ import torch
 from vmrnn.cache import cache_folder, distrust
 from vmrnn.errors import UserError
 
+INSTALL = {
+    "linux": "g++ (Debian, Ubuntu: apt install g++)",
+    "darwin": "clang++ (xcode-select --install)",
+    "win32": "g++ (w64devkit, or MSYS2's mingw-w64-ucrt-x86_64-gcc, in the PATH)",
+}
+
 
 def find_compiler():
     """The command of the C++ compiler as a list, or None if there is none.
@@ -28,7 +34,8 @@ def find_compiler():
     named = os.environ.get("CXX")
     if named:
         try:
-            command = shlex.split(named)
+            # Outside of POSIX rules a backslash is part of a path.
+            command = [word.strip('"') for word in shlex.split(named, posix=os.name == "posix")]
         except ValueError as error:
             raise UserError(f"CXX={named}: {str(error).lower()}; set it to a C++ compiler or unset it") from error
         if not command:
@@ -39,16 +46,23 @@ def find_compiler():
     return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
-def openmp_flags():
-    """Flags that turn OpenMP on, a list of ways, best first. The last way is to do without.
+def system_flags(system, version):
+    """Flags for an operating system, with OpenMP: a list of ways, best first. The last way does without OpenMP.
 
-    The library must use the OpenMP runtime that torch has loaded, so that both share its threads. On Linux both ask
+    system   as sys.platform names it
+    version  what the compiler prints for --version
+
+    The library must use the OpenMP runtime that torch has loaded, so that both share their threads. On Linux both ask
     for libgomp.so.1 by name, and the loader gives them the same one. Apple's clang has no runtime of its own: torch's
-    libomp is linked.
+    libomp is linked. On Windows everything is linked into the library, its own OpenMP too.
     """
-    if sys.platform == "darwin":
+    if system == "darwin":
         libomp = Path(torch.__file__).parent / "lib" / "libomp.dylib"
         return (("-Xpreprocessor", "-fopenmp", str(libomp)), ())
+    if system == "win32":
+        # GCC aligns the stack to 16 bytes there, and wider vectors in it must be moved as unaligned ones.
+        rest = ("-static",) if "clang" in version else ("-static", "-Wa,-muse-unaligned-vector-move")
+        return (("-fopenmp", *rest), rest)
     return (("-fopenmp",), ())
 
 
@@ -70,7 +84,7 @@ def build(name, sources, flags):
 
     name     start of the file's name
     sources  paths: the first is compiled, the others are what it includes
-    flags    of the compiler, besides those for OpenMP
+    flags    of the compiler, besides those of the system
 
     Files are named <name>-<digest of sources and flags>-<digest of the compiler>-<their own checksum>.lib. A file is
     written under a temporary name and renamed, so several processes may build at once, and the checksum shows a
@@ -79,9 +93,9 @@ def build(name, sources, flags):
     Raises UserError if there is no compiler or it fails.
     """
     folder = cache_folder()
-    source = digest(*(path.read_text(encoding="utf-8") for path in sources), flags, openmp_flags(), platform.machine())
     compiler = find_compiler()
     version = compiler and output_of([*compiler, "--version"]).stdout
+    source = digest(*(path.read_text(encoding="utf-8") for path in sources), flags, sys.platform, platform.machine())
 
     # What is there already. Without a compiler, the library of any compiler is good enough.
     for path in sorted(folder.glob(f"{name}-{source}-{digest(compiler, version) if compiler else '*'}-*.lib")):
@@ -92,13 +106,13 @@ def build(name, sources, flags):
         except FileNotFoundError:  # another process has removed it meanwhile
             continue
     if compiler is None:
-        raise UserError("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or set CXX")
+        raise UserError(f"no C++ compiler: install {INSTALL.get(sys.platform, 'g++ or clang++')}, or set CXX")
 
-    # The first way to get OpenMP that compiles.
+    # The first way that compiles
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / "library"
-        for openmp in openmp_flags():
-            command = [*compiler, *flags, str(sources[0]), "-o", str(output), *openmp]
+        for system in system_flags(sys.platform, version):
+            command = [*compiler, *flags, str(sources[0]), "-o", str(output), *system]
             done = output_of(command)
             if done.returncode == 0:
                 break

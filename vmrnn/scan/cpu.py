@@ -19,7 +19,7 @@ from vmrnn.scan.reference import DIRECTIONS
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # Without -ffast-math, which removes the rounding trick of exp2 and ignores NaN.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-w")
+FLAGS = ("-std=c++17", "-O3", "-shared", "-ffp-contract=fast", "-w") + (("-fPIC",) if sys.platform != "win32" else ())
 # Best first. Other machines than x86-64 use the compiler's default (NEON on ARM).
 ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"),
@@ -91,8 +91,6 @@ def load():
 def can_run(device, dtype, d_state):
     if device != "cpu":
         return False, "runs on a CPU only"
-    if sys.platform == "win32":
-        return False, "not built on Windows: use WSL"
     if dtype not in DTYPES:
         return False, f"{dtype} is not supported: convert to float32"
     library, reason = attempt(wanted_isa())
