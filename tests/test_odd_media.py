@@ -499,3 +499,8 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     ]
     (note,) = notes
     assert "2 files passed over" in note and ".txt 1" in note and ".jp2 1" in note
+
+
+def test_a_tiff_file_without_a_page(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(8))
+    assert "a TIFF file without a page" in refusal(tmp_path / "a.tif")

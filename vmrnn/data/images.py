@@ -1,7 +1,10 @@
 """Frames of images, upright and in the depth that they are stored in."""
 
+import logging
+
 import av
 import numpy as np
+import tifffile
 from PIL import Image, ImageOps
 
 from vmrnn.data.reading import check_size, local_path, reading
@@ -13,6 +16,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 ANIMATED = ("PNG", "WEBP", "GIF")  # formats whose pages are frames; those of a JPEG are previews and depth maps
 REDUCED, MASK = 1, 4  # bits of TIFF's NewSubfileType: a page of the pyramid, a mask
 ORIENTATION = 274  # tag of TIFF and EXIF
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would log a line per damaged tag
 
 
 def image_frames(paths, channels=None):
@@ -42,10 +47,8 @@ def page_count(path):
     """How many frames an image file holds."""
     with reading(path, "an image"):
         if is_tiff(path):
-            import tifffile
-
             with tifffile.TiffFile(path) as file:
-                return sum(1 for page in file.pages if not is_reduced(page))
+                return len(full_pages(file))
         with Image.open(path, formats=FORMATS) as image:
             return image.n_frames if image.format in ANIMATED else 1
 
@@ -143,17 +146,17 @@ def is_tiff(path):
         return f.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def is_reduced(page):
-    """Whether a page is a smaller copy of another one or a mask."""
-    return bool(page.subfiletype & (REDUCED | MASK))
+def full_pages(file):
+    """The pages of a TIFF file that are no smaller copies of others and no masks."""
+    return [page for page in file.pages if not page.subfiletype & (REDUCED | MASK)]
 
 
 def tiff_pages(path, channels):
     """Yields (frame, stored channels) of the pages of a TIFF file. Reduced pages and masks are left out."""
-    import tifffile
-
     with tifffile.TiffFile(path) as file:
-        taken = [page for page in file.pages if not is_reduced(page)]
+        taken = full_pages(file)
+        if not taken:
+            raise UserError(f"{path}: a TIFF file without a page; fetch or write it again")
         if file.is_imagej and len(taken) == 1 and len(file.series) == 1 and file.series[0].ndim > taken[0].ndim:
             raise UserError(f"{path}: an ImageJ stack with one header for all pages; read it with dataset grid")
         for number, page in enumerate(taken):
@@ -185,12 +188,8 @@ def tiff_pages(path, channels):
             frame, stored = oriented(frame, tag.value if tag else 1), frame.shape[2]
             if frame.dtype == np.uint8 and channels and channels != stored:
                 picture = Image.fromarray(frame[..., 0] if stored == 1 else frame)
-                frame = np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(height_width(frame))
+                frame = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
             yield in_channels(path, frame.reshape(*frame.shape[:2], -1), channels), stored
-
-
-def height_width(frame):
-    return (*frame.shape[:2], -1)
 
 
 def pillow_page(path, number, channels):
