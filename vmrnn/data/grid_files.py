@@ -176,19 +176,13 @@ def is_field(dataset, name):
 
 def find_variables(path):
     """The names of all fields of a file, those in groups with their group in front."""
-    xarray = import_xarray()
     if format_of(path) == "grib":
         return grib_variables(path)
     if format_of(path) not in ("hdf5", "zarr"):
         with opened(path) as dataset:
             return [str(name) for name in dataset.data_vars if is_field(dataset, name)]
-    options = {"phony_dims": "access", "engine": "h5netcdf"} if format_of(path) == "hdf5" else {"engine": "zarr"}
-    try:
-        groups = xarray.open_groups(path, decode_cf=False, **options)
-    except Exception as error:
-        raise UserError(cannot_open(path, format_of(path), "", error)) from error
     found = []
-    for group, dataset in groups.items():
+    for group, dataset in open_groups(path).items():
         found += [f"{group}/{name}".strip("/") for name in dataset.data_vars if is_field(dataset, name)]
         dataset.close()
     return found
@@ -203,6 +197,16 @@ def grib_variables(path):
         return [str(name) for dataset in datasets for name in dataset.data_vars if is_field(dataset, name)]
     except Exception as error:
         raise UserError(cannot_open(path, "grib", "", error)) from error
+
+
+def open_groups(path):
+    """{group: its Dataset} of all groups of an HDF5 or Zarr file; to be closed by the caller."""
+    kind = format_of(path)
+    options = {"engine": "h5netcdf", "phony_dims": "access"} if kind == "hdf5" else {"engine": "zarr"}
+    try:
+        return import_xarray().open_groups(path, decode_cf=False, **options)
+    except Exception as error:
+        raise UserError(cannot_open(path, kind, "", error)) from error
 
 
 def choose_variables(path, variables, forcings=()):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vmrnn.data.grid_axes import T_NAMES, facts_of, is_time
-from vmrnn.data.grid_files import format_of
+from vmrnn.data.grid_files import format_of, open_groups
 from vmrnn.data.grid_info import import_xarray, plain_attributes
 from vmrnn.data.grid_values import PACKING
 from vmrnn.data.times import EPOCH, time_from_name, time_from_text
@@ -146,10 +146,8 @@ def time_attribute(dataset, path, wanted=""):
 
 def group_attributes(path):
     """{group/name: value} of the attributes of all groups of an HDF5 or Zarr file."""
-    xarray = import_xarray()
-    options = {"phony_dims": "access", "engine": "h5netcdf"} if format_of(path) == "hdf5" else {"engine": "zarr"}
     found = {}
-    for group, dataset in xarray.open_groups(path, decode_cf=False, **options).items():
+    for group, dataset in open_groups(path).items():
         found |= {f"{group}/{name}".strip("/"): value for name, value in dataset.attrs.items()}
         dataset.close()
     return found
