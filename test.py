@@ -113,7 +113,8 @@ def table(results, rows, config):
     for row in shown:
         values = [f"{result['mean'][row.name]:{widths[label]}.4f}" for label, result in results.items()]
         lines.append("  ".join([row.name.ljust(14), *values]))
-    return lines + [""] + [f"{row.name}: {row}" for row in shown]
+    about = dict(row.family or (row.name, str(row)) for row in shown)
+    return lines + [""] + [f"{name}: {text}" for name, text in about.items()]
 
 
 class Pictures:

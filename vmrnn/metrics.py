@@ -126,6 +126,7 @@ class Metric:
     pooled       True: the mean over lead times comes from the sums over all of them. False: it is the mean of the
                  lead times' figures, and the terms are (sum of the frames' figures, number of frames)
     prepare      called once before the first frame; raises UserError if the metric cannot run on this machine
+    family       (name, convention) of all rows that differ by numbers in their names alone, such as csi_X; None: it is alone
     """
 
     name: str
@@ -135,6 +136,7 @@ class Metric:
     finish: Callable = torch.divide
     pooled: bool = False
     prepare: Callable | None = None
+    family: tuple | None = None
 
     def __str__(self):
         return f"{self.convention}; {self.better} is better"
@@ -290,15 +292,16 @@ def event(kind, threshold, unit_value):
     unit_value   the same threshold on the network's scale
     """
     convention, better, finish = EVENTS[kind]
-    number = typed(threshold)
+
     return Metric(
-        f"{kind}_{number}",
-        f"{convention}; counted over the pixels of all frames together, event: a value of {number} or more in the units "
-        "of the data",
+        f"{kind}_{typed(threshold)}",
+        f"{convention}; counted over the pixels of all frames together, event: a value of {typed(threshold)} or more in the "
+        "units of the data",
         better,
         lambda comparison: comparison.events(unit_value),
         finish,
         pooled=True,
+        family=(f"{kind}_X", f"{convention}; event: a value of X or more; {better} is better"),
     )
 
 
@@ -331,6 +334,10 @@ def fractions_skill(threshold, unit_value, window):
         terms,
         lambda differences, squares: 1 - differences / squares,
         pooled=True,
+        family=(
+            f"{FRACTIONS}_X_Npx",
+            "fractions skill score of these events in windows of NxN pixels; higher is better",
+        ),
     )
 
 
