@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from vmrnn import distributed
 from vmrnn.metrics import Metrics
+from vmrnn.progress import Bar, still_running
 from vmrnn.rollout import rollout
 from vmrnn.runtime import seed_update
 from vmrnn.values import ValueRange
@@ -65,23 +65,24 @@ def make_loss(config):
     return RolloutLoss(config.l1_weight)
 
 
-def progress_bar(loader, title, total, first=0):
-    """Iterate over `loader` with a progress bar that counts frames; yields (bar, inputs, targets).
+def progress_bar(loader, title, total, first=0, rest=None):
+    """Iterate over `loader` with a bar, or lines, that count frames; yields (bar, inputs, targets).
 
     loader   yields the batches that are left
     title    text before the bar
     total    number of all batches
     first    number of batches that were done before
+    rest     see vmrnn.progress.Bar
     """
-    # disable=None: no bar if the output is not a terminal. Only the first process shows one.
-    hidden = True if distributed.rank() else None
-    with tqdm(desc=title, unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=hidden) as bar:
-        for i, (inputs, targets) in enumerate(loader):
+    silent = distributed.rank() > 0
+    with Bar(title, first=first, rest=rest, silent=silent) as bar:
+        for number, (inputs, targets) in enumerate(loader):
             frames = inputs.shape[0] * (inputs.shape[1] + targets.shape[1])
-            if i == 0:
-                bar.reset(total=frames * total)
-                bar.update(frames * first)
-            yield bar, inputs, targets
+            if number == 0:  # only now is it known how many frames a batch has
+                bar.reset(frames * total, frames * first)
+            # The first batch may take minutes to compile the network.
+            with still_running(f"{title}: first batch", silent) if number == 0 else nullcontext():
+                yield bar, inputs, targets
             bar.update(frames)
 
 
@@ -150,6 +151,7 @@ def train_one_epoch(
     seed=0,
     clip_grad=0.0,
     title="",
+    rest=None,
 ):
     """The updates of one epoch that are left; yields an Update after each.
 
@@ -163,14 +165,14 @@ def train_one_epoch(
     epoch_start         updates that were done before this epoch
     seed                seed of dropout, 0 or more
     clip_grad           largest norm of the gradient; 0: no clipping
-    title               text of the progress bar
+    title, rest         text of the progress bar, and what its lines end with, see vmrnn.progress.Bar
 
     Raises NonFinite if a loss or a gradient is not finite, before it reaches the weights. Under fp16 the scaler skips
     updates whose gradients overflow, as long as lowering its scale can help.
     """
     train_step.network.train()
     device, scaler, world = train_step.device, train_step.scaler, distributed.world_size()
-    batches = progress_bar(loader, title, updates_per_epoch * train_step.parts, start * train_step.parts)
+    batches = progress_bar(loader, title, updates_per_epoch * train_step.parts, start * train_step.parts, rest)
     for step in range(start, updates_per_epoch):
         global_step = epoch_start + step
         # Dropout draws from (seed, update, process), so a resumed run needs no state of a generator.
@@ -203,7 +205,7 @@ def train_one_epoch(
             raise NonFinite(update, inputs, targets)
         scaler.step(optimizer)
         scaler.update()
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.note(loss=f"{loss:.4f}")
         yield update
 
 

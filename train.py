@@ -14,6 +14,7 @@ After SIGTERM or SIGINT the program finishes the update, saves, and ends with ex
 
 import logging
 import math
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +31,19 @@ from vmrnn.logger import make_logger
 from vmrnn.metrics import metric_rows
 from vmrnn.network import build_model, compile_model
 from vmrnn.optim import Schedule, make_optimizer
+from vmrnn.progress import duration
 from vmrnn.rollout import Rollout
 from vmrnn.run_folder import Progress, Resumed, RunFolder, RunState, checkpoint_to_resume
-from vmrnn.runtime import Stopped, StopSignals, describe_device, pick_device, run_program, seed_everything
+from vmrnn.runtime import (
+    Stopped,
+    StopSignals,
+    describe_device,
+    find_dead_workers_between_updates,
+    is_dead_worker,
+    pick_device,
+    run_program,
+    seed_everything,
+)
 
 log = logging.getLogger("vmrnn")
 
@@ -90,6 +101,7 @@ def train(config, weights, resumed, device, signals, run):
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
     check_cuda_graph(config, device, world)
     seed_everything(config.seed)
+    find_dead_workers_between_updates()
 
     # Data. One process decodes and downloads for all.
     with distributed.rank_zero_first():
@@ -124,7 +136,8 @@ def train(config, weights, resumed, device, signals, run):
     optimizer = make_optimizer(model, config.optimizer, config.lr, config.weight_decay, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     schedule = Schedule(config, updates_per_epoch)
-    state = RunState(model, ema, optimizer, scaler, Progress(updates_per_epoch), config, value_range)
+    data = {"train": train_set.identity, "valid": valid_set.identity}
+    state = RunState(model, ema, optimizer, scaler, Progress(updates_per_epoch), config, value_range, data)
     if resumed:
         state.load(resumed.content)
     progress = state.progress
@@ -141,8 +154,78 @@ def train(config, weights, resumed, device, signals, run):
     run.open(state, resumed)
     logger = make_logger(run, state)
 
-    # What will run
-    parameters = sum(p.numel() for p in model.parameters())
+    log_plan(state, train_set, valid_set, micro_batch, parts)
+    log.info("run folder %s", run.path)
+
+    # From here on there is something to save: a signal ends the run after the next update.
+    signals.deferred = True
+    validated = False
+    with saved_if_workers_die(run, state):
+        while progress.epoch <= config.epochs:
+            train_loader.sampler.epoch, train_loader.sampler.start = (
+                progress.epoch,
+                progress.step * config.train_batch_size,
+            )
+            updates = train_one_epoch(
+                train_step, train_loader, optimizer, schedule.learning_rate, updates_per_epoch=updates_per_epoch,
+                horizon=schedule.horizon, start=progress.step, epoch_start=progress.epoch_start, seed=config.seed,
+                clip_grad=config.clip_grad, title=f"epoch {progress.epoch}/{config.epochs}",
+                rest=partial(time_left, progress, config.epochs),
+            )  # fmt: skip
+            try:
+                for update in updates:
+                    signals.seconds = run.seconds_per_save + progress.count_time()
+                    if ema:
+                        ema.update(model, step=progress.global_step + 1)
+                    progress.add_update(update)
+                    if update.step % config.log_train == 0 or update.step == updates_per_epoch:
+                        lr = schedule.learning_rate(progress.global_step - 1)
+                        values = {"train_loss": progress.take_window(), "grad_norm": update.grad_norm, "lr": lr}
+                        logger.training(progress, values)
+                    if any(distributed.all_sum(signals.received is not None)):
+                        stop(run, state, signals)
+                    if run.save_due(state):
+                        run.save(state)
+            except NonFinite as failure:
+                path = run.save_failed_update(state, failure, rank)
+                raise UserError(
+                    f"{failure} at update {failure.update.step} of epoch {progress.epoch}/{config.epochs}: lower --lr or "
+                    f"set --clip_grad 1; its batch and the weights before it are in {path}"
+                ) from failure
+
+            validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
+            if validated:
+                results = evaluate(
+                    eval_model, valid_loader, device, rows, loss_function, config.precision, value_range=value_range,
+                    on_batch=partial(validation_batch, run, state, signals, logger), title=f"validate {progress.epoch}",
+                )  # fmt: skip
+                check_validation(results, config, progress.epoch)
+                metrics = results["model"]["mean"]
+                losses = {"epoch_loss": progress.loss / updates_per_epoch, "valid_loss": results["loss"]}
+                logger.validation(progress, losses | metrics, results["model"]["per_frame"])
+                run.save_best(state, eval_model, metrics["mse"])
+                log.info(
+                    "epoch %d/%d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %s done, %s",
+                    progress.epoch, config.epochs, *losses.values(), metrics["mse"], metrics["ssim"], progress.best_mse,
+                    duration(progress.seconds), time_left(progress, config.epochs),
+                )  # fmt: skip
+            progress.next_epoch()
+            run.save(state)
+            if validated:
+                logger.curve()
+    if not validated:  # an earlier start ended between the save and the curve
+        logger.curve()
+    log.info("done: %s; --resume auto --epochs %d trains further", run.path, config.epochs + 1)
+    if run.best.exists():
+        log.info(
+            "best MSE on the validation set %.2f; next: python test.py --checkpoint %s", progress.best_mse, run.best
+        )
+
+
+def log_plan(state, train_set, valid_set, micro_batch, parts):
+    """Log what will run: network, data, validation, training, and where the run continues."""
+    config, progress = state.config, state.progress
+    parameters = sum(p.numel() for p in state.model.parameters())
     log.info("network    %s, %s parameters, frames %d x %d", config.model, f"{parameters:,}", *config.frame_size)
     log.info(
         "data       %s from %s: %d sequences per epoch, %d -> %d frames", config.dataset, config.train_data_dir,
@@ -151,71 +234,39 @@ def train(config, weights, resumed, device, signals, run):
     for note in train_set.notes:
         log.info("           %s", note)
     log.info("validation %d sequences: %s", len(valid_set), DATASETS[config.dataset].selects)
+    if progress.epoch > config.epochs:
+        log.info("%d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
     log.info(
         "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",
-        progress.epoch, config.epochs, updates_per_epoch, config.optimizer, config.lr, config.schedule,
-        config.precision, config.train_batch_size, micro_batch, parts, world,
+        progress.epoch, config.epochs, progress.updates_per_epoch, config.optimizer, config.lr, config.schedule,
+        config.precision, config.train_batch_size, micro_batch, parts, distributed.world_size(),
     )  # fmt: skip
-    log.info("run folder %s", run.path)
     if progress.step:
         log.info("going on   after update %d of epoch %d", progress.step, progress.epoch)
 
-    # From here on there is something to save: a signal ends the run after the next update.
-    signals.deferred = True
-    validated = False
-    while progress.epoch <= config.epochs:
-        train_loader.sampler.epoch, train_loader.sampler.start = progress.epoch, progress.step * config.train_batch_size
-        updates = train_one_epoch(
-            train_step, train_loader, optimizer, schedule.learning_rate, updates_per_epoch=updates_per_epoch,
-            horizon=schedule.horizon, start=progress.step, epoch_start=progress.epoch_start, seed=config.seed,
-            clip_grad=config.clip_grad, title=f"epoch {progress.epoch}/{config.epochs}",
-        )  # fmt: skip
-        try:
-            for update in updates:
-                if ema:
-                    ema.update(model, step=progress.global_step + 1)
-                progress.add_update(update)
-                if update.step % config.log_train == 0 or update.step == updates_per_epoch:
-                    lr = schedule.learning_rate(progress.global_step - 1)
-                    values = {"train_loss": progress.take_window(), "grad_norm": update.grad_norm, "lr": lr}
-                    logger.training(progress, values)
-                if any(distributed.all_sum(signals.received is not None)):
-                    stop(run, state, signals)
-                if run.save_due(state):
-                    run.save(state)
-        except NonFinite as failure:
-            path = run.save_failed_update(state, failure, rank)
-            raise UserError(
-                f"{failure} at update {failure.update.step} of epoch {progress.epoch}/{config.epochs}: lower --lr or "
-                f"set --clip_grad 1; its batch and the weights before it are in {path}"
-            ) from failure
 
-        validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
-        if validated:
-            results = evaluate(
-                eval_model, valid_loader, device, rows, loss_function, config.precision, value_range=value_range,
-                on_batch=partial(validation_batch, run, state, signals, logger), title=f"validate {progress.epoch}",
-            )  # fmt: skip
-            check_validation(results, config, progress.epoch)
-            metrics = results["model"]["mean"]
-            losses = {"epoch_loss": progress.loss / updates_per_epoch, "valid_loss": results["loss"]}
-            logger.validation(progress, losses | metrics, results["model"]["per_frame"])
-            run.save_best(state, eval_model, metrics["mse"])
-            log.info(
-                "epoch %d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %.0f s",
-                progress.epoch, *losses.values(), metrics["mse"], metrics["ssim"], progress.best_mse, progress.seconds,
-            )  # fmt: skip
-        progress.next_epoch()
+def time_left(progress, epochs):
+    """Text: the time that the rest of the run takes at the pace so far, validations and pictures included."""
+    rest = epochs * progress.updates_per_epoch - progress.global_step
+    if not progress.global_step:
+        return ""
+    return f"about {duration(progress.seconds / progress.global_step * rest)} of the run left" if rest else "all done"
+
+
+@contextmanager
+def saved_if_workers_die(run, state):
+    """If the system kills a process that prepares batches, save, and end the program as a signal does."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
         run.save(state)
-        if validated:
-            logger.curve()
-    if not validated:  # an earlier start ended between the save and the curve
-        logger.curve()
-    log.info("done: %s", run.path)
-    if run.best.exists():
-        log.info(
-            "best MSE on the validation set %.2f; next: python test.py --checkpoint %s", progress.best_mse, run.best
-        )
+        raise Stopped(
+            f"a process that prepares batches was killed, perhaps for want of memory, in epoch {state.progress.epoch} "
+            f"after update {state.progress.step}; {run.last} is saved, --resume auto goes on; fewer --num_workers need "
+            "less memory"
+        ) from error
 
 
 def check_cuda_graph(config, device, world):

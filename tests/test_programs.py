@@ -311,3 +311,70 @@ def test_a_configuration_that_begins_with_a_byte_order_mark(tmp_path):
     (tmp_path / "c.toml").write_text("epochs = 3\n", encoding="utf-16")
     with pytest.raises(UserError, match="not a TOML file"):
         configuration.resolve(tmp_path / "c.toml", {})
+
+
+@pytest.mark.parametrize(
+    "flag, names",
+    [
+        ("--batch_size", ["--train_batch_size", "--valid_batch_size", "--test_batch_size"]),
+        ("--epoch", ["--epochs", "--epoch_valid"]),
+        ("--learning_rate", ["--lr"]),
+        ("--patchsize", ["--patch_size"]),
+        ("--xyzzy", []),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_those_that_were_meant(flag, names):
+    with pytest.raises(UserError) as refused:
+        train.parse_arguments([flag, "3"])
+    message = str(refused.value)
+    assert message.startswith(f"unrecognized arguments: {flag}; ") and all(name in message for name in names)
+    assert ("did you mean" in message) == bool(names) and "\n" not in message
+
+
+def test_hyphens_are_underscores(tmp_path):
+    config = train.parse_arguments(["--patch-size", "4", "--train-batch-size=8", "--no-grad-checkpoint"])[0]
+    assert (config.patch_size, config.train_batch_size, config.grad_checkpoint) == (4, 8, False)
+    assert train.parse_arguments(["--no_compile", "--res-dir", "a-b"])[0].res_dir == "a-b"
+
+
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--patch_size", str(2**31)], ["--epochs", "1" + "0" * 400], ["--epochs", HUGE], ["--lr", "9" * 400],
+        ["--seed", HUGE], ["--thresholds", "1", "9" * 400], ["--save_every", HUGE], ["--depths", HUGE],
+    ],
+)  # fmt: skip
+def test_numbers_beyond_all_bounds_on_the_command_line(arguments):
+    with pytest.raises(UserError) as refused:
+        train.parse_arguments(arguments)
+    assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"epochs = {HUGE}", "epochs = 1" + "0" * 400, "lr = 1" + "0" * 400, f"lr = {HUGE}.0", f"epochs = 0x{HUGE}",
+        f"thresholds = [1{'0' * 400}]", f"depths = [0x{HUGE}]", "lr = " + "[" * 5000 + "]" * 5000,
+        "a = " + "{b = " * 3000 + "1" + "}" * 3000, "a." * 3000 + "b = 1", "[" + "a." * 2000 + "b]", "lr = 1979-05-27",
+        f"x{HUGE} = 1", 'res_dir = "\\u0000"',
+    ],
+)  # fmt: skip
+def test_odd_toml_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        configuration.resolve(tmp_path / "c.toml", {})
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("RANK", None), ("WORLD_SIZE", "two"), ("MASTER_ADDR", None), ("MASTER_PORT", "-1")]
+)
+def test_a_part_of_torchruns_environment(name, value, monkeypatch, tmp_path, capsys):
+    whole = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
+    for key, text in (whole | {name: value}).items():
+        monkeypatch.delenv(key, raising=False) if text is None else monkeypatch.setenv(key, text)
+    line = fails(train, [*TINY, "--res_dir", tmp_path / "x"], capsys)
+    assert f"but {name} is missing or no number: start with torchrun" in line

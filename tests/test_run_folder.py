@@ -5,6 +5,7 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from helpers import OPTIONS, TINY
@@ -204,3 +205,20 @@ except OSError:
 """
     assert start(finished, code)[1]() == 7
     assert log_file.read_bytes() == before and json.loads(before.splitlines()[-1])
+
+
+def test_data_that_changed_since_the_run_began(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 200, (80, 16, 16)).astype(np.uint8)
+    np.save(tmp_path / "rain.npy", frames)
+    options = [
+        *TINY, "--dataset", "array", "--train_data_dir", str(tmp_path / "rain.npy"), "--cache_dir",
+        str(tmp_path / "cache"), "--train_sequences", "8", "--res_dir", str(tmp_path / "x"), "--data_range", "0", "255",
+    ]  # fmt: skip
+    train.main([*options, "--epochs", "1"])
+    frames[3] += 1
+    np.save(tmp_path / "rain.npy", frames)
+    with pytest.raises(UserError, match="the data of the run changed since it began: train, valid; bring them back"):
+        train.main([*options, "--epochs", "2", "--resume", "auto"])
+    frames[3] -= 1
+    np.save(tmp_path / "rain.npy", frames)
+    train.main([*options, "--epochs", "2", "--resume", "auto"])

@@ -5,9 +5,11 @@ Sources, from weak to strong: the default, the TOML file, the command line.
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import re
+import sys
 import tomllib
 import unicodedata
 from dataclasses import dataclass, field
@@ -95,7 +97,7 @@ def height_and_width(values):
 
 def updates_or_minutes(value):
     """The rule of save_every."""
-    if not re.fullmatch(r"[1-9]\d*m?", value):
+    if not re.fullmatch(r"[1-9]\d{0,8}m?", value):
         return "give updates (500) or minutes (10m)"
 
 
@@ -256,7 +258,7 @@ class Config:
         for f in FIELDS.values():
             complaint = check_value(f, getattr(self, f.name))
             if complaint:
-                raise UserError(f"{f.name} = {getattr(self, f.name)!r}: {complaint}")
+                raise UserError(f"{f.name} = {shown(getattr(self, f.name))}: {complaint}")
         if self.valid_fraction + self.test_fraction >= 1:
             raise UserError(
                 f"valid_fraction = {self.valid_fraction}, test_fraction = {self.test_fraction}: together below 1"
@@ -332,7 +334,7 @@ def changed_on_resume(before, after):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a UserError of one line like any other mistake of the user."""
+    """argparse, but a wrong flag is a UserError of one line, and a hyphen in a flag counts as an underscore."""
 
     def __init__(self, description):
         super().__init__(
@@ -341,8 +343,46 @@ class Parser(argparse.ArgumentParser):
         # Before Python 3.14 argparse takes -3.4e38 for the name of an option.
         self._negative_number_matcher = re.compile(r"-(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$")
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = [self.known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
+        known, unknown = super().parse_known_args(args, namespace)
+        for flag in (word.split("=")[0] for word in unknown if word.startswith("--")):
+            helps = {
+                action.option_strings[0]: action.help or ""
+                for action in self._actions
+                if action.option_strings and action.help != argparse.SUPPRESS
+            }
+            raise UserError(f"unrecognized arguments: {flag}{did_you_mean(flag, helps) or '; see --help'}")
+        return known, unknown
+
+    def known_spelling(self, word):
+        """--patch-size=2 as --patch_size=2, if only the second is a flag."""
+        flag, *value = word.split("=", 1)
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return word
+        name = flag[2:].replace("-", "_")
+        for spelling in (f"--{name}", f"--no-{name.removeprefix('no_')}"):
+            if spelling in self._option_string_actions and (name.startswith("no_") or "--no-" not in spelling):
+                return "=".join([spelling, *value])
+        return word
+
     def error(self, message):
-        raise UserError(f"{message}; see --help")
+        short = message if len(message) <= 250 else f"{message[:120]} ... {message[-60:]}"
+        raise UserError(f"{short}; see --help")
+
+
+def did_you_mean(word, helps):
+    """The end of a message about an unknown option: the names that were probably meant, or nothing.
+
+    word    what was given, such as --batch_size
+    helps   {name: help text} of the options that there are
+    """
+    bare = word.strip("-").replace("-", "_").lower()
+    found = [name for name in helps if bare in name]
+    found += difflib.get_close_matches(word, helps, 3, 0.75)
+    found += [name for name, text in helps.items() if text.lower().startswith(bare.replace("_", " "))]
+    found = list(dict.fromkeys(found))[:4] if bare else []
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def add_options(parser, only=None):
@@ -389,12 +429,14 @@ def given_options(toml_path, given):
 
 
 def read_toml(path):
+    """{option: value} of a TOML file; UserError: it cannot be read, or holds what no option can be."""
     try:
         values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a TOML file ({error})") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--config {path}: not a TOML file of options ({reason[:100]})") from error
     return check_keys(values, path)
 
 
@@ -403,12 +445,17 @@ def check_keys(values, where):
     checked = {}
     for key, value in values.items():
         if key not in FIELDS:
-            raise UserError(f"{where}: unknown key {key!r}; see python train.py --help")
+            names = {name: f.metadata["help"] for name, f in FIELDS.items()}
+            hint = did_you_mean(str(key), names) or "; see python train.py --help"
+            raise UserError(f"{where}: unknown key {shown(key)}{hint}")
         kind = FIELDS[key].type
-        if kind is float and type(value) is int:
-            value = float(value)
-        if kind == list[float] and isinstance(value, list):
-            value = [float(v) if type(v) is int else v for v in value]
+        try:
+            if kind is float and type(value) is int:
+                value = float(value)
+            if kind == list[float] and isinstance(value, list):
+                value = [float(v) if type(v) is int else v for v in value]
+        except OverflowError as error:
+            raise UserError(f"{where}: {key} = {shown(value)} is too large") from error
         if kind in LISTS:
             fits = isinstance(value, list) and all(type(v) is LISTS[kind] for v in value)
             fits = fits and (bool(value) or not FIELDS[key].default_factory())
@@ -416,12 +463,22 @@ def check_keys(values, where):
         else:
             fits, wanted = type(value) is kind, kind.__name__
         if not fits:
-            raise UserError(f"{where}: {key} = {value!r} is not {wanted}")
+            raise UserError(f"{where}: {key} = {shown(value)} is not {wanted}")
         # Text that cannot be shown, such as a path in another encoding. Spaces of all kinds are text.
-        if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for sign in str(value)):
-            raise UserError(f"{where}: {key} = {value!r} holds signs that are not text")
+        text = str(value) if kind in (str, list[str]) else ""
+        if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for sign in text):
+            raise UserError(f"{where}: {key} = {shown(value)} holds signs that are not text")
         checked[key] = value
     return checked
+
+
+def shown(value):
+    """A value as part of a message: at most 80 letters, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, deep nesting
+        return "a huge value"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def save_toml(config, path):

@@ -5,6 +5,7 @@ gloo between the CPUs, also if NCCL carries the gradients. They neither wait for
 """
 
 import os
+import re
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,7 @@ def processes(device):
     if "LOCAL_RANK" not in os.environ:
         yield device
         return
+    check_environment()
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -39,7 +41,7 @@ def processes(device):
         # torchrun keeps its store when it restarts the processes (seen in torch 2.5 to 2.15). The store then holds
         # addresses of processes that are gone, so each start gets its own part of it. Only on one machine do all
         # processes have the same count of restarts (docs, several machines).
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # One process may decode a data set for two hours while the others wait.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
@@ -49,6 +51,18 @@ def processes(device):
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def check_environment():
+    """UserError: LOCAL_RANK is set, but not all that torchrun sets beside it."""
+    numbers = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")
+    wrong = [name for name in numbers if not re.fullmatch(r"\d{1,9}", os.environ.get(name, ""))]
+    wrong += [name for name in ("MASTER_ADDR",) if not os.environ.get(name)]
+    if wrong:
+        raise UserError(
+            f"LOCAL_RANK is set, as torchrun does, but {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing "
+            "or no number: start with torchrun, or unset LOCAL_RANK"
+        )
 
 
 @contextmanager

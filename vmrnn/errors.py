@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 def range_complaint(value, at_least=None, below=None):
     """What is wrong with a number, as the end of a sentence; None if it is finite and in [at_least, below)."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"
     if (at_least is None or value >= at_least) and (below is None or value < below):
         return None

@@ -73,9 +73,11 @@ class Progress:
         return (self.epoch - 1) * self.updates_per_epoch
 
     def count_time(self):
-        """Add the time since the last call to `seconds`."""
+        """Add the time since the last call to `seconds`, and return it."""
         now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
+        passed, self.clock = now - self.clock, now
+        self.seconds += passed
+        return passed
 
     def add_update(self, update):
         """Count an update, a functions.Update."""
@@ -105,6 +107,7 @@ class RunState:
     progress      Progress
     config        vmrnn.config.Config
     value_range   ValueRange of the training data
+    data          {"train": checksum of the training data, "valid": that of the validation data}
     """
 
     model: object
@@ -114,6 +117,7 @@ class RunState:
     progress: Progress
     config: object
     value_range: ValueRange
+    data: dict
 
     def to_dict(self):
         """The contents of last.pt."""
@@ -125,6 +129,7 @@ class RunState:
             "position": self.progress.to_dict(),
             "config": self.config.to_dict(),
             "value_range": self.value_range.to_dict(),
+            "data": self.data,
         }
 
     def load(self, content):
@@ -137,6 +142,11 @@ class RunState:
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(self.progress.updates_per_epoch, **content["position"])
+        changed = [split for split, checksum in (content.get("data") or {}).items() if self.data.get(split) != checksum]
+        if changed:
+            raise UserError(
+                f"the data of the run changed since it began: {', '.join(changed)}; bring them back, or start a new run"
+            )
         stored = content.get("value_range")
         if stored and ValueRange.from_dict(stored) != self.value_range:
             raise UserError(
@@ -236,7 +246,7 @@ def file_size(path):
     """Bytes of a file; 0 if it does not exist."""
     try:
         return os.path.getsize(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
@@ -263,6 +273,7 @@ class RunFolder:
         self.log_file = self.path / "log.jsonl"
         self.lock = filelock.FileLock(self.path / "lock", timeout=0)
         self.saved = 0, time.perf_counter()  # global step and time of the last save, or of the start
+        self.seconds_per_save = 0.0
 
     def __enter__(self):
         return self
@@ -326,6 +337,7 @@ class RunFolder:
         if self.writes:
             state.progress.log_size = file_size(self.log_file)
             checkpoint.save_checkpoint(self.last, state.to_dict())
+        self.seconds_per_save = state.progress.count_time()
 
     def save_best(self, state, model, mse):
         """Write best.safetensors if `mse`, of the network `model`, is the smallest so far."""

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import multiprocessing
+import os
 import platform
 import random
 import signal
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 
 from vmrnn.errors import Stopped, UserError
+from vmrnn.progress import duration
+
+log = logging.getLogger("vmrnn")
 
 LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the program again
@@ -22,67 +26,140 @@ def run_program(main):
     """Run `main()` and end the program with its exit code.
 
     A UserError, a failed read or write and a lack of memory end with exit code 2 and one line, without a traceback.
-    Stopped ends with EXIT_STOPPED.
+    Stopped ends with EXIT_STOPPED. A standard output or error that is missing or fails ends nothing.
     """
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    open_missing_streams()
+    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[StandardOutput(sys.stdout)])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # vmrnn.early: a Ctrl-C during the imports ends at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
     try:
         main()
     except UserError as error:
-        line = (
-            str(error).splitlines()[-1].split("UserError: ")[-1]
-        )  # an error from a loader's worker carries its traceback
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # such as a full disk; the message names the file
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        # An error from a loader's worker carries its traceback.
+        code = complain(str(error).splitlines()[-1].split("UserError: ")[-1])
+    except OSError as error:
+        code = complain(error)  # such as a full disk; the message names the file
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: out of memory ({error}); {LESS_MEMORY}".replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
+        code = complain(f"out of memory ({error}); {LESS_MEMORY}")
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):  # the CPU's out of memory
             raise
-        print(f"error: out of memory; {LESS_MEMORY}", file=sys.stderr)
-        sys.exit(2)
+        code = complain(f"out of memory; {LESS_MEMORY}")
     except Stopped as stopped:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not change the exit code
-        print(stopped, file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not change the exit code
+        code = complain(stopped, EXIT_STOPPED, head="")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = complain("interrupted", 130, head="")
+    flush_or_give_up(sys.stdout)
+    if code:
+        sys.exit(code)
+
+
+def complain(message, code=2, head="error: "):
+    """Write one line to the standard error, if it can be written; returns the exit code."""
+    line = " ".join(str(message).split("\n"))
+    try:
+        print(f"{head}{line}", file=sys.stderr, flush=True)
+    except OSError:
+        flush_or_give_up(sys.stderr)
+    return code
+
+
+def open_missing_streams():
+    """Give a program without standard output or error (pythonw, some job systems) streams that go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
+def flush_or_give_up(stream):
+    """Flush a standard stream. If that fails, what it holds is dropped: Python would end with exit code 120 for it."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass
+
+
+class StandardOutput(logging.StreamHandler):
+    """Writes the program's lines. If they cannot be written (full disk, closed pipe), it says so once and goes on."""
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        flush_or_give_up(self.stream)
+        complain(f"the standard output cannot be written ({error.strerror}); the program goes on", head="warning: ")
+
+
+# Signals that ask a program to stop: from a terminal, a scheduler, a terminal that is closed, and a job system
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopSignals:
-    """While this context is open SIGTERM and SIGINT raise Stopped, or, once `deferred` is set, only set `received` to
-    their name. A second SIGINT ends the program as it always would; SIGTERM may come twice, from torchrun and from
-    whoever stopped torchrun."""
+    """While this context is open, each signal of STOPS raises Stopped.
+
+    Once `deferred` is set, a signal sets `received` to its name instead, and the program says that it will stop after
+    the update. A second SIGINT loses nothing: it says that the save is on its way. A third one ends the program at
+    once. The other signals may come any number of times, for instance from torchrun and from whoever stopped torchrun.
+
+    received   name of the first signal, None before
+    deferred   whether there is something to save
+    seconds    how long the update and the save take, about; 0: not known
+    """
 
     def __init__(self):
-        self.received, self.deferred = None, False
+        self.received, self.deferred, self.seconds, self.interrupts = None, False, 0, 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        # nohup has SIGHUP ignored, and that must stay so.
+        stops = [number for number in STOPS if number != getattr(signal, "SIGHUP", None) or not is_ignored(number)]
+        self.before = {number: signal.signal(number, self.receive) for number in stops}
         return self
 
     def receive(self, number, frame):
-        self.received = signal.Signals(number).name
+        name, first = signal.Signals(number).name, self.received is None
+        self.received = self.received or name
         if not self.deferred:
             raise Stopped(f"stopped by {self.received} before the first update: start again")
-        if number == signal.SIGINT:
-            signal.signal(number, self.before[number])
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts == 3:
+            raise KeyboardInterrupt
+        if first:
+            about = f"; about {duration(self.seconds)}" if self.seconds else ""
+            say_now(f"{name}: finishing this update, then saving{about}")
+        elif number == signal.SIGINT:
+            say_now("SIGINT again: the save is on its way; a third one ends the program at once, without it")
 
     def __exit__(self, *raised):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
+def is_ignored(number):
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def say_now(line):
+    """Write a line from a signal handler, which may have interrupted a print. Only the first process speaks."""
+    if log.isEnabledFor(logging.INFO):
+        try:
+            os.write(1, f"\n{line}\n".encode())
+        except OSError:
+            pass
+
+
 def ignore_stop_signals(worker):
-    """Start a loader's worker so that it ignores SIGTERM and SIGINT.
+    """Start a loader's worker so that it ignores the signals of STOPS.
 
     A stop reaches the whole process group. The main process finishes its update and needs its workers for that.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -100,6 +177,22 @@ def kill_workers():
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def find_dead_workers_between_updates():
+    """Let a loader report a worker that the system killed only when the next batch is asked for.
+
+    torch's handler of SIGCHLD would raise at any moment, such as in the middle of an update of the weights. It is not
+    installed if torch believes that it is.
+    """
+    from torch.utils.data._utils import signal_handling
+
+    signal_handling._SIGCHLD_handler_set = True
+
+
+def is_dead_worker(error):
+    """Whether a RuntimeError says that a worker of a loader was killed."""
+    return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by" in str(error))
 
 
 def pick_device(name):

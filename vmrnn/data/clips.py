@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
@@ -18,6 +17,7 @@ from vmrnn.data.prepare import resized
 from vmrnn.data.times import at_regular_step, check_step, increases, parse_step, times_from_names
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
+from vmrnn.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
         def frames(bar):
             first = None
             for number, source in enumerate(sources, 1):
-                bar.set_description(f"decode {number}/{len(sources)} {Path(source.name).name}", refresh=False)
+                bar.describe(f"decode {number}/{len(sources)} {Path(source.name).name}")
                 times = []
                 for frame, time in source_frames(source):
                     kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype}"
@@ -127,7 +127,7 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
                 known = None not in times and increases(times)
                 clips.append([source.name, len(times), times if known else None])
 
-        with tqdm(unit="frame", unit_scale=True, leave=False, dynamic_ncols=True, disable=None) as bar:
+        with Bar("decode") as bar:
             write_npy(folder / "frames.npy", frames(bar))
         (folder / "index.json").write_text(json.dumps({"clips": clips}, indent=1), encoding="utf-8")
 

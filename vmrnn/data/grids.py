@@ -18,7 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.clips import Clip
@@ -29,6 +28,7 @@ from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, decode, missing_flags, stored_type
 from vmrnn.data.times import check_step, moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
 from vmrnn.errors import UserError
+from vmrnn.progress import Bar, counted
 
 BLOCK = 2**22  # values of a variable that are read at once, or more where they are stored in larger pieces
 
@@ -107,7 +107,7 @@ class Grid:
         return [s.path is not None or (timed and "T" not in s.letters) for s in forced]
 
     def frames(self, start=0, stop=None, bar=None):
-        """Yields the frames start to stop, (H, W, C), one at a time; `bar` (tqdm) counts them."""
+        """Yields the frames start to stop, (H, W, C), one at a time; `bar` (vmrnn.progress.Bar) counts them."""
         numbers = np.arange(sum(part.frames for part in self.parts)) if self.taken is None else self.taken
         yield from self.stored_frames(numbers[start:stop], bar)
 
@@ -120,7 +120,7 @@ class Grid:
             if len(wanted) == 0:
                 continue
             if bar is not None:
-                bar.set_description(f"decode {part.path.name}", refresh=False)
+                bar.describe(f"decode {part.path.name}")
             with ExitStack() as stack:
                 fields = [stack.enter_context(opened_field(s.path or part.path, s.variable)) for s in self.selections]
                 pixels = int(np.prod(self.shape[1:3]))
@@ -201,7 +201,7 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
     variables = choose_variables(files[0], variables, forcings)
     first = describe(files[0], variables, array_axes, time_from, forcings)
     parts = [first.part]
-    for file in tqdm(files[1:], "look at files", unit="file", leave=False, dynamic_ncols=True, disable=None):
+    for file in counted(files[1:], "look at files", "file"):
         other = describe(file, variables, array_axes, time_from, forcings)
         check_alike(first, other, files[0], file)
         first.dtype = np.result_type(first.dtype, other.dtype)
@@ -236,7 +236,7 @@ def grid_clips(path, options):
     def write(folder):
         grid = open_grid(path, *how)
         check_channels(path, grid.info.names, options)
-        with tqdm(total=grid.shape[0], unit="frame", leave=False, dynamic_ncols=True, disable=None) as bar:
+        with Bar("read", grid.shape[0]) as bar:
             write_npy(folder / "frames.npy", grid.frames(bar=bar))
         grid.info.save(folder)
         beyond = [f"{name}: {count} value{'s' * (count > 1)} beyond the fill value, where the NetCDF User Guide allows none: "

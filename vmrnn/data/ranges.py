@@ -5,10 +5,10 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from vmrnn.data.cache import cached_folder, stamp
 from vmrnn.errors import UserError
+from vmrnn.progress import Bar
 from vmrnn.values import ValueRange, equals
 
 BLOCK = 2**22  # values that are read at once
@@ -137,7 +137,7 @@ def read_summary(clips, missing, step, total, channels):
     scale = ValueRange(missing=tuple(missing))
     ends = [(None, None, None, None)] * channels  # low, next_low, next_high, high
     summary = Summary([], [], [], [], total, 0, 0, 0, [0] * len(missing))
-    with tqdm(total=-(-total // step), desc="range of values", unit="frame", leave=False, disable=None) as bar:
+    with Bar("range of values", -(-total // step)) as bar:
         for block in blocks(clips, step):
             absent = scale.is_missing(block)
             for channel in range(channels):
