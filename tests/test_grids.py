@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import shared
 
 from dataset import build_dataset
@@ -463,3 +464,15 @@ def test_forcings_that_do_not_fit_are_refused(tmp_path, forcings, message):
         write(steady.assign_coords(latitude=steady.latitude + 1), tmp_path / "other.nc")
     with pytest.raises(UserError, match=message):
         open_grid(tmp_path / "b.nc", ["t2m"], forcings=[name.format(tmp_path) for name in forcings])
+
+
+def test_random_crops_show_values_where_most_of_the_map_is_missing(tmp_path):
+    whole = field(SIX_HOURS, height=24, width=30)
+    whole["t2m"][:, :, 12:] = np.nan  # the right side
+    whole["t2m"][:, 14:] = np.nan  # and what lies below
+    write(whole, tmp_path / "a.nc")
+    config = options(tmp_path / "a.nc", tmp_path, frame_fit="crop", input_size=[7, 7], train_sequences=64)
+    data = build_dataset("train", config)
+    missing = [data[3, i][0][0].isnan().float().mean() for i in range(64)]
+    assert max(missing) <= 0.5 and len({float(share) for share in missing}) > 2  # still at different places
+    assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(data[3, 5], data[3, 5]))

@@ -13,6 +13,8 @@ from vmrnn.data.draws import split_key, uniform_draws
 from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
 
+PLACES = 16  # places that are tried for a random crop
+
 
 def cut_windows(clips, total, strides=None):
     """Windows of `total` frames as (number of the clip, first frame), int64 (n, 2). No window crosses a clip.
@@ -117,16 +119,32 @@ class ClipDataset(Dataset):
         clip, first = self.windows[self.epoch_order(epoch)[index] if self.random else index]
         frames = self.clips[clip].frames()[first : first + total]
         if self.frame_fit == "crop":
-            room = np.array(frames.shape[1:3]) - self.size
-            draws = uniform_draws(self.seed, [epoch], [index], 2)[0] if self.random else np.full(2, 0.5)
-            y, x = np.minimum((draws * (room + 1)).astype(np.int64), room)
-            frames = frames[:, y : y + self.size[0], x : x + self.size[1]]
+            frames = self.crop(frames, epoch, index)
         values = Preparation(frames.shape[-1], self.value_range, self.size).unit(frames)
         if self.calendar is not None:
             numbers = self.clips[clip].start + self.clips[clip].step * np.arange(first, first + total)
             waves = torch.from_numpy(self.calendar[numbers])[:, :, None, None].expand(-1, -1, *self.size)
             values = torch.cat((values, waves), dim=1)
         return values[: self.num_frames_input], values[self.num_frames_input :]
+
+    def crop(self, frames, epoch, index):
+        """The rectangle of frames (T, H, W, C) that an item shows, (T, *size, C).
+
+        In training its place is drawn again, at most PLACES times, while more than half of its first frame is missing:
+        missing pixels teach nothing, and radar maps are often missing for the most part. If none is better, the place
+        with the fewest missing pixels is taken.
+        """
+        room = np.array(frames.shape[1:3]) - self.size
+        draws = uniform_draws(self.seed, [epoch], [index], 2 * PLACES).reshape(-1, 2) if self.random else [[0.5, 0.5]]
+        fewest = None
+        for y, x in np.minimum((np.array(draws) * (room + 1)).astype(np.int64), room):
+            place = frames[:, y : y + self.size[0], x : x + self.size[1]]
+            missing = self.value_range.is_missing(place[0]).mean() if self.random else 0
+            if fewest is None or missing < fewest:
+                cropped, fewest = place, missing
+            if fewest <= 0.5:
+                break
+        return cropped
 
     def epoch_order(self, epoch):
         """The windows of an epoch in its order, int64 (length,)."""
