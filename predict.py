@@ -14,6 +14,12 @@ continues; .npy and .npz an array in the units and the type of the input, whole 
 one picture per frame.
 """
 
+from vmrnn import command_line
+
+if __name__ == "__main__":
+    # Before the imports that take seconds
+    command_line.answer(command_line.predict_parser(__doc__))
+
 import itertools
 import logging
 from dataclasses import replace
@@ -21,53 +27,18 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn import config as configuration
 from vmrnn.data.grid_files import GRIDS
 from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.errors import UserError
-from vmrnn.forecast_files import ENDINGS, Forecast, check_output
+from vmrnn.forecast_files import Forecast, check_output
 from vmrnn.forecaster import Forecaster
 from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
 
-READING = (
-    "array_key",
-    "array_axes",
-    "variables",
-    "time_from",
-    "time_step",
-    "forcings",
-    "frame_step",
-)  # options of how files are read
-
 
 def parse_arguments(argv=None):
-    parser = configuration.Parser(__doc__)
-    parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="trained weights")
-    parser.add_argument(
-        "--config", metavar="FILE.toml", help="the network's configuration, where the weights hold none"
-    )
-    parser.add_argument("--input", metavar="FILE", required=True, help="the frames to continue")
-    parser.add_argument(
-        "--forcing_data", metavar="FILE", help="fields with the forcings of the frames to forecast, where they change"
-    )
-    parser.add_argument("--last", type=int, metavar="N", help="use the last N frames alone (default: all)")
-    parser.add_argument("--horizon", type=int, metavar="N", required=True, help="frames to forecast")
-    parser.add_argument(
-        "--own_size", action="store_true", help="forecast at the size of the input; default: at that of the training"
-    )
-    parser.add_argument(
-        "--output",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help=f"{', '.join(ENDINGS)} (default: <input>_forecast.nc for gridded fields, else .npz, here)",
-    )
-    parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--scan", default="auto", help="scan back end (default: auto)")
-    configuration.add_options(parser, only=READING)
+    parser = command_line.predict_parser(__doc__)
     args = parser.parse_args(argv)
     for name in ("horizon", "last", "fps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -111,7 +82,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     forecaster = Forecaster(args.checkpoint, args.config, args.device, args.scan, own_size=args.own_size)
     log.info("device     %s", describe_device(forecaster.device))
-    given = {key: value for key, value in vars(args).items() if key in READING}
+    given = {key: value for key, value in vars(args).items() if key in command_line.READING}
     config = replace(forecaster.config, **given)
     source = open_input(args.input, config)
     for note in source.notes:

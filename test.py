@@ -11,6 +11,12 @@ checkpoint or the forecasts). --save_forecasts writes inputs, truths and forecas
 The baselines are a black frame, the last input frame repeated, and the last input frame moved along the optical flow.
 """
 
+from vmrnn import command_line
+
+if __name__ == "__main__":
+    # Before the imports that take seconds
+    command_line.answer(command_line.test_parser(__doc__))
+
 import argparse
 import logging
 import shlex
@@ -23,7 +29,7 @@ from dataset import DATASETS, build_dataset, make_loader
 from functions import compare, make_loss, network_outputs
 from vmrnn import config as configuration, scan
 from vmrnn.baselines import BASELINES
-from vmrnn.checkpoint import load_network
+from vmrnn.checkpoint import find_checkpoint, load_network
 from vmrnn.errors import UserError
 from vmrnn.field_facts import climatology, facts_of, latitude_weights
 from vmrnn.files import make_folder
@@ -43,35 +49,11 @@ OWN = ("config", "checkpoint", "forecasts", "save_forecasts", "climatology", "la
 
 def parse_arguments(argv=None):
     """(the arguments of this program, an argparse.Namespace; the options of Config on the command line, a dict)."""
-    parser = configuration.Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
-    parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to test")
-    parser.add_argument(
-        "--forecasts",
-        metavar="FILE",
-        help="test another method's forecasts instead: .npy or .npz (N, T, H, W[, C]) in the units of the data, in the "
-        "order of the test set",
-    )
-    parser.add_argument(
-        "--save_forecasts", metavar="FILE", help="write inputs, truths and forecasts: .nc, .zarr or .npz"
-    )
-    parser.add_argument(
-        "--latitude_weights",
-        action="store_true",
-        help="weigh errors by the cosine of the latitude; gridded fields with a latitude only",
-    )
-    parser.add_argument(
-        "--climatology", metavar="FILE", help="the mean of its frames is the climatology of the anomaly correlation"
-    )
-    parser.add_argument(
-        "--motion",
-        action=argparse.BooleanOptionalAction,
-        help="the baseline `motion`, the last frame moved along the optical flow (default: for your own data)",
-    )
-    parser.add_argument("--strips", type=int, default=4, metavar="N", help="sequences to picture (default: 4)")
-    configuration.add_options(parser)
+    parser = command_line.test_parser(__doc__)
     given = vars(parser.parse_args(argv))
     own = argparse.Namespace(**{key: given.pop(key) for key in OWN})
+    if own.checkpoint:
+        own.checkpoint = str(find_checkpoint(own.checkpoint))
     if own.strips < 1:
         raise UserError(f"--strips {own.strips}: must be at least 1")
     if not own.checkpoint and not own.forecasts:

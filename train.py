@@ -12,6 +12,12 @@ After SIGTERM or SIGINT the program finishes the update, saves, and ends with ex
 --resume auto.
 """
 
+from vmrnn import command_line
+
+if __name__ == "__main__":
+    # Before the imports that take seconds
+    command_line.answer(command_line.train_parser(__doc__))
+
 import logging
 import math
 from contextlib import contextmanager
@@ -50,15 +56,11 @@ log = logging.getLogger("vmrnn")
 
 def parse_arguments(argv=None):
     """(Config, path of the weights to start from or None, Resumed or None)."""
-    parser = configuration.Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
-    parser.add_argument(
-        "--init_from", "--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start a new run from"
-    )
-    parser.add_argument("--resume", metavar="auto|FILE", help="continue from last.pt of the run folder, or from FILE")
-    configuration.add_options(parser)
+    parser = command_line.train_parser(__doc__)
     given = vars(parser.parse_args(argv))
     toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
+    if resume not in (None, "auto"):
+        resume = checkpoint.find_checkpoint(resume, ("last.pt", "previous_last.pt"))
     named = configuration.given_options(toml, given)
     if resume not in (None, "auto") and "res_dir" not in named:
         given["res_dir"] = str(Path(resume).parent)

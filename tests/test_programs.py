@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch.cuda._utils import _get_device_index
 import test as test_program
 import train
 from vmrnn import config as configuration
-from vmrnn.checkpoint import read_checkpoint, save_weights
+from vmrnn.checkpoint import find_checkpoint, read_checkpoint, save_weights
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
@@ -378,3 +380,26 @@ def test_a_part_of_torchruns_environment(name, value, monkeypatch, tmp_path, cap
         monkeypatch.delenv(key, raising=False) if text is None else monkeypatch.setenv(key, text)
     line = fails(train, [*TINY, "--res_dir", tmp_path / "x"], capsys)
     assert f"but {name} is missing or no number: start with torchrun" in line
+
+
+@pytest.mark.parametrize("program", ["train.py", "test.py", "predict.py"])
+def test_help_and_wrong_options_are_answered_before_torch_is_imported(program):
+    """The modules that the program has imported when it ends, by way of an exit function."""
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+        f"sys.argv = [{program!r}, *sys.argv[1:]]; runpy.run_path({program!r}, run_name='__main__')"
+    )
+    for arguments, status in ((["--help"], 0), (["--horizons", "3"], 2)):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status and done.stderr.endswith("False\n"), done.stderr
+
+
+def test_a_folder_or_a_name_without_its_ending_is_a_checkpoint(trained, tmp_path):
+    folder, _ = trained
+    best = folder / "best.safetensors"
+    assert find_checkpoint(folder) == find_checkpoint(folder / "best") == find_checkpoint(best) == best
+    assert test_program.parse_arguments(["--checkpoint", str(folder)])[0].checkpoint == str(best)
+    assert train.parse_arguments(["--resume", str(folder)])[2].path == folder / "last.pt"
+    with pytest.raises(UserError, match="a folder without best.safetensors and last.pt"):
+        read_checkpoint(tmp_path)

@@ -186,6 +186,18 @@ def published_to_ours(state, own):
     return renamed
 
 
+def find_checkpoint(path, names=("best.safetensors", "last.pt")):
+    """The file of weights that a person means: `path`, one of `names` in a folder, or a name without its ending."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).exists()]
+        if not found:
+            raise UserError(f"checkpoint {path}: a folder without {' and '.join(names)}; name the file of weights")
+        return found[0]
+    with_ending = Path(f"{path}.safetensors")
+    return with_ending if not path.exists() and with_ending.exists() else path
+
+
 def read_checkpoint(path):
     """The contents of any file that load_weights takes, on the CPU.
 
@@ -193,7 +205,7 @@ def read_checkpoint(path):
     A pickle is read with weights_only=True: code in it is refused and not run. UserError: a file that is missing,
     damaged, or holds no state dict.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     try:
         with open(path, "rb") as f:
             head = f.read(9)
