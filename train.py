@@ -71,7 +71,9 @@ def parse_arguments(argv=None):
     resumed = Resumed.read(path)
     stored = resumed.content["config"]
     config = configuration.resolve(toml, given, base=stored | {"res_dir": config.res_dir})
-    if changed := configuration.changed_on_resume(configuration.resolve(None, {}, base=stored), config):
+    if changed := configuration.changed_on_resume(
+        configuration.resolve(None, {}, base=stored), config, "data" in resumed.content
+    ):
         raise UserError(
             f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out or start anew"
         )

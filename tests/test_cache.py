@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import data_set, shared, write_images, write_video
 
+import train
 from vmrnn.data import cache
 from vmrnn.errors import UserError
 
@@ -244,3 +245,39 @@ def test_rain_on_a_log_scale(own):
     known = ~stored.isnan()
     assert known.any() and ((stored[known] - stored[known].round()).abs() < 1e-2).all()
     assert values[known].max() <= 1 and values[known].min() >= 0
+
+
+# Data that moved or changed between two starts of a run
+
+
+def test_a_run_goes_on_with_data_that_moved_and_not_with_data_that_changed(tmp_path):
+    values = RNG.uniform(0, 5, (40, 8, 16)).astype(np.float32)
+    for name in ("data", "moved", "changed"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", values)
+    changed = values.copy()
+    changed[10, 3, 3] = changed[10, 3, 4]  # the range stays
+    np.save(tmp_path / "changed" / "a.npy", changed)
+    start = (
+        f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --cache_dir {tmp_path / 'cache'} "
+        f"--input_size 8 16 --num_frames_input 2 --num_frames_output 2 --train_sequences 8 --train_batch_size 4 "
+        f"--device cpu --res_dir {tmp_path / 'run'}"
+    ).split()
+    train.main([*start, "--train_data_dir", str(tmp_path / "data"), "--epochs", "1"])
+    on = ["--res_dir", str(tmp_path / "run"), "--resume", "auto"]
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError, match="changed since it began: train"):
+        train.main([*on, "--train_data_dir", str(tmp_path / "changed"), "--epochs", "2"])
+    with pytest.raises(UserError, match="cannot change test_data_dir"):
+        train.main([*on, "--train_data_dir", str(tmp_path / "moved"), "--test_data_dir", "x", "--epochs", "2"])
+    train.main([*on, "--train_data_dir", str(tmp_path / "moved"), "--epochs", "2"])
+    np.save(tmp_path / "moved" / "a.npy", changed)  # under the same name
+    with pytest.raises(UserError, match="changed since it began: train"):
+        train.main([*on, "--epochs", "3"])
+    # A checkpoint of an older version does not know its data.
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    del content["data"]
+    torch.save(content, tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match="cannot change train_data_dir"):
+        train.main([*on, "--train_data_dir", str(tmp_path / "changed"), "--epochs", "3"])
+    train.main([*on, "--epochs", "3"])

@@ -325,12 +325,20 @@ def for_test(trained):
     return {key: value for key, value in trained.items() if key not in FIELDS or FIELDS[key].metadata["test"]}
 
 
-def changed_on_resume(before, after):
-    """Names of the options in which two Configs differ although a resumed run may not change them."""
+PATHS = ("train_data_dir", "valid_data_dir", "test_data_dir")
+
+
+def changed_on_resume(before, after, data_known=False):
+    """Names of the options in which two Configs differ although a resumed run may not change them.
+
+    data_known   the checkpoint has checksums of its data, which are compared later: the data may lie elsewhere now
+    """
     fixed = sorted(name for name, f in FIELDS.items() if not f.metadata["resume"])
     changed = [name for name in fixed if getattr(before, name) != getattr(after, name)]
+    allowed = {name for name in PATHS if data_known and getattr(before, name) and getattr(after, name)}
     # An empty data_range leaves the range to the data.
-    return [name for name in changed if name != "data_range" or after.data_range]
+    allowed |= set() if after.data_range else {"data_range"}
+    return [name for name in changed if name not in allowed]
 
 
 class Parser(argparse.ArgumentParser):

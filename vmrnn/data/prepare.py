@@ -154,7 +154,9 @@ def resized(frame, size, antialias=True):
 
 def resize(frames, size, antialias=True):
     """Frames (T, C, H, W) as float32 (T, C, *size): bilinear, antialiased where it shrinks and that is asked for."""
-    frames = torch.as_tensor(frames, dtype=torch.float32)
+    if isinstance(frames, np.ndarray):  # torch shares memory only with arrays that may be written
+        frames = torch.from_numpy(np.require(frames, np.float32, ["C", "W"]))
+    frames = frames.float()
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
     return torch.nn.functional.interpolate(

@@ -102,8 +102,8 @@ class ClipDataset(Dataset):
         paths = list(dict.fromkeys(clip.path for clip in self.clips))
         numbers = {path: i for i, path in enumerate(paths)}
         clips = [[numbers[c.path], c.index, c.start, c.stop, c.step, c.axes] for c in self.clips]
-        facts = [[identity(path) for path in paths], clips, self.windows.tolist()]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        facts = json.dumps([[identity(path) for path in paths], clips]).encode()
+        return hashlib.sha256(facts + self.windows.tobytes()).hexdigest()
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
