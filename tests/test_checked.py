@@ -1,11 +1,14 @@
 """Crafted and damaged checkpoints: refused in one line before anything of them is used."""
 
+import copy
 import random
 
 import pytest
 import torch
+from helpers import TINY as TINY_RUN
 from safetensors.torch import save_file
 
+import train
 import vmrnn
 from vmrnn import config as configuration
 from vmrnn.checked import check_like, checked_moments
@@ -174,3 +177,36 @@ def read_or_refused(path):
         read_checkpoint(path)
     except UserError:
         pass
+
+
+def test_a_run_does_not_resume_from_crafted_contents(tmp_path):
+    """A real run, whose last.pt was changed: one line, and the file stays as it is."""
+    arguments = [*TINY_RUN, "--epochs", "1", "--res_dir", str(tmp_path / "run")]
+    train.main(arguments)
+    last = tmp_path / "run" / "last.pt"
+    good = torch.load(last, weights_only=True)
+
+    def crafted(change):
+        content = copy.deepcopy(good)
+        change(content)
+        torch.save(content, last)
+        return last.read_bytes()
+
+    first = next(iter(good["optimizer"]["state"]))
+    changes = [
+        (lambda c: c["optimizer"]["state"][first].update(exp_avg=torch.zeros(1)), "exp_avg of parameter"),
+        (lambda c: c["optimizer"]["state"][first].update(exp_avg=torch.zeros(1).expand(4, 4)), "not stored densely"),
+        (lambda c: c["optimizer"].pop("state"), "optimiser's state is no table"),
+        (lambda c: c["optimizer"]["state"].pop(first), "other parameters"),
+        (lambda c: c["position"].update(epoch="1"), "the position epoch"),
+        (lambda c: c["position"].update(epoch=-3), "the position epoch"),
+        (lambda c: c["position"].pop("step"), "the position has other entries"),
+        (lambda c: c["model"].update({next(iter(c["model"])): torch.full((1,), torch.nan)}), "another shape"),
+    ]
+    for change, complaint in changes:
+        before = crafted(change)
+        with pytest.raises(UserError, match=complaint):
+            train.main([*arguments[:-4], "--epochs", "2", "--resume", str(last), "--res_dir", str(tmp_path / "run")])
+        assert last.read_bytes() == before
+    crafted(lambda content: None)
+    train.main([*arguments[:-4], "--epochs", "2", "--resume", str(last), "--res_dir", str(tmp_path / "run")])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import filelock
 
-from vmrnn import checkpoint, config as configuration
+from vmrnn import checked, checkpoint, config as configuration
 from vmrnn.errors import UserError
 from vmrnn.files import make_folder
 from vmrnn.values import ValueRange
@@ -133,13 +133,22 @@ class RunState:
         }
 
     def load(self, content):
-        """Continue from the contents of a last.pt. Learning rate and weight decay stay those of the configuration."""
+        """Continue from the contents of a last.pt. Learning rate and weight decay stay those of the configuration.
+
+        UserError: the contents are not those of a run with this configuration; a file may come from anywhere.
+        """
         checkpoint.load_weights(self.model, content["model"])
         if self.ema:
-            checkpoint.load_weights(self.ema.module, content["ema"])
-        moments = content["optimizer"]["state"]
+            checkpoint.load_weights(self.ema.module, content.get("ema") or {})
+        try:
+            moments = checked.checked_moments(self.optimizer, content["optimizer"].get("state"))
+            if self.scaler.is_enabled() and content.get("scaler"):
+                checked.check_like(content["scaler"], self.scaler.state_dict(), "the scaler")
+            checked.check_like(content["position"], Progress(1).to_dict(), "the position")
+        except ValueError as error:
+            raise UserError(f"the checkpoint to resume from cannot be used: {error}; start a new run") from error
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if self.scaler.is_enabled() and content["scaler"]:
+        if self.scaler.is_enabled() and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(self.progress.updates_per_epoch, **content["position"])
         changed = [split for split, checksum in (content.get("data") or {}).items() if self.data.get(split) != checksum]
