@@ -549,7 +549,7 @@ def test_by_file_gives_each_part_at_least_one():
 def test_a_value_at_the_threshold_is_an_event(low, high):
     """Whatever the rounding to float32 on the [0, 1] scale does."""
     for threshold in range(int(low) + 1, int(high), 7):
-        csi = metric_rows((), [threshold], ValueRange(low, high))[-3]
+        csi = {row.name: row for row in metric_rows((), [threshold], ValueRange(low, high))}[f"csi_{threshold}"]
         for value, expected in ((threshold, 1.0), (threshold - 1, np.nan)):
             for dtype in (np.int16, np.float32, np.float64):
                 frame = torch.from_numpy(ValueRange(low, high).to_unit(np.full((1, 1, 1, 4, 4), value, dtype)))
@@ -557,7 +557,7 @@ def test_a_value_at_the_threshold_is_an_event(low, high):
                 meter.update(frame, frame)
                 np.testing.assert_equal(meter.compute()["mean"][f"csi_{threshold}"], expected)
     assert f"a value of {threshold} or more in the units" in str(csi)
-    tiny = metric_rows((), [0.001], ValueRange(0.0, 128.0))[-3]
+    tiny = {row.name: row for row in metric_rows((), [0.001], ValueRange(0.0, 128.0))}["csi_0.001"]
     assert tiny.name == "csi_0.001" and "a value of 0.001 or more in" in str(tiny)
 
 
