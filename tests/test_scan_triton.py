@@ -27,21 +27,22 @@ from vmrnn.scan import reference, triton_scan
 
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
 
-# name: ((B, H, W, Di, N, R), what the sequence is split into, forward and backward: see `lengths`). The interpreter
-# takes about 30 ms per step of a program, and a program is a batch item, a direction, a block of channels and a part.
+# name: (shape (B, H, W, Di, N, R), segments that forward and backward split the sequence into, steps of a chunk and of the
+# shortest segment). The interpreter takes about 30 ms per step of a program, and a program is a batch item, a direction, a
+# block of channels and a segment.
 CASES = {
-    "1x1": ((1, 1, 1, 8, 2, 1), (1, 1)),
-    "rows and columns differ": ((1, 3, 5, 9, 16, 3), (1, 1)),
-    "a block and a part": ((1, 2, 5, 40, 4, 2), (1, 1)),
-    "one row": ((1, 1, 11, 5, 5, 1), (1, 1)),
-    "one column, one state": ((2, 9, 1, 8, 1, 1), (1, 1)),
-    "rank outside": ((1, 3, 3, 8, 16, 17), (1, 1)),
-    "many states": ((1, 2, 3, 3, 33, 2), (1, 1)),
-    "split in the backward alone": ((1, 3, 7, 12, 4, 3), (1, 2)),
-    "split, with chunks in a part": ((1, 5, 7, 5, 2, 1), (3, 3)),
-    "split, the last part longer than a chunk": ((1, 6, 10, 3, 2, 1), (4, 4)),
-    "split, batch, blocks and rank outside": ((2, 8, 4, 33, 1, 17), (4, 4)),
-    "split, many states": ((1, 4, 9, 3, 33, 2), (3, 3)),
+    "1x1": ((1, 1, 1, 8, 2, 1), (1, 1), 8),
+    "rows and columns differ": ((1, 3, 5, 9, 16, 3), (1, 1), 8),
+    "a block that is not full": ((1, 2, 5, 40, 4, 2), (1, 1), 8),
+    "one row": ((1, 1, 11, 5, 5, 1), (1, 1), 8),
+    "one column, one state": ((2, 9, 1, 8, 1, 1), (1, 1), 8),
+    "rank outside": ((1, 3, 3, 8, 16, 17), (1, 1), 8),
+    "many states": ((1, 2, 3, 3, 33, 2), (1, 1), 8),
+    "split in the backward alone": ((1, 3, 7, 12, 4, 3), (1, 2), 8),
+    "split, with chunks in a segment": ((1, 3, 6, 5, 2, 1), (3, 3), 4),
+    "split, the last segment longer than a chunk": ((1, 5, 6, 3, 2, 1), (4, 4), 4),
+    "split, blocks and rank outside": ((1, 4, 4, 33, 1, 17), (4, 4), 4),
+    "split, batch and many states": ((2, 4, 4, 3, 33, 2), (4, 4), 4),
 }
 HALF = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
 EXTREMES = (-80.0, -20.0, 20.5, 80.0)  # dt_bias
@@ -60,13 +61,14 @@ def errors_of(function, inputs, dtype=torch.float32, oracle=reference.scan_2d):
 def interpret():
     """Everything that needs the interpreter; {case: {what: error}}."""
     torch.set_num_threads(1)
-    triton_scan.CHUNK = triton_scan.SHORTEST_SEGMENT = 8  # several chunks and parts on small maps
     answers = {}
-    for name, (shape, parts) in CASES.items():
-        triton_scan.WARPS = 1 << 30 if max(parts) > 1 else 0
+    for name, (shape, segments, shortest) in CASES.items():
+        triton_scan.CHUNK = triton_scan.SHORTEST_SEGMENT = shortest  # several chunks and segments on small maps
+        triton_scan.WARPS = 1 << 30 if max(segments) > 1 else 0
         inputs = scan_inputs(*shape)
         steps = shape[1] * shape[2]
-        assert tuple(-(-steps // part) for part in triton_scan.lengths(inputs[0], *shape[4:])[:2]) == parts, name
+        lengths = triton_scan.lengths(inputs[0], *shape[4:])[:2]
+        assert tuple(-(-steps // length) for length in lengths) == segments, name
         answers[name] = errors_of(triton_scan.scan_2d, inputs)
     triton_scan.WARPS = 0
     for name, dtype in HALF.items():
@@ -82,18 +84,18 @@ def interpret():
     inputs = scan_inputs(1, 3, 4, 8, 4, 2)
     answers["chained"] = errors_of(twice(triton_scan.scan_2d), inputs, oracle=twice(reference.scan_2d))
 
-    triton_scan.WARPS = 1 << 30  # four parts; without gradients the forward keeps their starts alone
-    inputs = [t.detach().float() for t in scan_inputs(1, 4, 8, 4, 4, 2)]
+    # Strides, gradients and torch.compile change no bit. Four segments: without gradients the forward keeps the states
+    # before them alone.
+    triton_scan.WARPS = 1 << 30
+    inputs = [t.detach().float() for t in scan_inputs(1, 4, 4, 4, 4, 2)]
     turned = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
     leaves = [t.clone().requires_grad_() for t in inputs]
-    y = triton_scan.scan_2d(*inputs)
-    answers["exact"] = {
-        "not contiguous": (triton_scan.scan_2d(*turned) - y).abs().max().item(),
-        "with gradients": (triton_scan.scan_2d(*leaves) - y).abs().max().item(),
-    }
+    assert triton_scan.lengths(inputs[0], 4, 2)[:2] == (4, 4)
     compiled = torch.compile(triton_scan.scan_2d, fullgraph=True, backend="aot_eager")
-    got, expected = (outputs_and_gradients(f, leaves) for f in (compiled, triton_scan.scan_2d))
-    answers["exact"] |= {f"compiled {name}": relative_error(got[name], t) for name, t in expected.items()}
+    expected = outputs_and_gradients(triton_scan.scan_2d, leaves)
+    answers["exact"] = relative_errors(outputs_and_gradients(compiled, leaves), expected)
+    for name, given in {"without gradients": inputs, "not contiguous": turned}.items():
+        answers["exact"][name] = relative_error(triton_scan.scan_2d(*given), expected["output 0"])
     triton_scan.WARPS = 0
 
     leaves = [t.detach().float().requires_grad_() for t in scan_inputs(1, 2, 1, 3, 2, 1)]
