@@ -18,7 +18,7 @@ FORBIDDEN = {
     "train.py": {"test", "predict", "benchmarks"},
     "test.py": {"train", "predict", "benchmarks"},
     "predict.py": {"train", "test", "benchmarks"},
-    "vmrnn/scan/": TOP | NETWORK - {"vmrnn.scan"} | {"vmrnn.data", "vmrnn.metrics"},
+    "vmrnn/scan/": TOP | NETWORK - {"vmrnn.scan"} | {"vmrnn.data", "vmrnn.metrics", "vmrnn.selfcheck"},
     "vmrnn/network/": TOP | {"vmrnn.data", "vmrnn.metrics", "vmrnn.rollout", "vmrnn.graphs", "vmrnn.forecaster"},
     "vmrnn/data/": TOP | NETWORK,
     "vmrnn/metrics.py": TOP | NETWORK | {"vmrnn.data"},

@@ -173,7 +173,7 @@ def test_bitwise_the_same_for_any_number_of_threads():
 @needs_build
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_one_openmp_runtime():
-    """In a process of its own: other libraries of this one (scikit-learn) bring runtimes that VMRNN does not use."""
+    """In a new process: this one has imported libraries (scikit-learn) with OpenMP runtimes that VMRNN does not use."""
     code = """
 import torch
 from tests.helpers import fresh_scan_inputs, outputs_and_gradients
@@ -195,8 +195,8 @@ print(*{word for word in maps if any(name in word for name in ("libgomp", "libom
 
 @pytest.fixture
 def two_threads():
-    """Parallel regions are entered: conftest's one thread enters none."""
-    torch.set_num_threads(2)  # conftest sets it back before the next test
+    """Two threads, so that the kernel enters parallel regions. With the one thread of conftest.py it enters none."""
+    torch.set_num_threads(2)  # conftest.py sets it back before the next test
 
 
 @needs_build

@@ -28,18 +28,20 @@ def network_input(frames, multiple):
 
 
 def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
-    """Feed T_in true frames, then `horizon` - 1 of the network's own: (B, T_in - 1 + horizon, C, H, W).
+    """Feed T_in true frames, then `horizon` - 1 of the network's own. Returns (B, T_in - 1 + horizon, C, H, W).
 
-    inputs (B, T_in, C + F, H, W), NaN where a pixel is missing: the network sees 0. Output i is the
-    network's view of frame i + 1, so the last `horizon` are the forecast. Sides that the network
-    cannot take are padded, and its outputs cropped. The known frames are embedded in one call and the
-    outputs before the forecast, which nothing feeds on, are decoded in one. grad_checkpoint: keep only
-    the states between frames and compute a frame's activations again in the backward pass (a third to
-    a half more time, a fraction of the memory).
+    model            a network
+    inputs           (B, T_in, C + F, H, W) in [0, 1]; the network sees 0 where a pixel is missing (NaN)
+    horizon          frames to forecast
+    grad_checkpoint  keep only the states between frames, and compute the activations of a frame again in the backward
+                     pass: a third to a half more time, a fraction of the memory
+    following        (B, horizon - 1 or more, C + F, H, W): the frames after the inputs, of which only the forcings are
+                     used; None if the network has none (F = 0)
 
-    The network's last F channels are forcings: they are given, also for the frames of the forecast, and never
-    forecast. following (B, horizon - 1 or more, C + F, H, W) are the frames that follow the inputs, of which
-    only the forcings are used; None where the network has none (F = 0).
+    Output i is the network's forecast of frame i + 1, so the last `horizon` outputs are the forecast. The last F channels
+    are forcings: given at every frame and never forecast. Sides that do not fit the network are padded, and the outputs
+    are cropped.
+
     Raises UserError if the network has forcings and those of the forecast are not given.
     """
 
@@ -50,7 +52,8 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
 
     B, T, _, H, W = inputs.shape
     inputs = network_input(inputs, model.stride)
-    # Time first, so that each frame's tokens are contiguous: compiled, another layout would be another program.
+    # The true frames are embedded in one call. Time is the first axis, so that the tokens of each frame are contiguous:
+    # torch.compile would compile a second program for another layout.
     tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
     warm_up, frames, states = [], [], None
     for t in range(T - 1):
