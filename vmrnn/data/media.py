@@ -101,7 +101,8 @@ def files_in(folder, suffixes, notes=None):
                 passed_over[Path(name).suffix.lower() or "no ending"] += 1
     if passed_over and notes is not None:
         endings = ", ".join(f"{ending} {count}" for ending, count in passed_over.most_common(8))
-        notes.append(f"{folder}: {passed_over.total()} files passed over because of their ending ({endings})")
+        total = passed_over.total()
+        notes.append(f"{folder}: {total} file{'s' * (total > 1)} passed over because of their ending ({endings})")
     return in_order(taken, folder)
 
 
