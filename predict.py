@@ -85,6 +85,8 @@ def main(argv=None):
     given = {key: value for key, value in vars(args).items() if key in command_line.READING}
     config = replace(forecaster.config, **given)
     source = open_input(args.input, config)
+    if source.info and forecaster.value_range:
+        source.info.check_same_fields(forecaster.value_range, config, args.input)
     for note in source.notes:
         log.info("input      %s", note)
     for path in args.output:

@@ -11,6 +11,7 @@ from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import open_grid
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
+from vmrnn.values import ValueRange
 
 xarray = pytest.importorskip("xarray")
 h5py = pytest.importorskip("h5py")
@@ -476,3 +477,22 @@ def test_random_crops_show_values_where_most_of_the_map_is_missing(tmp_path):
     missing = [data[3, i][0][0].isnan().float().mean() for i in range(64)]
     assert max(missing) <= 0.5 and len({float(share) for share in missing}) > 2  # still at different places
     assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(data[3, 5], data[3, 5]))
+
+
+def test_a_network_is_given_the_fields_of_its_training(tmp_path):
+    whole = field()
+    write(whole, tmp_path / "a.nc")
+    write(whole.rename(t2m="sst"), tmp_path / "name.nc")
+    write(whole.assign(t2m=whole.t2m.assign_attrs(units="degC")), tmp_path / "unit.nc")
+    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path)).value_range
+    assert ValueRange.from_dict(trained.to_dict()) == trained and trained.units == ("K",)
+    for name, message in (
+        ("name", "holds sst, but the network was trained on t2m"),
+        ("unit", "is in degC, but .* in K"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_dataset(
+                "test", options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / f"{name}.nc")), trained
+            )
+    named = options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / "name.nc"), variables=["sst"])
+    assert len(build_dataset("test", named, trained)) == 5

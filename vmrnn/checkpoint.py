@@ -8,7 +8,7 @@ import struct
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -114,7 +114,14 @@ def value_range_of(content, config):
     if same and content.get("value_range"):
         return ValueRange.from_dict(content["value_range"])
     low_high = config.data_range or DATASETS[config.dataset].data_range
-    return ValueRange.of(config, low_high) if low_high else None
+    if not low_high:
+        return None
+    changed = ValueRange.of(config, low_high)
+    if not content.get("value_range"):
+        return changed
+    # What the network knows of its fields and forcings stays as it was.
+    trained = ValueRange.from_dict(content["value_range"])
+    return replace(changed, given=trained.given, names=trained.names, units=trained.units)
 
 
 def load_weights(model, source, name="the state dict"):

@@ -77,6 +77,25 @@ class GridInfo:
         return str(self.variables[self.channels[channel].variable].get("units", ""))
 
     @property
+    def all_units(self):
+        return [self.units(channel) for channel in range(len(self.channels))]
+
+    def check_same_fields(self, value_range, options, path):
+        """UserError where these fields are not those of the training, by unit or, if no variables are named, by name.
+
+        value_range   of the training, with the names and units of its fields
+        options       Config
+        """
+        fields = zip(self.names, self.all_units, value_range.names, value_range.units)
+        for name, unit, trained_name, trained_unit in fields:
+            if unit != trained_unit:
+                raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on {trained_name} in "
+                                f"{trained_unit or 'no unit'}; give the same field")  # fmt: skip
+            if name != trained_name and not options.variables:
+                raise UserError(f"{path}: holds {name}, but the network was trained on {trained_name}; name it with "
+                                "variables if it is the same")  # fmt: skip
+
+    @property
     def latitude(self):
         """Latitude of each row (H,), or of each pixel (H, W), in degrees; None where the file has none."""
         for coordinate in self.coordinates.variables.values():

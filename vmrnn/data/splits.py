@@ -16,6 +16,7 @@ from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
 from vmrnn.data.clips import Clip, Source, decode, times_of
 from vmrnn.data.draws import split_seed
+from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import calendar_of, grid_clips
 from vmrnn.data.images import IMAGES, has_palette, page_count
 from vmrnn.data.media import files_in
@@ -227,8 +228,18 @@ def array(split, options, value_range=None):
 
 
 def grid(split, options, value_range=None):
-    """A gridded field: a file, a folder or a glob of files that follow one another in time."""
-    return own(split, options, value_range, grid_clips)
+    """A gridded field: a file, a folder or a glob of files that follow one another in time.
+
+    The value range knows names and units of the fields. UserError: fields of other units, or others by name, than those
+    of the training.
+    """
+    data = own(split, options, value_range, grid_clips)
+    info = GridInfo.load(Path(data.clips[0].path).parent)
+    if value_range is None:
+        data.value_range = replace(data.value_range, names=tuple(info.names), units=tuple(info.all_units))
+    else:
+        info.check_same_fields(value_range, options, split_path(split, options))
+    return data
 
 
 def own(split, options, value_range, list_clips, pictures=False):
