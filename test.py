@@ -99,6 +99,22 @@ def table(results, rows, config):
     return lines + [""] + [f"{name}: {text}" for name, text in about.items()]
 
 
+def data_name(config):
+    """A short name of the test set: that of the file or folder for a user's own data, else of the data set."""
+    path = config.test_data_dir or config.train_data_dir
+    return Path(path).name if DATASETS[config.dataset].own and path else config.dataset
+
+
+def data_description(config):
+    """What the data are, in one line."""
+    text = DATASETS[config.dataset].description
+    if config.dataset == "moving_mnist" and config.num_objects != 2:
+        digits = "one handwritten digit" if config.num_objects == 1 else f"{config.num_objects} handwritten digits"
+        text = text.replace("two handwritten digits", digits)
+        text = text.replace("that move and bounce", "that moves and bounces") if config.num_objects == 1 else text
+    return text
+
+
 class Pictures:
     """Pictures of the first sequences, and the error of every sequence: a step of the pass over the test set.
 
@@ -213,10 +229,11 @@ def main(argv=None):
     (folder / "metrics.json").write_text(strict_json(content, indent=1), encoding="utf-8")
     write_report(
         folder / "report.html",
-        title=f"{config.model if model else Path(own.forecasts).name} on {config.dataset}",
+        title=f"{config.model if model else Path(own.forecasts).name} on {data_name(config)}",
         facts={
             "checkpoint" if model else "forecasts": str(tested),
-            "data": DATASETS[config.dataset].description,
+            **({"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"} if model else {}),
+            "data": data_description(config),
             "test set": str(test_set),
             "values": str(value_range),
             "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -144,11 +145,49 @@ def test_published_figures_stand_beside_the_published_task_only(tmp_path, monkey
     assert "is the published one" in report.published(named, mean)["note"]
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (15.0, "85 % less squared error than a black frame; 50 % more squared error than motion 2; SSIM 0.88."),
+        (100.0, "the same squared error as a black frame; 900 % more squared error than motion 2; SSIM 0.88."),
+        (
+            0.1,
+            "more than 99 % less squared error than a black frame; 99 % less squared error than motion 2; SSIM 0.88.",
+        ),
+        (math.nan, ""),
+    ],
+)
+def test_the_result_in_one_sentence(error, sentence):
+    results = {"forecast": {"mse": error, "ssim": 0.876}, "black frame": {"mse": 100.0}, "motion 2": {"mse": 10.0}}
+    assert report.headline({label: {"mean": mean} for label, mean in results.items()} | {"z": {"mean": {}}}) == sentence
+
+
+def test_few_metrics_come_first():
+    names = ["mse", "mae", "mse_pixel", "ssim", "ssim_dr2", "psnr", "csi_2", "pod_2", "csi_5"]
+    assert report.main_metrics(names) == ["mse", "ssim", "psnr", "csi_2"]
+    assert report.main_metrics(["acc", "rmse"]) == ["acc", "rmse"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "text"),
+    [
+        (dict(), "moving_mnist", "two handwritten digits that move and bounce"),
+        (dict(num_objects=1), "moving_mnist", "one handwritten digit that moves and bounces"),
+        (dict(num_objects=3), "moving_mnist", "3 handwritten digits that move and bounce"),
+        (dict(dataset="array", train_data_dir="somewhere/rain.npz"), "rain.npz", "your own"),
+    ],
+)
+def test_the_data_are_named(options, name, text):
+    config = configuration.Config(**options)
+    assert test_program.data_name(config) == name and test_program.data_description(config).startswith(text)
+
+
 def test_json_without_nan():
     assert report.strict_json({"a": [1.5, float("nan")], "b": float("inf")}) == '{"a": [1.5, null], "b": null}'
 
 
-DRIVER = """
+DRIVER = (
+    """
 <script>
 addEventListener("load", () => {
   const find = id => document.getElementById(id), found = {};
@@ -156,6 +195,13 @@ addEventListener("load", () => {
   const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   const status = () => find("status").textContent;
   find("player").scrollIntoView();
+  found.plays = find("play").textContent;
+  found.live = [find("status").getAttribute("aria-live")];
+  press(" ");
+  found.live.push(find("status").getAttribute("aria-live"));
+  press("Home");
+  for (let i = 0; i < GIVEN; i++) press("ArrowRight");
+  found.value = find("frame").getAttribute("aria-valuetext");
   found.start = [status(), pixels("truth"), pixels("forecast")];
   press("Home");
   found.home = [status(), pixels("truth"), pixels("forecast")];
@@ -175,6 +221,8 @@ addEventListener("load", () => {
     found.curves = document.querySelectorAll(".curves path").length;
     document.querySelector(".legend input").click();
     found.fewer = document.querySelectorAll(".curves path").length;
+    found.player = find("player").getBoundingClientRect().top;
+    found.metrics = document.querySelector("h2").getBoundingClientRect().top;
     found.wide = document.documentElement.scrollWidth - innerWidth;
     found.hole = find("hole") !== null;
     found.text = document.body.innerText;
@@ -184,7 +232,10 @@ addEventListener("load", () => {
 });
 addEventListener("error", event => { document.documentElement.dataset.error = event.message; });
 </script>
-""".replace("WIDTH", str(W)).replace("HEIGHT", str(H))
+""".replace("WIDTH", str(W))
+    .replace("HEIGHT", str(H))
+    .replace("GIVEN", str(GIVEN))
+)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
@@ -215,6 +266,9 @@ def test_the_page_works_in_a_browser(written, tmp_path, width):
     figures = [f"{value:.4f}" if value < 10 else f"{value:.2f}" for value in figure("mse", forecast, targets).tolist()]
     assert found["start"][0] == f"frame {GIVEN + 1} of {last}: forecast, lead time 1, mse {figures[0]}"
     assert shows(found["start"][1], targets[0]) and shows(found["start"][2], forecast[0])
+    assert found["plays"] == "Pause" and found["live"] == ["off", "polite"]  # it plays by itself, silently
+    assert found["value"] == found["start"][0]  # what a screen reader says of the slider
+    assert found["player"] < found["metrics"]
     assert found["home"][0] == f"frame 1 of {last}: given" and shows(found["home"][1], inputs[0])
     assert not any(found["home"][2])  # no forecast yet: transparent
     assert found["left"] == f"frame {last - 1} of {last}: forecast, lead time {HORIZON - 1}, mse {figures[-2]}"

@@ -93,6 +93,53 @@ def md5(path):
         return hashlib.file_digest(f, "md5").hexdigest()
 
 
+# The baselines in a sentence.
+BASELINE_NAMES = {
+    "black frame": "a black frame",
+    "last input frame": "the last input frame repeated",
+    "motion": "the last input frame moved along the optical flow",
+}
+
+# Units of metrics on the axis of their curves, where there is one.
+UNITS = {"mse": "sum over a frame", "mae": "sum over a frame", "psnr": "dB", "psnr_uint8": "dB"}
+
+
+def main_metrics(names):
+    """The metrics that the page shows first, four at most; the others are folded."""
+    chosen = [name for name in names if name in ("mse", "ssim", "psnr") or name.startswith("csi_")]
+    return (chosen or list(names))[:4]
+
+
+def headline(results):
+    """The result in one sentence, such as "85 % less squared error than a black frame; SSIM 0.88.".
+
+    results   {label: Metrics.compute()}, the forecast first
+
+    "" where no squared error of a baseline is known and above 0.
+    """
+    mean, *baselines = ((label, result["mean"]) for label, result in results.items())
+    parts = []
+    for label, other in baselines:
+        error, reference = mean[1].get("mse", math.nan), other.get("mse", math.nan)
+        if math.isfinite(error) and math.isfinite(reference) and reference > 0:
+            parts.append(f"{compared(error / reference)} {BASELINE_NAMES.get(label, label)}")
+    if not parts:
+        return ""
+    text = "; ".join(parts)
+    ssim = mean[1].get("ssim", math.nan)
+    return text + (f"; SSIM {ssim:.2f}." if math.isfinite(ssim) else ".")
+
+
+def compared(ratio):
+    """A ratio of squared errors in words, up to the name of what it is compared with."""
+    percent = round(100 * (1 - ratio))
+    if percent == 100:
+        return "more than 99 % less squared error than" if ratio > 0 else "no squared error, unlike"
+    if percent > 0:
+        return f"{percent} % less squared error than"
+    return f"{-percent} % more squared error than" if percent < 0 else "the same squared error as"
+
+
 def pick(errors):
     """The sequences to show: {"best": index, "median": index, "worst": index}, each index once.
 
@@ -174,7 +221,7 @@ def write_report(
 
     path          file to write
     title         heading
-    facts         {label: text}, shown under the title
+    facts         {label: text}, what was tested
     conventions   {metric: what it measures}
     results       {label: Metrics.compute()}, the forecast first
     sequences     [(role, index, inputs, targets, forecast)]; tensors (T, C, H, W) in [0, 1] on the CPU, NaN for missing
@@ -190,8 +237,11 @@ def write_report(
     white = white_level([targets for *_, targets, _ in sequences])
     page = {
         "title": title,
+        "headline": headline(results),
         "facts": facts,
         "conventions": conventions,
+        "main_metrics": main_metrics(list(first["mean"])),
+        "units": UNITS,
         "results": results,
         "published": published(config, first["mean"]),
         "sequences": [for_player(*shown, white, limit) for shown in sequences],
