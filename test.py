@@ -1,7 +1,7 @@
 """Test a trained network: metrics overall and per lead time, and pictures, beside baselines.
 
     python test.py --checkpoint exps/quickstart/best.safetensors        configuration read from the file
-    python test.py --checkpoint exps/x/best.safetensors --test_data_dir data/mnist_test_seq.npy
+    python test.py --checkpoint exps/x/best.safetensors --test_data_dir standard
     python test.py --checkpoint trained_model_state_dict --model VMRNN-D --test_data_dir data/mnist_test_seq.npy
                                                                         a published file plus flags
     python test.py --forecasts theirs.npy --config configs/radar.toml   another method's forecasts of the same test set

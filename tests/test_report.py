@@ -141,7 +141,7 @@ def test_published_figures_stand_beside_the_published_task_only(tmp_path, monkey
     file.write_bytes(b"any")
     named = generated | {"test_data_dir": str(file)}
     assert "NOT the published one" in report.published(named, mean)["note"]
-    monkeypatch.setattr(report, "MOVING_MNIST_MD5", hashlib.md5(b"any").hexdigest())
+    monkeypatch.setattr(report, "STANDARD_MD5", hashlib.md5(b"any").hexdigest())
     assert "is the published one" in report.published(named, mean)["note"]
 
 

@@ -133,7 +133,7 @@ class Config:
     valid_data_dir: str = option("data", "", "file or folder for validation; empty: a part of train_data_dir")
     test_data_dir: str = option("data", "",
         "file or folder for the test; empty: a part of train_data_dir, or sequences generated from held-out "
-        "digits")
+        "digits; standard: the published test file of Moving MNIST (downloaded once)")
     cache_dir: str = option("data", "data/cache",
         "folder for decoded and unpacked data; it may be deleted between runs", resume=True, test=False)
     digits_split: str = option("data", "all",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vmrnn.data.fetch import STANDARD, STANDARD_MD5
 from vmrnn.files import replacing
 from vmrnn.metrics import figure
 from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
@@ -46,7 +47,6 @@ PUBLISHED = {
         "rows": {"VMRNN-B": [0.2887, 14.69, 0.9858]},
     },
 }  # fmt: skip
-MOVING_MNIST_MD5 = "be083ec986bfe91a449d63653c411eb2"  # mnist_test_seq.npy
 
 
 # Conventions that only published figures use, and the data sets whose published figures use them.
@@ -72,7 +72,7 @@ def published(config, mean):
         return None
     if config["dataset"] == "moving_mnist":
         file = config["test_data_dir"]
-        if file and md5(file) == MOVING_MNIST_MD5:
+        if file and (file == STANDARD or md5(file) == STANDARD_MD5):
             note = "The test set is the published one, mnist_test_seq.npy, by its md5 sum."
         else:
             note = (

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from vmrnn.data.arrays import read_array
 from vmrnn.data.cache import identity
 from vmrnn.data.draws import split_key, split_seed, uniform_draws
+from vmrnn.data.fetch import STANDARD, fetch_standard
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError, range_complaint
@@ -24,12 +25,13 @@ from vmrnn.values import ValueRange
 def moving_mnist(split, options, value_range=None):
     """The data set of one split; a row of vmrnn.data.table.
 
-    Training draws new sequences in each epoch. Validation, and the test unless test_data_dir names a file, are the
+    Training draws new sequences in each epoch. Validation, and the test unless test_data_dir names a file or is `standard`, are the
     same sequences in every epoch, of digits that training does not use.
     """
     lengths = options.num_frames_input, options.num_frames_output
     if split == "test" and options.test_data_dir:
-        data = MovingMNISTFile(options.test_data_dir, *lengths, options.array_key)
+        path = options.test_data_dir
+        data = MovingMNISTFile(fetch_standard() if path == STANDARD else path, *lengths, options.array_key)
         height, width = data.frames.shape[2:]
         if (height, width) != options.frame_size:
             raise UserError(
