@@ -120,17 +120,18 @@ class Pictures:
 
     folder   where pictures are saved
     count    sequences to picture
+    leads    the name of each lead time
     """
 
-    def __init__(self, folder, count):
-        self.folder, self.count = folder, count
+    def __init__(self, folder, count, leads):
+        self.folder, self.count, self.leads = folder, count, leads
         self.errors = []  # mse of each sequence: the mean over lead times with known pixels
 
     def __call__(self, inputs, targets, forecast):
         for i in range(min(len(inputs), self.count - len(self.errors))):
             index = len(self.errors) + i
             sequence = [frames[i].cpu() for frames in (inputs, targets, forecast)]
-            save_strip(self.folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}")
+            save_strip(self.folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}", self.leads)
             if index == 0:
                 save_animation(self.folder / "forecast.gif", *sequence)
         self.errors += figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist()
@@ -173,7 +174,8 @@ def main(argv=None):
     folder = make_folder(folder)
 
     # One pass over the test set
-    pictures, spectrum, writer = Pictures(folder, own.strips), Spectrum(), None
+    leads = facts.lead_names(config.num_frames_output)
+    pictures, spectrum, writer = Pictures(folder, own.strips, leads), Spectrum(), None
     if own.save_forecasts:
         writer = ForecastWriter(own.save_forecasts, len(test_set), value_range, facts.info, facts.times, facts.leads)
 
@@ -217,7 +219,6 @@ def main(argv=None):
 
     # Files
     conventions = {row.name: str(row) for row in rows}
-    leads = facts.lead_names(config.num_frames_output)
     curves = [name for name in ("mse", "ssim", "psnr") if name in conventions]
     save_lead_times(folder / "lead_times.png", results, curves or [row.name for row in rows[:3]])
     spectrum.draw(folder / "spectrum.png", leads)

@@ -312,7 +312,21 @@ def test_the_animation_shows_truth_forecast_and_difference(tmp_path):
     inputs, targets, forecast = (torch.full((1, 1, 8, 8), value) for value in (0.5, 0.0, 1.0))
     pictures.save_animation(tmp_path / "x.gif", inputs, targets, forecast, pixels=8)
     with Image.open(tmp_path / "x.gif") as gif:
-        gif.seek(1)
-        shown = np.asarray(gif.convert("RGB")).astype(int)
+        frames = []
+        for t in range(gif.n_frames):
+            gif.seek(t)
+            frames.append(np.asarray(gif.convert("RGB")).astype(int))
+    shown = frames[1][pictures.LABEL_HEIGHT :][:8]
     truth, middle, right = shown[:, :8], shown[:, 10:18], shown[:, 20:28]
     assert truth.max() < 10 and middle.min() > 245 and (right[..., 0] > right[..., 2] + 50).all()  # too bright: red
+    # The bar: the given frame is grey, the second is ahead, then blue
+    bars = [frame[pictures.LABEL_HEIGHT + 8 + 5] for frame in frames]
+    assert abs(bars[0][3] - pictures.BAR["done"]).max() < 12 and abs(bars[0][20] - pictures.BAR["ahead"]).max() < 12
+    assert abs(bars[1][3] - pictures.BAR["done"]).max() < 12 and abs(bars[1][20] - pictures.BAR["forecast"]).max() < 12
+    assert all((frame[: pictures.LABEL_HEIGHT] < 128).any() for frame in frames)  # text
+
+
+def test_the_page_and_the_pictures_have_the_same_colours():
+    light = report.TEMPLATE.read_text(encoding="utf-8").split("@media")[0]
+    names = ("first", "second", "third", "fourth")
+    assert [re.search(rf"--{name}: (#\w+)", light)[1] for name in names] == [colour for colour, _ in pictures.LINES]

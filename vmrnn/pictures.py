@@ -3,36 +3,61 @@
 import av
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure  # not pyplot, which keeps figures in global state and looks for a display
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from vmrnn.files import replacing
 
 MISSING = (0.78, 0.82, 0.88)  # colour of a missing pixel; no grey frame holds it
+# Lines of the forecast and of its baselines, in the order of the results; report.html has the same colours and dashes.
+LINES = [("#1f66cf", "-"), ("#7b838c", (0, (2.5, 2))), ("#b9590c", (0, (1, 1.5))), ("#2b7a3d", (0, (4, 1.5, 1, 1.5)))]
+TRUTH = "#1b1e22"  # colour of lines of the truth
+TILE = 115  # pixels, about the side of a frame in a strip; larger frames are resampled, smaller ones keep sharp pixels
+BAR = {
+    "done": (150, 158, 168),
+    "forecast": (31, 102, 207),
+    "ahead": (224, 228, 232),
+}  # colours of a GIF's bar of frames
+LABEL_HEIGHT, BAR_HEIGHT = 20, 10  # pixels of a GIF
 LEAST_LIMIT = 0.01  # smallest error that gets the full colour, so that rounding errors stay pale
 
 
-def save_strip(path, inputs, targets, forecast, title=""):
+def save_strip(path, inputs, targets, forecast, title="", leads=None):
     """Draw one sequence as a PNG with four rows: input, truth, forecast, and the difference of the last two.
+
+    The lead time is above each column; the last input frame has lead time 0.
 
     path                        file to write
     inputs, targets, forecast   (T, C, H, W) each; the difference is blue where the forecast is too dark, red where it
                                 is too bright
     title                       text above the rows
+    leads                       the name of each lead time, such as 10 min; None: they are counted
     """
     difference = signed_colours(forecast, targets)
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
     rows = {"input": inputs, "truth": targets, "forecast": forecast, "difference": difference}
+    names = {"input": [str(t + 1 - len(inputs)) for t in range(len(inputs))]}
+    names["truth"] = [f"+{lead}" for lead in leads or range(1, len(targets) + 1)]
     columns = max(len(frames) for frames in rows.values())
-    height = 1.1 * len(rows) + 0.4
-    figure = Figure((0.7 + 1.05 * columns, height), layout="constrained")
+    width = inputs.shape[2]
+    gap = max(2, width // 32)
+    figure = Figure((1.3 + 1.05 * columns, 1.1 * len(rows) + 0.8), layout="constrained")
     axes = figure.subplots(len(rows))
     for axis, (name, frames) in zip(axes, rows.items()):
-        axis.imshow(side_by_side(frames, columns), interpolation="nearest", vmin=0, vmax=1)
+        interpolation = "nearest" if max(frames.shape[1:3]) <= TILE else "hanning"
+        axis.imshow(side_by_side(frames, columns, gap), interpolation=interpolation, vmin=0, vmax=1)
         axis.set_ylabel(name, fontsize=9)
-        axis.set(xticks=[], yticks=[])
+        centres = [t * (width + gap) + width / 2 for t in range(len(names.get(name, ())))]
+        axis.set_xticks(centres, names.get(name, ()), fontsize=7)
+        axis.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False, pad=1)
+        axis.set(yticks=[])
         for spine in axis.spines.values():
             spine.set_visible(False)
+    scale = ScalarMappable(Normalize(-1, 1), "RdBu_r")
+    bar = figure.colorbar(scale, ax=axes, shrink=0.22, anchor=(0, 0), aspect=8, ticks=[-1, 0, 1])
+    bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=9)
     save(figure, path)
 
@@ -45,18 +70,46 @@ def save_animation(path, inputs, targets, forecast, pixels=192, milliseconds=200
     pixels                      smaller frames are enlarged to about this side
     milliseconds                time per frame; the last frame stays five times as long
     """
-    difference = signed_colours(forecast, targets)
+    given = len(inputs)
+    right = np.concatenate([signed_colours(inputs, inputs), signed_colours(forecast, targets)])  # no difference yet
     inputs, targets, forecast = (as_images(f) for f in (inputs, targets, forecast))
-    blank = np.ones_like(inputs)
     left = np.concatenate([inputs, targets])
     middle = np.concatenate([inputs, forecast])
-    right = np.concatenate([blank, difference])
     scale = max(1, pixels // max(left.shape[1:3]))
     frames = as_bytes(np.stack([side_by_side(np.stack(trio), 3) for trio in zip(left, middle, right)]), scale)
+    step = (left.shape[2] + 2) * scale
+    frames = np.stack([labelled(frame, t, len(frames), given, step) for t, frame in enumerate(frames)])
     hold = [milliseconds] * len(frames)
     hold[-1] = 5 * milliseconds
     with replacing(path) as temporary:
         save_gif(temporary, frames, hold)
+
+
+def labelled(image, t, total, given, step):
+    """Frame t of an animation with names above its three panels and a bar of all frames below: (H + 30, W, 3).
+
+    image   the panels side by side, uint8 (H, W, 3)
+    t       number of the frame, from 0
+    total   number of frames
+    given   how many of them the network is given; the bar has another colour from there on
+    step    pixels from the left side of a panel to that of the next
+    """
+    height, width = image.shape[:2]
+    canvas = Image.new("RGB", (width, LABEL_HEIGHT + height + BAR_HEIGHT), "white")
+    canvas.paste(Image.fromarray(image), (0, LABEL_HEIGHT))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(10)
+    difference = "difference: blue too dark, red too bright"
+    if draw.textlength(difference, font) > step - 4:
+        difference = "difference"
+    for panel, text in enumerate(("truth", *(("given", "") if t < given else ("forecast", difference)))):
+        draw.text((panel * step + 3, 3), text, "#1b1e22", font)
+    top = LABEL_HEIGHT + height + 3
+    for k in range(total):
+        colour = BAR["ahead" if k > t else "done" if k < given else "forecast"]
+        left, right = (round(edge * width / total) for edge in (k, k + 1))
+        draw.rectangle((left, top, max(left, right - 2), top + BAR_HEIGHT - 4), colour)
+    return np.asarray(canvas)
 
 
 def save_video(path, frames, kind, pixels=256, fps=5):
@@ -111,15 +164,16 @@ def save_lead_times(path, results, names):
     results   {label: Metrics.compute()}, one line per label
     names     metrics to draw
     """
-    figure = Figure((3.2 * len(names), 2.8), layout="constrained")
+    figure = Figure((max(4.5, 3.2 * len(names)), 3), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names):
-        for label, result in results.items():
-            values = result["per_frame"][name]
-            axis.plot(range(1, len(values) + 1), values, marker=".", label=label)
+        for i, (label, result) in enumerate(results.items()):
+            values, (colour, dashes) = result["per_frame"][name], LINES[i % len(LINES)]
+            axis.plot(range(1, len(values) + 1), values, marker=".", label=label, color=colour, linestyle=dashes)
         axis.set(title=name, xlabel="lead time [frames]")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=len(labels), frameon=False)
     save(figure, path)
 
 
@@ -130,11 +184,13 @@ def save_curve(path, entries):
     """
     figure = Figure((5, 3), layout="constrained")
     axis = figure.subplots()
-    for name, label, marker in (("train_loss", "training", ""), ("valid_loss", "validation", ".")):
+    lines = (("train_loss", "training", "", LINES[1]), ("valid_loss", "validation", ".", LINES[0]))
+    for name, label, marker, (colour, dashes) in lines:
         points = [(e.get("samples"), e.get(name)) for e in entries]
         points = [point for point in points if all(isinstance(value, int | float) for value in point)]
-        axis.plot(*zip(*points), marker=marker, label=label)
+        axis.plot(*zip(*points), marker=marker, label=label, color=colour, linestyle=dashes)
     axis.set(xlabel="samples seen", ylabel="loss", yscale="log")
+    axis.locator_params(axis="x", nbins=6)  # ticks of long numbers would touch
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     save(figure, path)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from vmrnn.pictures import save
+from vmrnn.pictures import LINES, TRUTH, save
 
 
 class Spectrum:
@@ -50,7 +50,8 @@ class Spectrum:
         axes = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
         for axis, step in zip(axes, shown):
             for label, power in found.items():
-                axis.plot(np.arange(1, power.shape[1]), power[step, 1:], label=label)
+                colour = TRUTH if label == "truth" else LINES[0][0]
+                axis.plot(np.arange(1, power.shape[1]), power[step, 1:], label=label, color=colour)
             axis.set(title=f"lead time {leads[step]}", xlabel="waves per frame", xscale="log", yscale="log")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("mean power")
