@@ -50,7 +50,7 @@ class VMRNN(nn.Module):
 
     @classmethod
     def from_options(cls, depths, depths_down=None, depths_up=None, **options):
-        """From the options of the configuration. Those of network D alone are not used."""
+        """The network of a configuration's options. depths_down and depths_up belong to network D and are not used."""
         return cls(depths=depths, **options)
 
     def encode(self, frame):

@@ -39,6 +39,7 @@ class VMRNN(nn.Module):
                  depths_upsample=(6, 2), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16,
                  scan="auto", cell=VMRNNCell, out_chans=None):  # fmt: skip
         super().__init__()
+        # Refuse sizes that cannot work.
         check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
         levels = len(depths_downsample)
         if len(depths_upsample) != levels:
@@ -49,6 +50,7 @@ class VMRNN(nn.Module):
         self.stride = patch_size * 2**levels  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
 
+        # What both paths use
         def cells(widths, rates_per_cell):
             return nn.ModuleList(
                 cell(width, drop_path=rates, dropout=attn_drop_rate, d_state=d_state, scan=scan)
@@ -59,7 +61,9 @@ class VMRNN(nn.Module):
             return calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         widths = [embed_dim * 2**level for level in range(levels + 1)]
-        self.Downsample = nn.Module()  # the published names of the two paths
+
+        # The path down and the path up, under their published names
+        self.Downsample = nn.Module()
         self.Downsample.patch_embed = patch_embed(patch_size, in_chans, embed_dim)
         self.Downsample.dropout = nn.Dropout(drop_rate)
         self.Downsample.layers = cells(widths[:-1], drop_path_rates(depths_downsample))
@@ -72,7 +76,7 @@ class VMRNN(nn.Module):
 
     @classmethod
     def from_options(cls, depths_down, depths_up, depths=None, **options):
-        """From the options of the configuration. That of network B alone is not used."""
+        """The network of a configuration's options. depths belongs to network B and is not used."""
         return cls(depths_downsample=depths_down, depths_upsample=depths_up, **options)
 
     def encode(self, frame):

@@ -72,7 +72,7 @@ def progress_bar(loader, title, total, first=0, rest=None):
     title    text before the bar
     total    number of all batches
     first    number of batches that were done before
-    rest     see vmrnn.progress.Bar
+    rest     function that returns the end of a line, see vmrnn.progress.Bar
     """
     silent = distributed.rank() > 0
     with Bar(title, first=first, rest=rest, silent=silent) as bar:
@@ -260,6 +260,7 @@ def compare(
     Returns {"loss": the mean over samples, "model": Metrics.compute(), label: the same of each baseline}. Every process
     evaluates its own samples, and all processes get the results over all samples.
     """
+    # Every batch of this process: forecast, loss, and the sums of the metrics
     baselines, value_range = baselines or {}, value_range or ValueRange()
     total, meters = 0.0, {label: Metrics(metrics, weights) for label in ("model", *baselines)}
     for step, (_, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
@@ -276,8 +277,9 @@ def compare(
             meters[label].update(value_range.to_linear(forecast, axis=2), truth)
         if on_batch:
             on_batch(step, inputs, targets, forecasts["model"])
+
     # Merge the sums of all processes.
-    (total, samples) = distributed.all_sum(total, meters["model"].count)
+    total, samples = distributed.all_sum(total, meters["model"].count)
     results = {"loss": total / samples} if loss else {}
     for label, meter in meters.items():
         merged = Metrics(metrics)

@@ -52,13 +52,18 @@ def parse_arguments(argv=None):
 
 
 def forecast_sequence(forecaster, sequence, source, config, args):
-    """Observe the frames of a sequence of `source`, an Input, one at a time, and forecast.
+    """Observe the frames of a sequence one at a time, and forecast.
 
-    config   of the network, with the options of how files are read
+    forecaster   Forecaster
+    sequence     a Sequence of `source`
+    source       Input
+    config       Config of the network, with the options of how files are read
+    args         arguments of this program
 
     Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of the
     frames; how many there were).
     """
+    # Observe the frames, with their dates if the network takes the calendar.
     forecaster.reset()
     dates = itertools.repeat(None)
     dated = sequence.times is not None and source.info.calendar
@@ -68,11 +73,14 @@ def forecast_sequence(forecaster, sequence, source, config, args):
         forecaster.observe(frame, date)
     if forecaster.count == 0:
         raise UserError("--input: holds no frames")
+
+    # Forcings and dates of the frames to forecast
     later = dates = None
     if sequence.times is not None and config.forcing_channels and args.horizon > 1:
         later = source.info.next_times(sequence.times[sequence.taken(config.frame_step)], args.horizon)
         dates = source.info.decoded_times(later) if dated else None
     forcings = coming_forcings(source, config, frame, later, args.horizon - 1, args.forcing_data)
+
     forecast = forecaster.forecast_in_unit(args.horizon, forcings, dates)
     forecast[:, forecaster.never_seen] = np.nan
     return forecast, frame.dtype, forecaster.count
@@ -100,8 +108,8 @@ def main(argv=None):
             log.info("input      %d frames of %dx%d, %s", count, *forecast.shape[1:3], dtype)
             log_size(forecaster, forecast.shape[1:3])
         forecasts.append(forecast)
-        whole = sequence.times
-        times.append(None if whole is None else whole[sequence.taken(config.frame_step)])
+        all_times = sequence.times
+        times.append(None if all_times is None else all_times[sequence.taken(config.frame_step)])
     if source.many:
         log.info("input      %d sequences, each with a forecast of its own", len(forecasts))
 

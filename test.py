@@ -87,7 +87,7 @@ def rows_of(own, config, value_range):
 def table(results, rows, config):
     """The figures as lines of text: one row per metric, one column per forecast, and below what the metrics are.
 
-    Conventions that only published figures use are left to the report where there are none to compare with.
+    A metric that only the published figures of other data sets use is left out. The report has it.
     """
     shown = [row for row in rows if is_compared(row.name, config)]
     widths = {label: max(12, len(label)) for label in results}
@@ -145,7 +145,7 @@ def main(argv=None):
     if model:
         scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end
 
-    # The test set, and what it is compared by
+    # Test set, metrics and baselines
     test_set = build_dataset("test", config, value_range)
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
@@ -156,7 +156,7 @@ def main(argv=None):
     if not (DATASETS[config.dataset].own if own.motion is None else own.motion):
         del baselines["motion"]
 
-    # Whose forecasts
+    # The forecasts to test: those of a network, or those of a file
     loss_function = make_loss(config) if model else None
     if model:
         if config.compile:
@@ -204,7 +204,7 @@ def main(argv=None):
     for line in table(results, rows, config.to_dict()):
         log.info("%s", line)
 
-    # Only now is it known which sequences the report shows, so these are forecast again.
+    # Forecast the sequences of the report again. The errors of all sequences decided which ones it shows.
     roles, sequences = pick(pictures.errors), []
 
     def keep(step, inputs, targets, forecast):
@@ -217,7 +217,7 @@ def main(argv=None):
             outputs_of.restart(roles.values())
         compare(outputs_of, [batch], device, ("mse",), on_batch=keep, title="sequences of the report")
 
-    # Files
+    # Write metrics.json, the figures and the report.
     conventions = {row.name: str(row) for row in rows}
     curves = [name for name in ("mse", "ssim", "psnr") if name in conventions]
     save_lead_times(folder / "lead_times.png", results, curves or [row.name for row in rows[:3]])

@@ -56,6 +56,7 @@ log = logging.getLogger("vmrnn")
 
 def parse_arguments(argv=None):
     """(Config, path of the weights to start from or None, Resumed or None)."""
+    # The options, and what they continue
     parser = command_line.train_parser(__doc__)
     given = vars(parser.parse_args(argv))
     toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
@@ -68,6 +69,8 @@ def parse_arguments(argv=None):
     path = checkpoint_to_resume(config.res_dir, resume)
     if path is None:
         return config, weights, None
+
+    # A resumed run has the options of its checkpoint, which the command line and the TOML file may change in part.
     resumed = Resumed.read(path)
     stored = resumed.content["config"]
     config = configuration.resolve(toml, given, base=stored | {"res_dir": config.res_dir})
@@ -124,7 +127,7 @@ def train(config, weights, resumed, device, signals, run):
             f"{config.train_batch_size}"
         )
 
-    # Network, tried on one frame: what does not fit is refused before anything is written.
+    # Network. One frame is forecast now, so that frames that do not fit are refused before anything is written.
     model = build_model(**config.network_options).to(device)
     if weights:
         checkpoint.load_weights(model, weights)
@@ -166,10 +169,8 @@ def train(config, weights, resumed, device, signals, run):
     validated = False
     with saved_if_workers_die(run, state):
         while progress.epoch <= config.epochs:
-            train_loader.sampler.epoch, train_loader.sampler.start = (
-                progress.epoch,
-                progress.step * config.train_batch_size,
-            )
+            train_loader.sampler.epoch = progress.epoch
+            train_loader.sampler.start = progress.step * config.train_batch_size
             updates = train_one_epoch(
                 train_step, train_loader, optimizer, schedule.learning_rate, updates_per_epoch=updates_per_epoch,
                 horizon=schedule.horizon, start=progress.step, epoch_start=progress.epoch_start, seed=config.seed,
@@ -217,7 +218,7 @@ def train(config, weights, resumed, device, signals, run):
             run.save(state)
             if validated:
                 logger.curve()
-    if not validated:  # an earlier start ended between the save and the curve
+    if not validated:  # an earlier start may have ended between the save and the curve
         logger.curve()
     log.info("done: %s; --resume auto --epochs %d trains further", run.path, config.epochs + 1)
     if run.best.exists():
@@ -277,7 +278,7 @@ def check_cuda_graph(config, device, world):
     """UserError: --cuda_graph where it cannot work."""
     if config.cuda_graph and (device.type != "cuda" or world > 1 or config.grad_checkpoint):
         raise UserError(
-            "--cuda_graph needs a CUDA GPU, one process and no --grad_checkpoint: leave it or the other out"
+            "--cuda_graph needs a CUDA GPU, one process and no --grad_checkpoint: leave it out, or change the others"
         )
 
 
@@ -297,7 +298,15 @@ def share_of_batch(config, world):
 
 
 def validation_batch(run, state, signals, logger, batch, inputs, targets, forecast):
-    """Called with every batch of a validation: ends the run after a signal, and shows the forecast."""
+    """One batch of a validation: end the run after a signal, and log the forecast.
+
+    run       run_folder.RunFolder
+    state     run_folder.RunState
+    signals   runtime.StopSignals
+    logger    logger.Logger
+
+    The other parameters are those of on_batch in functions.compare.
+    """
     # Several processes stop only after an update, where all of them agree to.
     if signals.received and distributed.world_size() == 1:
         stop(run, state, signals)  # a resumed run evaluates again

@@ -82,9 +82,9 @@ def load_network(path, config=None, device="cpu", **changes):
 
 
 def check_size(config, weights, path):
-    """UserError: the configuration asks for another network than the weights are of, found without its memory.
+    """UserError: the configuration asks for another network than that of the weights.
 
-    A configuration inside a file from a stranger may ask for a network of any size.
+    A configuration inside a file from a stranger may ask for a network of any size. The check takes no memory for it.
     """
     blocks = sum(config.depths + config.depths_down + config.depths_up)
     if blocks > 64 + len(weights):
@@ -105,8 +105,8 @@ def value_range_of(content, config):
     """The ValueRange of the data that a checkpoint was trained on, None if it is not known.
 
     content   what read_checkpoint returned
-    config    Config; a data_range, missing_value or transform that differs from the stored configuration's replaces the stored
-              range
+    config    Config; if its data_range, missing_value, transform or zero_below differs from the stored one, the range is
+              made from `config`
     """
     stored = content["config"] or {}
     keys = ("data_range", "missing_value", "transform", "zero_below")
@@ -158,9 +158,9 @@ def matched_weights(model, source, name):
             if state[key].shape != own[key].shape
         ],
     }
-    found = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
-    if found:
-        raise UserError(f"{name} does not fit this network: {'; '.join(found)}; check model, widths and depths")
+    complaints = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
+    if complaints:
+        raise UserError(f"{name} does not fit this network: {'; '.join(complaints)}; check model, widths and depths")
     return state
 
 
@@ -213,6 +213,7 @@ def read_checkpoint(path):
     damaged, or holds no state dict.
     """
     path = find_checkpoint(path)
+    # Read a safetensors file, or else a torch.save file.
     try:
         with open(path, "rb") as f:
             head = f.read(9)
@@ -239,6 +240,7 @@ def read_checkpoint(path):
     except DAMAGE as error:
         reason = f" ({error})" if type(error) is ValueError and str(error).startswith("its ") else ""
         raise Damaged(f"checkpoint {path}: damaged or not a checkpoint{reason}; get it again") from error
+    # A checkpoint of a run
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if not {"version", "model", "config"} <= content.keys():
             raise Damaged(f"checkpoint {path}: incomplete; get it again")
@@ -250,6 +252,7 @@ def read_checkpoint(path):
         except ValueError as error:
             raise Damaged(f"checkpoint {path}: {error}; get it again") from error
         return content
+    # A published file: a state dict, which may lie in one or two dicts
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

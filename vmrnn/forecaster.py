@@ -74,7 +74,8 @@ class Forecaster:
         self.count = 0  # frames of the stream
         self._warned = False  # whether values outside the range were reported
         self._size = None  # (h, w) of the prepared frames
-        self._coming = self._states = None  # the frame after the last observed one, and the states that go with it
+        self._next_frame = None  # the forecast of the frame after the last observed one
+        self._states = None  # the network's states after the last observed frame
 
     @torch.inference_mode()
     def observe(self, frame, date=None):
@@ -102,7 +103,7 @@ class Forecaster:
             unit = torch.cat((unit, self._waves([date], 1, unit.shape[-2:])[0]))
         advanced = self._advance(network_input(unit[None].to(self.device), self.model.stride), self._states)
 
-        self._coming, self._states = advanced
+        self._next_frame, self._states = advanced
         self.shape, self.observed_range, self._size = given, value_range, tuple(unit.shape[-2:])
         self.never_seen = missing if self.never_seen is None else self.never_seen & missing
         self.count += 1
@@ -122,7 +123,11 @@ class Forecaster:
         return ValueRange(*UNIT_RANGE, missing)
 
     def _report_outside(self, unit, value_range):
-        """Warn of values far outside the training range, such as a fill value that is not named, or of other units."""
+        """Warn once of values far outside the training range: a fill value that is not named, or data in other units.
+
+        unit          tensor of a prepared frame, on the network's scale
+        value_range   ValueRange of the frame
+        """
         far = (unit - 0.5).abs() > FAR
         outside = (unit < -ROUNDING) | (unit > 1 + ROUNDING)
         if self._warned or not (far.any() or outside.sum() > 0.5 * unit.isfinite().sum()):
@@ -154,27 +159,34 @@ class Forecaster:
     @torch.inference_mode()
     def forecast_in_unit(self, horizon, forcings=None, dates=None):
         """`forecast` on the network's scale [0, 1], always (horizon, H, W, C)."""
-        if self._coming is None:
+        if self._next_frame is None:
             raise UserError("forecast() before observe(): there is nothing to continue")
         if horizon < 1:
             raise UserError(f"a forecast of {horizon} frames: ask for 1 or more")
-        given = self._given(horizon - 1, forcings, dates)
-        frames, states = [self._coming], self._states
+        given = self._given_channels(horizon - 1, forcings, dates)
+        frames, states = [self._next_frame], self._states
         for t in range(horizon - 1):
             frame = frames[-1] if given is None else torch.cat((frames[-1], given[t : t + 1]), dim=1)
             frame, states = self._advance(frame, states)
             frames.append(frame)
         height, width = self._size
-        found = torch.cat(frames)[..., :height, :width]
-        if not found.isfinite().all():
+        forecast = torch.cat(frames)[..., :height, :width]
+        if not forecast.isfinite().all():
             raise UserError(
                 f"the forecast is not finite after {self.count} frames: their values are too far outside the range of the "
                 f"training ({self.observed_range})"
             )
-        return self.prepare.restore(found, self.shape[:2])
+        return self.prepare.restore(forecast, self.shape[:2])
 
-    def _given(self, count, forcings, dates):
-        """What a network with forcings is given with its own first `count` frames, (count, F, h, w); None: nothing."""
+    def _given_channels(self, count, forcings, dates):
+        """Forcings and calendar of the first `count` frames of a forecast, (count, F, h, w). None: there are none.
+
+        count      frames that the network feeds on
+        forcings   as in `forecast`
+        dates      as in `forecast`
+
+        UserError: the network has forcings or a calendar, and they are not given for all frames.
+        """
         names = self.config.forcings
         if self.config.forcing_channels == 0 or count == 0:
             return None

@@ -1,4 +1,4 @@
-"""The rollout of either network: true frames first, then the network's own."""
+"""The rollout of a network: it is fed the true frames first, then its own forecasts."""
 
 import torch
 import torch.nn as nn
@@ -50,11 +50,13 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
             return checkpoint(model.advance, tokens, states, use_reentrant=False)
         return model.advance(tokens, states)
 
+    # Embed the true frames.
     B, T, _, H, W = inputs.shape
     inputs = network_input(inputs, model.stride)
     # The true frames are embedded in one call. Time is the first axis, so that the tokens of each frame are contiguous:
     # torch.compile would compile a second program for another layout.
     tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
+    # All true frames but the last: their outputs are decoded in one call.
     warm_up, frames, states = [], [], None
     for t in range(T - 1):
         features, states = advance(tokens[t], states)
@@ -62,6 +64,7 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
     if warm_up:
         decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
         frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
+    # The forecast: from the last true frame, then from the network's own frames
     forcings = forcings_of(model, following, horizon)
     token = tokens[-1]
     for t in range(horizon):

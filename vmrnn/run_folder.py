@@ -1,11 +1,12 @@
 """The folder of one run: what a start resumes from, the lock, and every file that a run needs to continue.
 
-config.toml           the options
-log.jsonl             one line of JSON per entry: training loss every log_train updates, metrics per validation
-last.pt               everything that the run needs to continue; previous_last.pt is the save before it
-best.safetensors      the weights with the smallest validation MSE
+config.toml              the options
+log.jsonl                one line of JSON per entry: training loss every log_train updates, metrics per validation
+last.pt                  everything that the run needs to continue
+previous_last.pt         the save before last.pt
+best.safetensors         the weights with the smallest validation MSE
 failed_update_rank0.pt   the batch and the weights of an update whose loss was not finite
-lock                  held while a process trains here
+lock                     held while a process trains here
 loss.png, forecast.gif, pictures/, tensorboard/   see vmrnn.logger
 """
 
@@ -210,7 +211,7 @@ def checkpoint_to_resume(folder, resume):
     if resume == "auto" and exists:
         return last
     if exists and (resume is None or last.resolve() != Path(resume).resolve()):
-        raise UserError(f"{last.parent} already holds a run: --resume auto goes on, or give another --res_dir")
+        raise UserError(f"{last.parent} already holds a run: --resume auto continues it; or give another --res_dir")
     if not exists:
         check_new(last.parent, resume)
     return None if resume == "auto" else resume
@@ -230,7 +231,8 @@ def check_new(folder, resume):
             f"{folder}: holds best.safetensors of a run whose last.pt is gone: --init_from starts from it in another "
             "--res_dir, or move it away"
         )
-    # A run that was killed before its first save may have a log. A job that starts again goes on without a person.
+    # A run that was killed before its first save may have a log. With --resume auto a job script starts it again, and no
+    # person is there to move the log.
     if resume != "auto" and file_size(folder / "log.jsonl"):
         raise UserError(
             f"{folder}: holds the log.jsonl of a run without a last.pt: give another --res_dir, or move it away"
@@ -297,14 +299,16 @@ class RunFolder:
         UserError: another process trains in the folder, or took the run further since the checkpoint was read.
         """
         # A run that continues in another folder has a new log and a new best there.
-        own = resumed and resumed.path.resolve() in (self.last.resolve(), checkpoint.previous_of(self.last).resolve())
-        if resumed and not own:
+        previous = checkpoint.previous_of(self.last)
+        same_folder = resumed and resumed.path.resolve() in (self.last.resolve(), previous.resolve())
+        if resumed and not same_folder:
             state.progress.best_mse, state.progress.log_size = math.inf, 0
         self.saved = state.progress.global_step, time.perf_counter()
         if not self.writes:
             return
 
-        # Data were prepared since the checkpoint was read, which may have taken minutes.
+        # Take the lock. The data were prepared after the checkpoint was read, which may have taken minutes: another process
+        # may have trained here and ended.
         make_folder(self.path / "pictures")
         try:
             self.lock.acquire()
@@ -312,25 +316,28 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another process trains there; wait for it, or give another --res_dir"
             ) from None
-        if resumed.stamp != stamp_of(resumed.path) if own else self.last.exists():
+        changed = resumed.stamp != stamp_of(resumed.path) if same_folder else self.last.exists()
+        if changed:
             raise UserError(f"{self.path}: another process trained there while this one prepared its data; start again")
 
-        # What a kill in the middle of a save left
+        # Remove what a kill in the middle of a save left.
         for cut_off in (*self.path.glob(".*.tmp"), *self.path.glob("pictures/.*.tmp")):
             cut_off.unlink()
-        # If last.pt is damaged, the next save would put it in the place of the checkpoint before it.
-        if own and resumed.path.resolve() == checkpoint.previous_of(self.last).resolve():
+        # The run continues from previous_last.pt, so last.pt is damaged or missing. The next save would move a damaged
+        # last.pt onto previous_last.pt.
+        if same_folder and resumed.path.resolve() == previous.resolve():
             keep(self.last)
             os.replace(resumed.path, self.last)
-        # The updates after the checkpoint are done again and logged again.
-        if not own and file_size(self.log_file):
+        # A log of a run without a checkpoint is kept under another name.
+        if not same_folder and file_size(self.log_file):
             log.warning(
                 "%s: a run ended before its first save; its log is kept as %s", self.path, keep(self.log_file).name
             )
+        # Cut the log to its length at the checkpoint: later updates are done again and logged again.
         self.log_file.touch()
         os.truncate(self.log_file, min(state.progress.log_size, file_size(self.log_file)))
         toml = self.path / "config.toml"
-        if not own and toml.exists() and toml.read_bytes() != configuration.to_toml(state.config).encode():
+        if not same_folder and toml.exists() and toml.read_bytes() != configuration.to_toml(state.config).encode():
             log.warning("%s: another one was there and is kept as %s", toml, keep(toml).name)
         configuration.save_toml(state.config, toml)
 

@@ -47,5 +47,5 @@ def compile_model(model, device):
     """
     if device.type == "cpu" and find_compiler() is None:
         raise UserError("--compile on a CPU needs a C++ compiler: install g++ or leave --compile out")
-    choose_kernels(model)  # tracing must not come upon the choice
+    choose_kernels(model)  # before tracing, which cannot follow the choice
     model.advance = torch.compile(model.advance, fullgraph=True, dynamic=False)

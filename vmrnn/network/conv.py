@@ -10,8 +10,8 @@ class ConvLSTM(nn.Module):
     """One layer: x (B, H, W, C), state (h, c) -> h, (h, c).
 
     i, f, g, o = Conv([x, h]);  new c = sigmoid(f) c + sigmoid(i) tanh(g);  new h = sigmoid(o) tanh(new c).
-    The paper also has a weight per position from c to the gates. Its shape is that of the map, so a network with it would
-    take maps of one size only; it is left out, as in most implementations.
+    The paper also has weights from c to the gates, one per position. They are left out, as in most implementations,
+    because a network with them takes maps of one size only.
     """
 
     def __init__(self, dim):

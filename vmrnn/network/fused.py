@@ -2,7 +2,7 @@
 
 Three of them keep less memory for the backward pass than autograd would: they save their inputs alone, and the backward
 pass computes the rest again (benchmarks/layers.py measures what that costs). fused_triton.py has the same functions as
-Triton kernels. Letters: C width of a block, Di inner width, ... any leading axes.
+Triton kernels. Letters: C is the width of a block, Di the inner width. (...) stands for any leading axes.
 """
 
 import torch

@@ -12,12 +12,13 @@ from vmrnn.network import fused, fused_triton
 
 
 def first_use(name, device, d_state):
-    from vmrnn import selfcheck  # which imports this package
+    from vmrnn import selfcheck  # not at the top: selfcheck imports this package
 
     return selfcheck.first_use(name, device, d_state)
 
 
-scan.first_use = first_use  # the check needs the layers, which vmrnn.scan does not know
+# vmrnn.scan may not import the layers, but the check at the first use needs them.
+scan.first_use = first_use
 
 
 class Kernels(NamedTuple):
@@ -32,7 +33,7 @@ class Kernels(NamedTuple):
 
 
 def kernels_of(name):
-    """The Kernels of a scan back end: the layers around the scan are Triton kernels if the scan is one."""
+    """The Kernels of a scan back end. With the Triton scan the layers around it are Triton kernels as well."""
     layers = fused_triton if name == "triton" else fused
     return Kernels(
         scan=partial(scan.run, name),

@@ -1,4 +1,4 @@
-"""Patch embedding, merging, expanding and the head: the ways between frames and maps (B, H, W, C)."""
+"""The layers between frames and maps (B, H, W, C): patch embedding, merging, expanding and the head."""
 
 import torch
 import torch.nn as nn

@@ -20,8 +20,9 @@ def number_of_heads(dim):
 def attention_mask(H, W, shift, like):
     """(windows, positions, positions): 0, or OUTSIDE between positions of a window that are no neighbours in the map.
 
-    H, W   of the map, which is shifted by `shift` (rows, columns) and then padded to whole windows
-    like   a tensor of the dtype and device of the mask
+    H, W    size of the map, before it is padded to whole windows
+    shift   (rows, columns) by which the map was shifted before it was padded
+    like    a tensor of the dtype and device of the mask
 
     None if all positions of every window are neighbours.
     """
@@ -29,7 +30,7 @@ def attention_mask(H, W, shift, like):
         return None
 
     def regions(side, shift):
-        """A number per row (or column): rows that came around from the other side, and padding, have their own."""
+        """A number per row (or column): 0 in general, 1 where the shift moved a row around the edge, 2 in the padding."""
         row = torch.arange(-(-side // WINDOW) * WINDOW, device=like.device)
         return (row >= side - shift).to(like.dtype) + (row >= side).to(like.dtype)
 
