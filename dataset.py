@@ -20,7 +20,7 @@ from vmrnn.data.table import DATASETS, OWN, SPLITS
 from vmrnn.errors import UserError
 from vmrnn.runtime import ignore_stop_signals, kill_workers_at_exit
 
-# Options that other data sets would pass over without a word
+# Options that only some data sets use. With another data set they are refused, not silently ignored.
 ONLY_FOR = {
     "variables": ("grid",),
     "time_from": ("grid",),
@@ -41,8 +41,8 @@ def build_dataset(split, config, value_range=None):
 
     split         train, valid or test
     config        vmrnn.config.Config; the options of its group "data" count
-    value_range   your own data: ValueRange of the training data, if it is known already; None: data_range says, or the
-                  training data are searched
+    value_range   for your own data: ValueRange of the training data, if it is known already. None: it is made from the
+                  option data_range or, if that is empty, found in the training data
 
     `train` is drawn anew in each epoch, train_sequences per epoch. `valid` and `test` are the same in every epoch and
     for every seed. They hold at most valid_sequences and test_sequences, evenly spaced; the test set of a published
@@ -72,8 +72,8 @@ class EpochSampler(Sampler):
 
     length    samples of the data set
     shuffle   False: the order of the data set
-    seed      of the order
-    rank      this process takes the positions start + rank, start + rank + world, ...
+    seed      seed of the order
+    rank      number of this process, which takes the positions start + rank, start + rank + world, ...
     world     number of processes
 
     Set `epoch` before each pass. To resume inside an epoch, set `start` to the first position of the common order that
@@ -117,10 +117,12 @@ def make_loader(
     dataset        from `build_dataset`
     batch_size     sequences per batch of this process
     num_workers    processes that make batches; 0: this process makes them
-    shuffle, seed  of EpochSampler
+    shuffle        see EpochSampler
+    seed           see EpochSampler
     drop_last      leave out an incomplete last batch; for training only, since an evaluation counts every sample
     pin_memory     page-locked memory, so that copies to a CUDA GPU do not wait
-    rank, world    of EpochSampler
+    rank           see EpochSampler
+    world          see EpochSampler
 
     `loader.sampler.epoch` chooses the epoch of the next pass, `loader.sampler.start` its first sample.
     """

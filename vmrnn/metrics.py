@@ -28,14 +28,13 @@ LPIPS_SMALLEST = 31  # pixels; smaller frames vanish in AlexNet's strides
 
 
 class Comparison:
-    """A batch of forecasts beside the truth. What several metrics need is computed once.
+    """A batch of forecasts and the truth. Intermediate results that several metrics use are computed once.
 
     pred      forecasts (..., C, H, W)
     true      truths of the same shape, NaN where a pixel is missing
     weights   (H, W), weights of the pixels in sums of errors, mean 1, such as cosines of latitudes; None: all weigh alike
 
-    Sums have a last dimension of rows: row 0 is the whole frame. Where there are several channels, rows 1 to C are the
-    channels.
+    Sums have a last dimension of rows: row 0 is the whole frame. With several channels, rows 1 to C are the channels.
     """
 
     def __init__(self, pred, true, weights=None):
@@ -280,7 +279,7 @@ def equitable_threat(hits, misses, alarms, pixels):
 
 
 def typed(number):
-    """A number as the user typed it: 2.0 is 2."""
+    """The text of a number as the user typed it: 2.0 gives "2"."""
     return repr(float(number)).removesuffix(".0")
 
 
@@ -308,8 +307,9 @@ def event(kind, threshold, unit_value):
 def fractions_skill(threshold, unit_value, window):
     """The row of a fractions skill score (Roberts and Lean 2008), such as fss_2_9px.
 
-    threshold, unit_value   as in event
-    window                  side of the square that the shares of events are compared in, an odd number of pixels
+    threshold    see event
+    unit_value   see event
+    window       side of the square that the shares of events are compared in, an odd number of pixels
 
     1 - sum((f - o)^2) / sum(f^2 + o^2) over the windows around all pixels; f and o are the shares of events in the
     window, pixels outside the frame and missing ones counted as none. The sums run over all frames together, as in pysteps.
@@ -344,8 +344,8 @@ def fractions_skill(threshold, unit_value, window):
 def data_unit_rows(value_range):
     """The rows of errors in the units of the data: mean squared, mean absolute, root mean square, and bias.
 
-    value_range   ValueRange of the data. Where its channels have ranges, and hence units, of their own, the whole frame
-                  has no figure.
+    value_range   ValueRange of the data. If its channels have their own ranges, they may have different units, and the
+                  whole frame then has no figure.
     """
     low, high = np.atleast_1d(value_range.low), np.atleast_1d(value_range.high)
     width = torch.from_numpy((high - low).astype(np.float64))
@@ -431,7 +431,7 @@ def row_of(name):
 
 
 def better(name):
-    """Which direction is better, "lower" or "higher", of a name in log.jsonl: a metric, an event of any threshold, a loss."""
+    """Which direction is better for a name in log.jsonl (a metric, an event, a loss): "lower", "higher" or "closer to 1"."""
     kind = name.split("_")[0]
     if kind in EVENTS:
         return EVENTS[kind][1]
@@ -441,7 +441,12 @@ def better(name):
 
 
 def figure(name, pred, true):
-    """The figure of each frame by the metric `name`, float64 (...). Frames as in Comparison; NaN: nothing to compare."""
+    """The figure of each frame, float64 (...). NaN: the frame has nothing to compare.
+
+    name   a name of METRICS, or a Metric
+    pred   forecasts (..., C, H, W)
+    true   truths, see Comparison
+    """
     row = row_of(name)
     return row.finish(*row.terms(Comparison(pred, true)))[..., 0]
 

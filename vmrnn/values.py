@@ -1,4 +1,4 @@
-"""How stored values become the network's values in [0, 1], and how its forecasts become stored values again."""
+"""The range of stored values: it maps them to the network's scale [0, 1], and forecasts back to stored values."""
 
 import math
 from dataclasses import dataclass, replace
@@ -74,7 +74,7 @@ class ValueRange:
         return cls(low, high, tuple(config.missing_value), config.transform, config.zero_below)
 
     def pairs(self):
-        """Yields (low, high) of each channel, or of all channels together."""
+        """Yields (low, high): of each channel if the channels have their own ranges, else once."""
         yield from zip(np.atleast_1d(self.low).tolist(), np.atleast_1d(self.high).tolist())
 
     def __str__(self):
@@ -90,7 +90,7 @@ class ValueRange:
         return mask
 
     def to_unit(self, frames):
-        """Stored values as the network's.
+        """Stored values on the network's scale.
 
         frames   array of any real type and shape, with the forcings as the last channels if there are any
 
@@ -156,8 +156,8 @@ class ValueRange:
         value   the threshold in the units of the stored values
 
         Stored values are scaled from float32 or from float64, which rounds differently. The smaller result is taken,
-        so that a pixel equal to the threshold counts as an event either way. The way through a transform and back
-        rounds more.
+        so that a pixel equal to the threshold counts as an event either way. A transform and its inverse round more, so the
+        threshold is then lowered by 1e-5 of its size.
         """
         scale = replace(self, missing=(), transform="none", zero_below=0.0, given=None)
         shape = np.shape(self.low)

@@ -1,4 +1,4 @@
-"""The cache: what is decoded or unpacked once, as memory-mapped .npy files in folders named by a hash of their sources."""
+"""The cache of decoded and unpacked data: .npy files to be memory-mapped. A folder's name is a hash of its sources."""
 
 import hashlib
 import json
@@ -16,12 +16,11 @@ from vmrnn.errors import UserError
 
 CACHE_FORMAT = 2  # part of every key; raise it when the content of the cache, or the way to write it, changes
 
-
 MAKING = ".making-"  # start of the names of unfinished folders
 CONTENTS = "contents.json"  # file in a folder of the cache: what the folder held when it was made
-SMALL = 2**20  # bytes up to which its files have a checksum
-WHOLE = 2**28  # bytes
-SAMPLES, SAMPLE = 256, 2**16  # pieces, bytes per piece
+SMALL = 2**20  # bytes; larger files of the cache have no checksum
+WHOLE = 2**28  # bytes; of larger source files the checksum covers samples only
+SAMPLES, SAMPLE = 256, 2**16  # samples of a large file, bytes per sample
 
 
 def cached_folder(cache_dir, label, key, write):
@@ -73,7 +72,7 @@ def contents(folder):
 
 
 def is_whole(folder):
-    """Whether a folder of the cache is there, and holds what it held when it was made."""
+    """Whether a folder of the cache exists and its files are those that it was made with."""
     try:
         return json.loads((folder / CONTENTS).read_text(encoding="utf-8")) == contents(folder)
     except (OSError, ValueError):
@@ -112,14 +111,14 @@ def identity(path):
             str(path.resolve()),
             *(getattr(status, f"st_{key}") for key in ("ino", "size", "mtime_ns", "ctime_ns")),
         )
-        if version not in KNOWN:
-            KNOWN[version] = checksum(path, status.st_size)
+        if version not in CHECKSUMS:
+            CHECKSUMS[version] = checksum(path, status.st_size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name another file") from error
-    return [status.st_size, KNOWN[version]]
+    return [status.st_size, CHECKSUMS[version]]
 
 
-KNOWN = {}  # version of a file -> its checksum, so that a process reads each file once for it
+CHECKSUMS = {}  # version of a file -> its checksum, so that a process computes it once
 
 
 def checksum(path, size):
@@ -138,7 +137,7 @@ def checksum(path, size):
 def stamp(path):
     """What must be equal for the cache of a file to be used, as json can hold it.
 
-    The time counts if the checksum covers samples only: it then tells a file that was changed between the samples.
+    If the checksum covers samples only, the time of change is included: it reveals a change between the samples.
     """
     size, content = identity(path)
     return [size, content, *([os.stat(path).st_mtime_ns] if size > WHOLE else [])]

@@ -140,7 +140,14 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
 
 
 def regular(timed_frames, time_step, name):
-    """Of (frame, time) those nearest to a regular step. UserError: there are no times, or the step is too short."""
+    """Yields the (frame, time) pairs that are nearest to a regular step.
+
+    timed_frames   iterator over (frame, time or None)
+    time_step      such as 0.2s
+    name           for messages
+
+    UserError: a frame has no time, the times do not increase, or the step is too short.
+    """
     step, times = parse_step(time_step), []
 
     def checked():

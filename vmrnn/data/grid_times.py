@@ -67,7 +67,7 @@ def find_times(dataset, roles, path, time_from):
 
     A time dimension has them in its coordinate. A file with one frame and no time dimension has them in a scalar
     variable, in an attribute, or in its name, in this order.
-    UserError: time_from names what is not there, and two scalar variables that may be the time.
+    UserError: time_from names nothing in the file, or two scalar variables may be the time.
     """
     kind, _, wanted = time_from.partition(":")
     if time_from and (kind not in ("name", "attribute", "variable") or not wanted):

@@ -67,16 +67,16 @@ class Part:
 
 @dataclass
 class Grid:
-    """A gridded field in files, opened: what is in it is known, its values are still to be read.
+    """An opened gridded field in files. Its description was read. Its values are read by `frames`.
 
     info          GridInfo; its times are those of all frames in order
     shape         (T, H, W, C) of all frames
     dtype         of the frames: a float type where values may be missing
     breaks        numbers of the frames that begin another sequence: those of a file with a dimension N
     notes         lines that say how the files were read, for a program's start
-    taken         numbers of the frames in the files that are taken; None: all
-    step          of the times where the frames were taken at a regular one; None: the usual step of the files
-    beyond_fill   counts, by variable, the values that decode left out; complete once all frames were read
+    taken         numbers of the frames that are used, counted over all files; None: all
+    step          the regular time step at which frames were taken; None: the usual step of the files
+    beyond_fill   {variable: number of values beyond its fill value, read as missing}; complete after all frames were read
     """
 
     info: GridInfo
@@ -122,6 +122,7 @@ class Grid:
             if bar is not None:
                 bar.describe(f"decode {part.path.name}")
             with ExitStack() as stack:
+                # How many frames are read at once
                 fields = [stack.enter_context(opened_field(s.path or part.path, s.variable)) for s in self.selections]
                 pixels = int(np.prod(self.shape[1:3]))
                 step = max(1, BLOCK // pixels)
@@ -130,6 +131,7 @@ class Grid:
                     pieces = variable.encoding.get("chunksizes") or [1] * variable.ndim
                     piece = dict(zip(selection.letters, pieces)).get("T", 1)
                     step = max(step, min(piece, 16 * BLOCK // pixels))
+                # Read block after block: frames of one sequence, from the first that is wanted
                 while len(wanted):
                     sequence, start = divmod(int(wanted[0]), part.count)
                     stop = min(start + step, part.count)
@@ -137,7 +139,8 @@ class Grid:
                     wanted = wanted[len(here) :]
                     place = {"N": sequence, "T": slice(start, start + int(here[-1]) + 1)}
                     block = [self.read(part, s, v, place) for s, v in zip(self.selections, fields)]
-                    count = max(map(len, block))  # what does not change with time is one frame
+                    # A field that does not change with time is one frame, which is repeated.
+                    count = max(map(len, block))
                     block = [np.broadcast_to(values, (count, *values.shape[1:])) for values in block]
                     for frame in np.concatenate(block, axis=3)[here]:
                         yield frame
@@ -230,7 +233,7 @@ def grid_clips(path, options):
     """
     files = [*grid_files(path), *(file for file, _ in map(file_of, options.forcings) if file)]
     for file in files:
-        format_of(file)  # refuses what is not there
+        format_of(file)  # refuses a file that does not exist
     how = (options.variables, options.array_axes, options.time_from, options.time_step, options.forcings)
 
     def write(folder):
@@ -267,14 +270,14 @@ def calendar_of(clips):
 
 
 def check_channels(path, names, options):
-    """UserError where the fields make another number of channels than input_channels."""
+    """UserError if the fields make another number of channels than input_channels."""
     if len(names) != options.input_channels:
         raise UserError(f"{path}: {', '.join(names)} make {len(names)} channels, but input_channels is "
                         f"{options.input_channels}; change it, variables or array_axes")  # fmt: skip
 
 
 def take_nearest(grid, time_step, path):
-    """Makes of a Grid one whose frames are the nearest to a regular step. UserError: its frames have no times."""
+    """Keep only those frames of a Grid that are nearest to a regular step. UserError: its frames have no times."""
     step = parse_step(time_step)
     if grid.info.times is None:
         raise UserError(
@@ -318,7 +321,7 @@ class Description:
 
 
 def describe(path, variables, array_axes, time_from, forcings=()):
-    """Everything about one file but the values of its fields: a Description."""
+    """The Description of one file. No values of its fields are read."""
     channels, selections, attributes, dtypes, facts, coordinates, first = [], [], {}, [], {}, {}, None
     for asked, given in [*((name, False) for name in variables), *((name, True) for name in forcings)]:
         place, rest = file_of(asked) if given else (None, asked)
@@ -379,7 +382,7 @@ def file_of(forcing):
 
 
 def check_size(asked, size, roles, first_name, first_size, given, place, path):
-    """UserError where a field has other frames than the first one. A forcing without a time dimension has one frame."""
+    """UserError if a field has other frames than the first one. A forcing without a time dimension has one frame."""
     steady = given and not {"N", "T"} & set(roles.values())
     if place and not steady:
         raise UserError(f"{place}: the forcing {asked} changes with time: write it into the files of {path}")
@@ -389,7 +392,7 @@ def check_size(asked, size, roles, first_name, first_size, given, place, path):
 
 
 def check_same_place(coordinates, others, roles, path, other_path):
-    """UserError where two files have different coordinates of rows or columns."""
+    """UserError if two files have different coordinates of rows or columns."""
     for dim in (plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"):
         ours, theirs = (found[dim][1] if dim in found else None for found in (coordinates, others))
         if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
@@ -448,7 +451,7 @@ def steady_coordinates(dataset, roles):
 
 
 def check_alike(first, other, first_path, path):
-    """UserError where a file has other channels, sizes, units or coordinates than the first."""
+    """UserError if a file has other channels, sizes, units or coordinates than the first."""
     if other.info.names != first.info.names:
         raise UserError(f"{path}: holds {other.info.names}, but {first_path} {first.info.names}; make them alike")
     for key, value in first.facts.items():

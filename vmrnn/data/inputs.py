@@ -168,10 +168,13 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     """
     if not config.forcings or count < 1:
         return None
+    # Forcings that do not change with time are those of the last frame.
     given = np.repeat(last_frame[None, ..., -len(config.forcings) :], count, axis=0)
     changing = [i for i, steady in enumerate(source.steady) if not steady]
     if not changing:
         return given
+
+    # Open the file of the others.
     names = [config.forcings[i] for i in changing]
     if path is None:
         raise UserError(
@@ -182,6 +185,7 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     if grid.shape[1:3] != given.shape[1:3]:
         raise UserError(f"{path}: its maps are {grid.shape[1]}x{grid.shape[2]}, those of the input {given.shape[1]}x"
                         f"{given.shape[2]}; they must be the same")  # fmt: skip
+    # Find the frame of each time. Without times the frames are taken in order.
     numbers = range(count)
     if times is not None and grid.info.times is not None:
         numbers = [int(np.abs(grid.info.times - time).argmin()) for time in times[:count]]
@@ -200,6 +204,7 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
 
 def array_input(file, config):
     """A .npy or .npz file: one sequence, or one per entry of its axis N."""
+    # The header, and a reader of one row at a time
     if file.suffix.lower() == ".npz":
         member, shape, dtype = npz_member(file, config.array_key)
         array, reader = ArrayFacts(shape, dtype), RowReader(lambda: npz_rows(file, member))
@@ -232,7 +237,7 @@ def array_input(file, config):
 
 
 def input_axes(file, array, config):
-    """The axes of an array for a network. Colours may be given to a network of grey frames, and the other way round."""
+    """The axes of an array, as letters. A network of grey frames also takes colours, and one of colours grey frames."""
     try:
         return find_axes(file, array, config.input_channels, config.array_axes)
     except UserError:

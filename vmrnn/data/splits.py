@@ -43,7 +43,7 @@ HUMAN_VALID = 0.1
 
 
 def split_path(split, options):
-    """The file or folder of one split; empty options mean that of the training split."""
+    """The file or folder of one split. A split without a path of its own is in that of the training split."""
     return getattr(options, f"{split}_data_dir") or options.train_data_dir
 
 
@@ -252,6 +252,7 @@ def own(split, options, value_range, list_clips, pictures=False):
     A split without a path of its own is the end of the training path: of each clip's time, or of the list of clips
     (split_by "time" or "file").
     """
+    # The clips of the split, and their windows
     path, total = split_path(split, options), sum(frames_wanted(options))
     apart = split != "train" and getattr(options, f"{split}_data_dir")
     all_clips, notes = every_frame_step(list_clips(path, options), options)
@@ -274,7 +275,8 @@ def own(split, options, value_range, list_clips, pictures=False):
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )
     check_not_all_missing(clips, options.missing_value)
-    # The training data are read whole if their range is to be found, else a look at some of all frames will do.
+
+    # The range. The training data are read whole if their range must be found; otherwise a sample of frames is enough.
     data_range = options.data_range or (BYTE_RANGE if pictures and is_bytes(clips) else ())
     search = value_range is None and (not data_range or options.forcings)
     summary = summarize(clips, options.missing_value, options.cache_dir, exact=search and split == "train")
@@ -291,6 +293,8 @@ def own(split, options, value_range, list_clips, pictures=False):
             data_range = data_range or range_of(forecast, training[0].name)
             forced = forcing_range(others, options.missing_value)
         value_range = replace(ValueRange.of(options, data_range), given=forced)
+
+    # The data set
     check_reach(summary, value_range, clips[0].name)
     notes += summary.notes(options, split)
     if split != "train":
@@ -303,15 +307,16 @@ def is_bytes(clips):
     return clips[0].frames().dtype == np.uint8
 
 
-def every_frame_step(found, options):
+def every_frame_step(clips_and_notes, options):
     """(clips, notes) with every frame_step-th frame of each clip."""
-    clips, notes = found
+    clips, notes = clips_and_notes
     return [clip.every(options.frame_step) for clip in clips], notes
 
 
 def gap_notes(clips, total):
-    """What the gaps cost that part a clip into pieces: a list of one line, or of none if there is no gap.
+    """How many sequences are lost to gaps in time: a list with one line, or an empty one if there is no gap.
 
+    clips   the clips of all splits, parted at gaps
     total   frames of a sequence
     """
     gaps = sum(len(pieces) - 1 for pieces in by_clip(clips))
@@ -438,7 +443,7 @@ def video_sources(path, notes=None):
 
     notes   as in media.files_in
     """
-    path = existing(path)
+    path = checked_path(path)
     if path.is_file():
         if path.suffix.lower() not in VIDEOS:
             raise UserError(f"{path}: its name does not end as one of {' '.join(VIDEOS)}; name another file")
@@ -455,7 +460,7 @@ def frame_sources(path, by_prefix=False, notes=None):
     A folder of images of one page each is one Source. If the first image of a folder has several pages, each image of
     it is a Source.
     """
-    path = existing(path)
+    path = checked_path(path)
     if path.is_file():
         if path.suffix.lower() not in IMAGES:
             raise UserError(f"{path}: a file; name a folder of folders of images, or an image of several pages")
@@ -475,7 +480,8 @@ def frame_sources(path, by_prefix=False, notes=None):
     return sources
 
 
-def existing(path):
+def checked_path(path):
+    """`path` as a Path. UserError: it does not exist."""
     if not Path(path).exists():
         raise UserError(f"{path}: no such file or folder; name the data with train_data_dir")
     return Path(path)

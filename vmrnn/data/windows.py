@@ -13,7 +13,7 @@ from vmrnn.data.draws import split_key, uniform_draws
 from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
 
-PLACES = 16  # places that are tried for a random crop
+PLACES = 16  # largest number of places that are tried for a random crop
 
 
 def cut_windows(clips, total, strides=None):
@@ -130,9 +130,9 @@ class ClipDataset(Dataset):
     def crop(self, frames, epoch, index):
         """The rectangle of frames (T, H, W, C) that an item shows, (T, *size, C).
 
-        In training its place is drawn again, at most PLACES times, while more than half of its first frame is missing:
-        missing pixels teach nothing, and radar maps are often missing for the most part. If none is better, the place
-        with the fewest missing pixels is taken.
+        In training, up to PLACES places are drawn, and the first one is taken at which at most half of the first frame is
+        missing. If there is none, the place with the fewest missing pixels is taken. Missing pixels teach nothing, and
+        most of a radar map is often missing.
         """
         room = np.array(frames.shape[1:3]) - self.size
         draws = uniform_draws(self.seed, [epoch], [index], 2 * PLACES).reshape(-1, 2) if self.random else [[0.5, 0.5]]
