@@ -1,4 +1,4 @@
-"""The cache of data: what tells files apart, what is kept and what is made anew; and what is said of the values."""
+"""The cache of data: when an entry is used again and when it is made anew, and the notes about the values."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What is trusted of the cache of compiled kernels, and what is said about a compiler or a folder that cannot be used."""
+"""Which cached kernels are trusted, and the messages about a compiler or a folder that cannot be used."""
 
 import logging
 import os

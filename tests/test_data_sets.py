@@ -27,7 +27,7 @@ def numbered(clip, count, height=8, width=10, channels=1):
 
 
 def ids(item):
-    """The stored values of an item's frames, back from [0, 1] = 0 to 255, one a frame."""
+    """The stored values of an item's frames, back from [0, 1] = 0 to 255, one per frame."""
     values = (torch.cat(item) * 255).round().flatten(1)
     assert (values == values[:, :1]).all()
     return values[:, 0].int().tolist()

@@ -1,4 +1,4 @@
-"""Data: draws, dynamics, files and loaders."""
+"""Moving MNIST and the loader: random draws, motion of the digits, files, samplers."""
 
 import functools
 import gzip
@@ -180,7 +180,7 @@ def test_frames_equal_the_slow_oracle(data):
 
 
 def test_speed_and_reflection():
-    """A digit moves 0.1 of the free canvas a frame, and turns round at the walls only."""
+    """A digit moves 0.1 of the free canvas per frame, and turns round at the walls only."""
     data = small(canvas=(509, 1009), num_frames_input=150, num_frames_output=150, num_objects=1, length=30)
     which, corners = data.trajectories(np.zeros(30, int), np.arange(30))
     place = corners[:, :, 0] / np.array([1000, 500])  # back to [0, 1], within a pixel

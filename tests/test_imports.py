@@ -1,4 +1,4 @@
-"""Imports run one way (README, Changing the code): a lower layer never knows a higher one."""
+"""Imports run one way (README, Where things are): a lower layer never imports a higher one."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or damaged anywhere goes on to the same weights, log and pictures, bit for bit."""
+"""A run that is killed, stopped or damaged anywhere ends with the same weights, log and pictures, bit for bit."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What a run says while it works, how it takes signals, and what it does without anywhere to say it."""
+"""The messages of a run while it works, its reaction to signals, and a standard output that cannot be written."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The way of stored values to [0, 1] and back, and the frames that are prepared for the network."""
+"""Stored values are scaled to [0, 1] and back, and frames are prepared for the network."""
 
 import math
 

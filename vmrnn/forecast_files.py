@@ -73,7 +73,7 @@ class Forecast:
     def dataset(self):
         """The forecasts as an xarray.Dataset that has the names, units, coordinates and attributes of the input.
 
-        The time coordinate goes on with the step of the input. `lead_time` counts from the last observed frame, whose
+        The time coordinate continues with the step of the input. `lead_time` counts from the last observed frame, whose
         time is `forecast_reference_time`. Several sequences have the coordinate `valid_time` (sequence, time) instead.
         """
         xarray = import_xarray()
