@@ -263,7 +263,7 @@ def saved_if_workers_die(run, state):
     """If the system kills a process that prepares batches, save, and end the program as a signal does."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if not is_dead_worker(error):
             raise
         run.save(state)

@@ -191,7 +191,12 @@ def find_dead_workers_between_updates():
 
 
 def is_dead_worker(error):
-    """Whether a RuntimeError says that a worker of a loader was killed."""
+    """Whether an error says that a worker of a loader was killed.
+
+    A worker that dies while its batch is fetched shows as a broken connection. Otherwise the loader raises RuntimeError.
+    """
+    if isinstance(error, ConnectionError | EOFError):
+        return True
     return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by" in str(error))
 
 
