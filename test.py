@@ -219,8 +219,8 @@ def main(argv=None):
 
     # Write metrics.json, the figures and the report.
     conventions = {row.name: str(row) for row in rows}
-    curves = [name for name in ("mse", "ssim", "psnr") if name in conventions]
-    save_lead_times(folder / "lead_times.png", results, curves or [row.name for row in rows[:3]])
+    curves = [row for row in rows if row.name in ("mse", "ssim", "psnr")]
+    save_lead_times(folder / "lead_times.png", results, curves or rows[:3], leads)
     spectrum.draw(folder / "spectrum.png", leads)
     content = {
         "checkpoint": str(tested), "data": str(test_set), "loss": loss, "conventions": conventions,

@@ -6,6 +6,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure  # not pyplot, which keeps figures in global state and looks for a display
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from vmrnn.files import replacing
@@ -21,6 +22,8 @@ BAR = {
     "ahead": (224, 228, 232),
 }  # colours of a GIF's bar of frames
 LABEL_HEIGHT, BAR_HEIGHT = 20, 10  # pixels of a GIF
+# Units of metrics on the axis of their curves, where there is one.
+UNITS = {"mse": "sum over a frame", "mae": "sum over a frame", "psnr": "dB", "psnr_uint8": "dB"}
 LEAST_LIMIT = 0.01  # smallest error that gets the full colour, so that rounding errors stay pale
 
 
@@ -157,20 +160,26 @@ def save_gif(path, images, milliseconds):
     first.save(path, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
 
 
-def save_lead_times(path, results, names):
+def save_lead_times(path, results, rows, leads=None):
     """Draw metrics by lead time as a PNG, one panel per metric.
 
     path      file to write
     results   {label: Metrics.compute()}, one line per label
-    names     metrics to draw
+    rows      metrics to draw, of vmrnn.metrics.Metric
+    leads     the name of each lead time, such as 10 min; None: they are counted
     """
-    figure = Figure((max(4.5, 3.2 * len(names)), 3), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes[0], names):
+    figure = Figure((max(4.5, 3.2 * len(rows)), 3), layout="constrained")
+    axes = figure.subplots(1, len(rows), squeeze=False)
+    for axis, row in zip(axes[0], rows):
         for i, (label, result) in enumerate(results.items()):
-            values, (colour, dashes) = result["per_frame"][name], LINES[i % len(LINES)]
+            values, (colour, dashes) = result["per_frame"][row.name], LINES[i % len(LINES)]
             axis.plot(range(1, len(values) + 1), values, marker=".", label=label, color=colour, linestyle=dashes)
-        axis.set(title=name, xlabel="lead time [frames]")
+        unit = f" [{UNITS[row.name]}]" if row.name in UNITS else ""
+        axis.set_title(f"{row.name}{unit}, {row.better} is better", fontsize=9)
+        axis.set_xlabel("lead time [frames]")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if leads and leads[0] != "1":
+            axis.set_xlabel(f"lead time [frames], up to {leads[-1]}")
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=len(labels), frameon=False)

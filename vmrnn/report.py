@@ -19,7 +19,7 @@ from PIL import Image
 from vmrnn.data.fetch import STANDARD, STANDARD_MD5
 from vmrnn.files import replacing
 from vmrnn.metrics import figure
-from vmrnn.pictures import as_images, error_limit, signed_colours, white_level
+from vmrnn.pictures import UNITS, as_images, error_limit, signed_colours, white_level
 from vmrnn.run_folder import strict_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -99,9 +99,6 @@ BASELINE_NAMES = {
     "last input frame": "the last input frame repeated",
     "motion": "the last input frame moved along the optical flow",
 }
-
-# Units of metrics on the axis of their curves, where there is one.
-UNITS = {"mse": "sum over a frame", "mae": "sum over a frame", "psnr": "dB", "psnr_uint8": "dB"}
 
 
 def main_metrics(names):
