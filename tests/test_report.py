@@ -134,6 +134,8 @@ def test_published_figures_stand_beside_the_published_task_only(tmp_path, monkey
     table = report.published(generated, mean)
     assert table["rows"][0] == ["this checkpoint", 20.0, 0.9]
     assert ["VMRNN-D", 16.46, 0.9645] in table["rows"]
+    errors = [error for _, error, *_ in table["rows"][1:]]
+    assert errors == sorted(errors)
     assert "NOT the published one" in table["note"]
     assert report.published(generated | {"num_frames_output": 5}, mean) is None
     assert report.published(generated | {"dataset": "mine"}, mean) is None

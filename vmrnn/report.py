@@ -84,7 +84,8 @@ def published(config, mean):
             "The published figures are of the split X_test of dataset.npz. Whether this test set is the same file "
             "was not checked."
         )
-    rows = {"this checkpoint": [mean.get(name, math.nan) for name in table["metrics"]]} | table["rows"]
+    others = dict(sorted(table["rows"].items(), key=lambda row: row[1][0]))  # the smallest error first
+    rows = {"this checkpoint": [mean.get(name, math.nan) for name in table["metrics"]]} | others
     return {"metrics": table["metrics"], "rows": [[name, *row] for name, row in rows.items()], "note": note}
 
 
