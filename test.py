@@ -139,7 +139,7 @@ class Pictures:
 
 def main(argv=None):
     own, given = parse_arguments(argv)
-    folder = given.get("res_dir") or Path(own.checkpoint or own.forecasts).parent / "test"
+    folder = given.get("res_dir") or Path(own.forecasts or own.checkpoint).parent / "test"
     model, config, value_range, device = load(own, given)
     log.info("device     %s", describe_device(device))
     if model:

@@ -124,6 +124,20 @@ def test_without_a_range_bytes_are_0_to_255_and_floats_0_to_1(trained):
             unit.observe(wrong)
 
 
+def test_a_missing_value_outside_0_to_1_is_missing_without_a_range(trained):
+    _, path = trained(missing_value=[-999.0])
+    stream, holes = vmrnn.Forecaster(path, device="cpu"), vmrnn.Forecaster(path, device="cpu")
+    stream.value_range = holes.value_range = None
+    frame = np.random.default_rng(0).random((16, 16), dtype=np.float32)
+    named, nan = frame.copy(), frame.copy()
+    named[2, 3], nan[2, 3] = -999.0, np.nan
+    stream.observe(named)
+    holes.observe(nan)
+    assert np.array_equal(stream.forecast(2), holes.forecast(2), equal_nan=True)
+    with pytest.raises(UserError, match="knows no data range"):
+        stream.observe(frame - 999.0)
+
+
 def test_memory_does_not_grow_with_the_stream(trained):
     _, path = trained()
     stream = vmrnn.Forecaster(path, device="cpu")

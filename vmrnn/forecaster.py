@@ -115,12 +115,14 @@ class Forecaster:
         missing = tuple(self.config.missing_value)
         if frame.dtype == np.uint8:
             return ValueRange(*BYTE_RANGE, missing)
-        if ((frame < -ROUNDING) | (frame > 1 + ROUNDING)).any():
+        value_range = ValueRange(*UNIT_RANGE, missing)
+        known = frame[~value_range.is_missing(frame)]
+        if ((known < -ROUNDING) | (known > 1 + ROUNDING)).any():
             raise UserError(
-                f"a frame of {frame.dtype} with values from {np.nanmin(frame):g} to {np.nanmax(frame):g}: the network "
+                f"a frame of {frame.dtype} with values from {known.min():g} to {known.max():g}: the network "
                 "knows no data range of its own; give uint8 (0 to 255), or values in [0, 1]"
             )
-        return ValueRange(*UNIT_RANGE, missing)
+        return value_range
 
     def _report_outside(self, unit, value_range):
         """Warn once of values far outside the training range: a fill value that is not named, or data in other units.
