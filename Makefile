@@ -8,6 +8,7 @@ READY := $(if $(VENV),$(VENV)/.ready)
 .PHONY: demo test lint clean
 
 demo: $(READY)
+	@[ ! -d exps/quickstart ] || echo "the earlier demo in exps/quickstart is replaced"
 	rm -rf exps/quickstart
 	$(BIN) train.py --config configs/quickstart.toml
 	$(BIN) test.py --checkpoint exps/quickstart/best.safetensors
