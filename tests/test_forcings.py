@@ -79,7 +79,8 @@ def test_loss_and_metrics_are_of_what_is_forecast(model):
 @pytest.fixture
 def trained(tmp_path):
     """Files of a field with forcings, and a network for them: (folder, Config, model, ValueRange)."""
-    xarray = pytest.importorskip("xarray")
+    import xarray
+
     rng = np.random.default_rng(0)
     hours = np.datetime64("2020-03-01T18", "ns") + np.arange(24) * np.timedelta64(1, "h")
     dims, place = ("time", "y", "x"), {"y": np.arange(8.0), "x": np.arange(12.0)}

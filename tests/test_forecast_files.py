@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+import xarray
 from helpers import data_set, shared
 from PIL import Image
 
@@ -19,8 +20,6 @@ from vmrnn.errors import UserError
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 from vmrnn.values import ValueRange
-
-xarray = pytest.importorskip("xarray")
 
 SMALL = dict(
     model="VMRNN-B", patch_size=2, embed_dim=16, depths=[1], d_state=4, input_size=[16], dataset="grid",

@@ -1,8 +1,10 @@
 """Gridded fields: values, times and coordinates are those of the files, and what has two readings is refused."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
+import xarray
 from helpers import shared
 
 from dataset import build_dataset
@@ -12,9 +14,6 @@ from vmrnn.data.grids import open_grid
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
 from vmrnn.values import ValueRange
-
-xarray = pytest.importorskip("xarray")
-h5py = pytest.importorskip("h5py")
 
 SIX_HOURS = np.arange("2020-01-01", "2020-01-03", dtype="datetime64[6h]").astype("datetime64[ns]")
 
@@ -138,7 +137,8 @@ def test_era_interim_against_scipy():
 
 
 def test_tiff_stack_against_tifffile(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
+    import tifffile
+
     path = shared("media/calcium_imaging.tif")
     np.testing.assert_array_equal(read(open_grid(path))[..., 0], tifffile.imread(path))
     # Compressed pages are read one by one

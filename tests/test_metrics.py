@@ -385,7 +385,8 @@ def test_fractions_skill_is_pysteps():
 def test_fractions_skill_is_that_of_scores():
     """The same definition in another library, one field at a time."""
     scores = pytest.importorskip("scores.spatial")
-    xarray = pytest.importorskip("xarray")
+    import xarray
+
     pred, true = frames(1, 1, 1, 24, 30), frames(1, 1, 1, 24, 30, seed=1)
     total = Metrics((fractions_skill(0.8, 0.8, 5),))
     total.update(pred, true)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import xarray
 from helpers import data_set
 
 import test as test_program
@@ -15,8 +16,6 @@ from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 from vmrnn.spectrum import Spectrum
 from vmrnn.values import ValueRange
-
-xarray = pytest.importorskip("xarray")
 
 OPTIONS = dict(
     model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4, input_size=[16, 20], num_frames_input=3,
