@@ -382,21 +382,27 @@ def test_fractions_skill_is_pysteps():
     assert better("fss_2_9px") == "higher"
 
 
-def test_fractions_skill_is_that_of_scores():
-    """The same definition in another library, one field at a time."""
+@pytest.mark.parametrize("window", [1, 5, 9])
+def test_fractions_skill_is_that_of_scores(window):
+    """The same definition in another library, one field at a time, with values that equal the threshold.
+
+    With zero padding, scores counts one row and one column of windows more, around the pixels just outside the frame at
+    the bottom and the right. Our score of frames with such a row and column, without events, is the same number.
+    """
     scores = pytest.importorskip("scores.spatial")
+    import numpy as np
     import xarray
 
-    pred, true = frames(1, 1, 1, 24, 30), frames(1, 1, 1, 24, 30, seed=1)
-    total = Metrics((fractions_skill(0.8, 0.8, 5),))
-    total.update(pred, true)
+    pred, true = ((5 * frames(1, 1, 1, 24, 30, seed=seed)).round() for seed in (0, 1))
+    total = Metrics((fractions_skill(4.0, 4.0, window),))
+    total.update(*(torch.nn.functional.pad(field, (0, 1, 0, 1)) for field in (pred, true)))
     dims = ("y", "x")
+    fields = (xarray.DataArray(field[0, 0, 0].double().numpy(), dims=dims) for field in (pred, true))
     expected = scores.fss_2d(
-        xarray.DataArray(pred[0, 0, 0].double().numpy(), dims=dims), xarray.DataArray(true[0, 0, 0].double().numpy(), dims=dims),
-        event_threshold=0.8, window_size=(5, 5), spatial_dims=dims, zero_padding=True,
+        *fields, event_threshold=4.0, window_size=(window, window), spatial_dims=dims, zero_padding=True,
+        threshold_operator=np.greater_equal,
     )  # fmt: skip
-    # scores counts the windows that begin outside the frame too, so the two agree where edges count little.
-    assert total.compute()["mean"]["fss_0.8_5px"] == pytest.approx(float(expected), abs=0.02)
+    assert total.compute()["mean"][f"fss_4_{window}px"] == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_frequency_bias_and_equitable_threat_by_hand():
