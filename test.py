@@ -165,7 +165,7 @@ def main(argv=None):
         log.info("checkpoint %s (%s)", own.checkpoint, config.model)
     else:
         shape = (config.num_frames_output, config.input_channels, *config.frame_size)
-        outputs_of = StoredForecasts(own.forecasts, config.array_key, len(test_set), shape, value_range)
+        outputs_of = StoredForecasts(own.forecasts, config.array_key, len(test_set), shape, value_range, facts)
         tested = own.forecasts
         log.info("forecasts  %s", own.forecasts)
     log.info("data       %s", test_set)

@@ -8,6 +8,7 @@ import torch
 import xarray
 from helpers import data_set
 
+import predict as predict_program
 import test as test_program
 from vmrnn import config as configuration
 from vmrnn.checkpoint import save_weights
@@ -102,6 +103,8 @@ def test_the_same_forecasts_from_a_file_give_the_same_figures(field, tmp_path):
                 got = other["results"][label]["mean"][metric]
                 assert got == value or got == pytest.approx(value, rel=1e-4, abs=1e-6), (label, metric)
         assert other["loss"] is None and "motion" in other["results"]
+    np.save(tmp_path / "holes.npy", np.where(np.isnan(np.load(tmp_path / "all.npz")["truth"]), np.nan, forecast))
+    run(tmp_path / "other", "--forecasts", tmp_path / "holes.npy", "--config", tmp_path / "c.toml")
     with pytest.raises(
         UserError, match=r"holds float32 \(7, 2, 16, 20\), but the test set has 8 sequences of 2 frames"
     ):
@@ -112,6 +115,65 @@ def test_the_same_forecasts_from_a_file_give_the_same_figures(field, tmp_path):
         run(tmp_path / "other", "--forecasts", tmp_path / "nan.npy", "--config", tmp_path / "c.toml")
     with pytest.raises(UserError, match="--checkpoint, or another method's --forecasts"):
         run(tmp_path / "other")
+
+
+@pytest.mark.parametrize("ending", [".nc", ".zarr"])
+def test_forecasts_of_a_field_are_found_by_name_and_time(field, tmp_path, ending):
+    """What --save_forecasts wrote, in another order, and what predict.py wrote of one sequence."""
+    folder, options, model = field
+    if ending == ".zarr":
+        pytest.importorskip("zarr")
+    configuration.save_toml(configuration.resolve(None, options), tmp_path / "c.toml")
+    path = tmp_path / f"all{ending}"
+    own = run(tmp_path / "own", "--checkpoint", folder / "w.safetensors", "--save_forecasts", path)
+    with xarray.open_dataset(path, decode_timedelta=True, **how_to_open(path)) as stored:
+        turned = stored.load().isel(sequence=slice(None, None, -1))
+    turned.to_netcdf(tmp_path / "turned.nc", engine="h5netcdf")
+    for name in (path.name, "turned.nc"):
+        other = run(tmp_path / "other", "--forecasts", tmp_path / name, "--config", tmp_path / "c.toml")
+        assert other["results"]["forecast"]["mean"] == pytest.approx(
+            own["results"]["forecast"]["mean"], rel=1e-4, abs=1e-6
+        )
+    # Frames 12 to 14 give 15 and 16. The test set has these five frames only, and the others of `all` are not used.
+    with xarray.open_dataset(folder / "x.nc", engine="h5netcdf") as source:
+        source.isel(time=slice(12, 15)).to_netcdf(tmp_path / "given.nc", engine="h5netcdf")
+        source.isel(time=slice(12, 17)).to_netcdf(tmp_path / "five.nc", engine="h5netcdf")
+    predict_program.main([
+        "--checkpoint", str(folder / "w.safetensors"), "--input", str(tmp_path / "given.nc"), "--horizon", "2",
+        "--output", str(tmp_path / f"next{ending}"), "--device", "cpu",
+    ])  # fmt: skip
+    figures = [
+        run(tmp_path / "one", "--forecasts", tmp_path / name, "--config", tmp_path / "c.toml", "--test_data_dir",
+            tmp_path / "five.nc")["results"]["forecast"]["mean"]
+        for name in (f"next{ending}", path.name)
+    ]  # fmt: skip
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-6)
+
+
+def how_to_open(path):
+    return {"engine": "zarr", "consolidated": False} if path.suffix == ".zarr" else {"engine": "h5netcdf"}
+
+
+def test_forecasts_that_do_not_fit_the_field_are_refused(field, tmp_path):
+    folder, options, model = field
+    configuration.save_toml(configuration.resolve(None, options), tmp_path / "c.toml")
+    times = np.datetime64("2024-01-31T02:20", "ns") + np.arange(8) * np.timedelta64(10, "m")
+    lead = np.timedelta64(10, "m") * np.arange(1, 3)
+    right = xarray.Dataset(
+        {"t2m": (("sequence", "time", "lat", "lon"), np.full((8, 2, 16, 20), 280, np.float32))},
+        {"forecast_reference_time": ("sequence", times), "lead_time": ("time", lead)},
+    )
+    for number, (wrong, message) in enumerate((
+        (right.isel(sequence=slice(1, None)), "has no forecast from 2024-01-31T02:20:00"),
+        (right.isel(lat=slice(1, None)), "holds 8 forecasts of 2 frames, 15x20, but the test set has 2 frames"),
+        (right.assign_coords(lead_time=right.lead_time * 2), r"its lead times are \[1200.0, 2400.0\] s"),
+        (right.rename(t2m="rain"), "holds rain, but the test set needs t2m"),
+        (right.drop_vars("forecast_reference_time").isel(sequence=[0]), "holds 1 forecasts without times"),
+        (right.rename(time="step"), r"has the dimensions .*; they must be"),
+    )):  # fmt: skip
+        wrong.to_netcdf(tmp_path / f"{number}.nc", engine="h5netcdf")
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "x", "--forecasts", tmp_path / f"{number}.nc", "--config", tmp_path / "c.toml")
 
 
 def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):

@@ -47,8 +47,8 @@ def test_parser(description):
     parser.add_argument(
         "--forecasts",
         metavar="FILE",
-        help="test another method's forecasts instead: .npy or .npz (N, T, H, W[, C]) in the units of the data, in the "
-        "order of the test set",
+        help="test another method's forecasts instead, in the units of the data: .npy or .npz (N, T, H, W[, C]) in the "
+        "order of the test set; .nc or .zarr as --save_forecasts and predict.py write it",
     )
     parser.add_argument(
         "--save_forecasts", metavar="FILE", help="write inputs, truths and forecasts: .nc, .zarr or .npz"

@@ -15,6 +15,7 @@ from vmrnn.files import replacing
 
 NAMES = ("input", "truth", "forecast")
 ENDINGS = (".nc", ".npz", ".zarr")
+FIELDS = (".nc", ".zarr")
 
 
 class ForecastWriter:
@@ -168,19 +169,26 @@ class ForecastWriter:
 class StoredForecasts:
     """Another method's forecasts for the sequences of a test set, in the order of the test set.
 
-    path          .npy or .npz, (N, T, H, W[, C]) or (N, T, C, H, W), in the units of the data
+    path          .npy or .npz, (N, T, H, W[, C]) or (N, T, C, H, W), in the units of the data; or .nc or .zarr as
+                  `test.py --save_forecasts` and predict.py write it, see StoredFields
     array_key     name of the array of a .npz; "": `forecast`, or the only one
     count         sequences of the test set
     shape         (T, C, H, W) of the targets
     value_range   ValueRange of the data
+    facts         FieldFacts of the test set
 
     Called with the inputs and targets of a batch, it returns the forecasts of the next sequences (B, T, C, H, W), as
     functions.compare asks for them. UserError: a file that is missing or damaged, or that does not fit the test set.
     """
 
-    def __init__(self, path, array_key, count, shape, value_range):
+    def __init__(self, path, array_key, count, shape, value_range, facts):
         self.path, self.key, self.value_range, self.shape = Path(path), array_key, value_range, shape
         steps, channels, height, width = shape
+        self.fields = None
+        if self.path.suffix.lower() in FIELDS:
+            self.fields, self.channels_first = StoredFields(self.path, count, shape, facts), True
+            self.restart(range(count))
+            return
         if self.path.suffix.lower() == ".npz":
             self.key, found, dtype = npz_member(self.path, array_key or self.default_key())
         else:
@@ -207,7 +215,9 @@ class StoredForecasts:
         self.rows = self.in_order(self.numbers)
 
     def in_order(self, numbers):
-        if self.path.suffix.lower() != ".npz":
+        if self.fields:
+            yield from map(self.fields.row, numbers)
+        elif self.path.suffix.lower() != ".npz":
             array = open_npy(self.path)
             yield from (array[number] for number in numbers)
         elif numbers == sorted(numbers):
@@ -222,8 +232,128 @@ class StoredForecasts:
         if self.channels_first:
             frames = np.moveaxis(frames, 2, -1)
         unit = self.value_range.to_unit(frames.reshape(len(frames), *np.array(self.shape)[[0, 2, 3, 1]]))
-        if np.isnan(unit).any():
+        unit = torch.from_numpy(np.ascontiguousarray(np.moveaxis(unit, -1, 2))).to(targets.device)
+        missing, known = unit.isnan(), ~targets[:, :, : unit.shape[2]].isnan()
+        if (missing & known).any():
             raise UserError(
-                f"--forecasts {self.path}: holds NaN or missing values; a forecast gives a value to every pixel"
+                f"--forecasts {self.path}: holds NaN or missing values where the truth is known; a forecast gives a value "
+                "to every such pixel"
             )
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(unit, -1, 2))).to(targets.device)
+        return torch.where(missing, 0, unit)
+
+
+class StoredFields:
+    """The forecasts of a NetCDF or Zarr file, read one at a time.
+
+    path    .nc or .zarr with the variable `forecast`, as test.py --save_forecasts writes it, or with the variables of the
+            data, as predict.py does. Dimensions are told by their names: sequence, time, channel; the other two are rows
+            and columns
+    count   sequences of the test set
+    shape   (T, C, H, W) of the targets
+    facts   FieldFacts of the test set
+
+    Where both have times, the forecasts are found by their reference time, and the file may hold more of them than the
+    test set. Otherwise they are taken in order.
+    UserError: a variable, a forecast or a lead time that is not there, another size, or another number of forecasts.
+    """
+
+    def __init__(self, path, count, shape, facts):
+        self.path = path
+        steps, channels, height, width = shape
+        dataset = self.opened()
+        self.channels = [self.in_axes(array, facts) for array in self.arrays(dataset, channels, facts.info)]
+        found = self.channels[0].shape[0], *self.channels[0].shape[1:]
+        if found[1:] != (steps, height, width):
+            raise UserError(
+                f"--forecasts {path}: holds {found[0]} forecasts of {found[1]} frames, {found[2]}x{found[3]}, but the test set "
+                f"has {steps} frames to forecast, {height}x{width}; write forecasts of that size"
+            )
+        self.numbers = self.matched(dataset, found[0], count, facts)
+
+    def opened(self):
+        """The file as an xarray.Dataset."""
+        if not self.path.exists():
+            raise UserError(f"--forecasts {self.path}: no such file")
+        how = {"engine": "zarr", "consolidated": False} if self.path.is_dir() else {"engine": "h5netcdf"}
+        try:
+            return import_xarray().open_dataset(self.path, decode_timedelta=True, **how)
+        except Exception as error:  # each library has its own kinds
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"--forecasts {self.path}: cannot be read ({reason}); write it again as .nc or .zarr"
+            ) from error
+
+    def arrays(self, dataset, count, info):
+        """The DataArray of each of `count` channels."""
+        if "forecast" in dataset:
+            whole = dataset["forecast"]
+            if "channel" not in whole.dims:
+                whole = whole.expand_dims("channel")
+            if whole.sizes["channel"] != count:
+                raise UserError(
+                    f"--forecasts {self.path}: holds {whole.sizes['channel']} channels, but the test set {count}"
+                )
+            return [whole.isel(channel=i) for i in range(count)]
+        arrays = []
+        for channel in info.channels if info else []:
+            label, name = (text.replace("/", "_") for text in (channel.name, channel.variable))
+            if label in dataset:
+                arrays.append(dataset[label])
+            elif name in dataset and set(channel.value) <= set(dataset[name].indexes):
+                arrays.append(dataset[name].sel(channel.value))
+        if len(arrays) != count:
+            asked = ", ".join(info.names) if info else "forecast"
+            raise UserError(
+                f"--forecasts {self.path}: holds {', '.join(sorted(map(str, dataset.data_vars)))}, but the test set needs {asked}; "
+                "write forecasts under these names, or as one variable called forecast"
+            )
+        return arrays
+
+    def in_axes(self, array, facts):
+        """A DataArray with the dimensions sequence, time, rows, columns."""
+        time = facts.info.time if facts.info and facts.info.time in array.dims else "time"
+        if "sequence" not in array.dims:
+            array = array.expand_dims("sequence")
+        plane = [dim for dim in array.dims if dim not in ("sequence", time)]
+        if time not in array.dims or len(plane) != 2:
+            raise UserError(
+                f"--forecasts {self.path}: {array.name} has the dimensions {', '.join(map(str, array.dims))}; they must be "
+                "[sequence,] time, rows and columns"
+            )
+        return array.transpose("sequence", time, *plane)
+
+    def matched(self, dataset, held, count, facts):
+        """The number in the file of each sequence of the test set, a list."""
+        if facts.times is None or "forecast_reference_time" not in dataset.coords:
+            if held != count:
+                raise UserError(
+                    f"--forecasts {self.path}: holds {held} forecasts without times, but the test set has {count} sequences"
+                )
+            return list(range(count))
+        leads = dataset.get("lead_time")
+        if leads is not None and leads.dtype.kind == "m":
+            seconds = leads.values / np.timedelta64(1, "s")
+            if not np.allclose(seconds, facts.leads, atol=0.5):
+                raise UserError(
+                    f"--forecasts {self.path}: its lead times are {seconds.tolist()} s, but those of the test set are "
+                    f"{facts.leads.tolist()} s"
+                )
+        places = {moment_of(time): i for i, time in enumerate(np.atleast_1d(dataset["forecast_reference_time"].values))}
+        numbers = [places.get(moment_of(time)) for time in facts.info.decoded_times(facts.times)]
+        if None in numbers:
+            first = moment_of(facts.info.decoded_times(facts.times)[numbers.index(None)])
+            raise UserError(
+                f"--forecasts {self.path}: has no forecast from {first}, the last input of a test sequence; its {held} start "
+                f"from {min(places)} to {max(places)}"
+            )
+        return numbers
+
+    def row(self, number):
+        """The forecast of a sequence of the test set, (T, C, H, W)."""
+        place = self.numbers[number]
+        return np.stack([np.asarray(channel[place].values, np.float32) for channel in self.channels], axis=1)
+
+
+def moment_of(time):
+    """A numpy or cftime date as text, to the second."""
+    return str(np.datetime64(time, "s")) if isinstance(time, np.datetime64) else time.isoformat(timespec="seconds")
