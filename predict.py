@@ -10,8 +10,8 @@ HDF5, Zarr, GRIB, GeoTIFF, TIFF). Frames are read one at a time and prepared as 
 the network's is resized, and the forecast is resized back. Every one of N sequences gets a forecast of its own.
 
 --output, by its ending: .nc and .zarr hold a field with the names, units and coordinates of the input, whose time
-continues; .npy and .npz an array in the units and the type of the input, whole numbers rounded; .gif and .mp4 a film; .png
-one picture per frame.
+continues; .npy and .npz an array in the units and the type of the input, whole numbers rounded; .gif and .mp4 a film of the
+last given frames and the forecast; .png one picture per frame.
 """
 
 from vmrnn import command_line
@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import itertools
 import logging
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import numpy as np
 from vmrnn.data.grid_files import GRIDS
 from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.errors import UserError
-from vmrnn.forecast_files import Forecast, check_output
+from vmrnn.forecast_files import FILMS, Forecast, check_output
 from vmrnn.forecaster import Forecaster
 from vmrnn.runtime import describe_device, run_program
 
@@ -61,7 +62,8 @@ def forecast_sequence(forecaster, sequence, source, config, args):
     args         arguments of this program
 
     Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of the
-    frames; how many there were).
+    frames; how many there were; the last of them on the scale [0, 1] for a film, as many as the training was given, or
+    None if no output is a film).
     """
     # Observe the frames, with their dates if the network takes the calendar.
     forecaster.reset()
@@ -69,8 +71,11 @@ def forecast_sequence(forecaster, sequence, source, config, args):
     dated = sequence.times is not None and source.info.calendar
     if dated and config.calendar:
         dates = source.info.decoded_times(sequence.times[sequence.taken(config.frame_step, args.last)])
+    films = any(path.suffix.lower() in FILMS for path in args.output)
+    recent = deque(maxlen=config.num_frames_input if films else 0)
     for frame, date in zip(sequence.frames(config.frame_step, args.last), dates):
         forecaster.observe(frame, date)
+        recent.append(frame)
     if forecaster.count == 0:
         raise UserError("--input: holds no frames")
 
@@ -83,15 +88,16 @@ def forecast_sequence(forecaster, sequence, source, config, args):
 
     forecast = forecaster.forecast_in_unit(args.horizon, forcings, dates)
     forecast[:, forecaster.never_seen] = np.nan
-    return forecast, frame.dtype, forecaster.count
+    given = np.stack([forecaster.in_unit(frame) for frame in recent]) if films else None
+    return forecast, frame.dtype, forecaster.count, given
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     forecaster = Forecaster(args.checkpoint, args.config, args.device, args.scan, own_size=args.own_size)
     log.info("device     %s", describe_device(forecaster.device))
-    given = {key: value for key, value in vars(args).items() if key in command_line.READING}
-    config = replace(forecaster.config, **given)
+    options = {key: value for key, value in vars(args).items() if key in command_line.READING}
+    config = replace(forecaster.config, **options)
     source = open_input(args.input, config)
     if source.info and forecaster.value_range:
         source.info.check_same_fields(forecaster.value_range, config, args.input)
@@ -101,21 +107,23 @@ def main(argv=None):
         path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made fails before the work
 
     # Forecast every sequence. Only the forecasts are kept in memory.
-    forecasts, times = [], []
+    forecasts, given_frames, times = [], [], []
     for number, sequence in enumerate(source.sequences):
-        forecast, dtype, count = forecast_sequence(forecaster, sequence, source, config, args)
+        forecast, dtype, count, given = forecast_sequence(forecaster, sequence, source, config, args)
         if number == 0:
             log.info("input      %d frames of %dx%d, %s", count, *forecast.shape[1:3], dtype)
             log_size(forecaster, forecast.shape[1:3])
         forecasts.append(forecast)
+        given_frames.append(given)
         all_times = sequence.times
         times.append(None if all_times is None else all_times[sequence.taken(config.frame_step)])
     if source.many:
         log.info("input      %d sequences, each with a forecast of its own", len(forecasts))
 
     forecast = Forecast(
-        np.stack(forecasts), forecaster.observed_range, dtype, source.many, source.info, times, config.frame_step
-    )
+        np.stack(forecasts), forecaster.observed_range, dtype, source.many, source.info, times, config.frame_step,
+        given_frames, config, args.colours,
+    )  # fmt: skip
     for path in args.output:
         forecast.save(path, args.fps)
         log.info("forecast   %d frames in %s", args.horizon, path)

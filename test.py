@@ -30,6 +30,7 @@ from functions import compare, make_loss, network_outputs
 from vmrnn import config as configuration, scan
 from vmrnn.baselines import BASELINES
 from vmrnn.checkpoint import find_checkpoint, load_network
+from vmrnn.colours import Look
 from vmrnn.errors import UserError
 from vmrnn.field_facts import climatology, facts_of, latitude_weights
 from vmrnn.files import make_folder
@@ -44,7 +45,17 @@ from vmrnn.spectrum import Spectrum
 
 log = logging.getLogger("vmrnn")
 
-OWN = ("config", "checkpoint", "forecasts", "save_forecasts", "climatology", "latitude_weights", "motion", "strips")
+OWN = (
+    "config",
+    "checkpoint",
+    "forecasts",
+    "save_forecasts",
+    "climatology",
+    "latitude_weights",
+    "motion",
+    "colours",
+    "strips",
+)
 
 
 def parse_arguments(argv=None):
@@ -120,21 +131,36 @@ class Pictures:
 
     folder   where pictures are saved
     count    sequences to picture
-    leads    the name of each lead time
+    facts    FieldFacts
+    look     Look
     """
 
-    def __init__(self, folder, count, leads):
-        self.folder, self.count, self.leads = folder, count, leads
+    def __init__(self, folder, count, facts, look):
+        self.folder, self.count, self.facts, self.look = folder, count, facts, look
         self.errors = []  # mse of each sequence: the mean over lead times with known pixels
 
     def __call__(self, inputs, targets, forecast):
         for i in range(min(len(inputs), self.count - len(self.errors))):
             index = len(self.errors) + i
             sequence = [frames[i].cpu() for frames in (inputs, targets, forecast)]
-            save_strip(self.folder / f"forecast_{index:04d}.png", *sequence, f"sequence {index}", self.leads)
+            leads = self.facts.lead_names(len(sequence[1]))
+            path = self.folder / f"forecast_{index:04d}.png"
+            save_strip(path, *sequence, self.facts.title(index), leads, self.look)
             if index == 0:
-                save_animation(self.folder / "forecast.gif", *sequence)
+                save_animation(self.folder / "forecast.gif", *sequence, leads, self.look)
         self.errors += figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist()
+
+
+def look_at(test_set, config, colours):
+    """The Look of a test set, whose scale fits the last frames of some of its sequences.
+
+    test_set   from dataset.build_dataset
+    config     its Config
+    colours    see Look.of
+    """
+    count = min(len(test_set), 16)
+    last = [test_set[i * len(test_set) // count][1][-1:, : config.input_channels] for i in range(count)]
+    return Look.of(config, test_set.value_range, last, colours)
 
 
 def main(argv=None):
@@ -175,7 +201,8 @@ def main(argv=None):
 
     # One pass over the test set
     leads = facts.lead_names(config.num_frames_output)
-    pictures, spectrum, writer = Pictures(folder, own.strips, leads), Spectrum(), None
+    look = look_at(test_set, config, own.colours)
+    pictures, spectrum, writer = Pictures(folder, own.strips, facts, look), Spectrum(), None
     if own.save_forecasts:
         writer = ForecastWriter(own.save_forecasts, len(test_set), value_range, facts.info, facts.times, facts.leads)
 
@@ -246,6 +273,7 @@ def main(argv=None):
         sequences=sequences,
         config=config.to_dict(),
         command=shlex.join(["python", "test.py", *map(str, sys.argv[1:] if argv is None else argv)]),
+        look=look,
         leads=leads,
         channels=facts.info.names[: config.input_channels] if facts.info else None,
         spectrum=folder / "spectrum.png",

@@ -17,6 +17,7 @@ from PIL import Image
 import test as test_program
 from vmrnn import config as configuration, pictures, report
 from vmrnn.checkpoint import save_weights
+from vmrnn.colours import MISSING, Look, white_level
 from vmrnn.metrics import Metrics, event, figure, row_of
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
@@ -68,7 +69,8 @@ def written(tmp_path):
 
 def frame_of(sprite, t):
     """Frame t of a sprite as uint8 (H, W) or (H, W, 3)."""
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(sprite["uri"].split(",")[1]))))
+    image = Image.open(io.BytesIO(base64.b64decode(sprite["uri"].split(",")[1])))
+    picture = np.asarray(image.convert("RGB") if image.mode == "P" else image)
     y, x = t // sprite["columns"] * H, t % sprite["columns"] * W
     return picture[y : y + H, x : x + W]
 
@@ -90,33 +92,35 @@ def test_the_page_holds_everything_and_asks_for_nothing(written):
 def test_sprites_hold_the_frames(monkeypatch, width):
     monkeypatch.setattr(report, "SPRITE_WIDTH", width)
     inputs, targets, forecast = random_sequence(0)
-    made = report.for_player("best", 7, inputs, targets, forecast, white=1.0, limit=1.0)
+    made = report.for_player("best", 7, inputs, targets, forecast, Look(), limit=1.0)
     grey = [(255 * x[:, 0]).round().to(torch.uint8).numpy() for x in (inputs, forecast)]
     for t in range(GIVEN):
         assert (frame_of(made["truth"], t) == grey[0][t][..., None]).all()
     for t in range(HORIZON):
         assert (frame_of(made["forecast"], t) == grey[1][t]).all()
     missing = frame_of(made["truth"], GIVEN + 1)[2, 3]
-    assert tuple(missing) == tuple(round(255 * c) for c in pictures.MISSING)
+    assert tuple(missing) == tuple(round(255 * c) for c in MISSING)
     assert (frame_of(made["error"], 1)[2, 3] == missing).all()
     assert made["mse"] == figure("mse", forecast, targets).tolist()
 
 
 def test_errors_are_blue_where_too_dark_and_red_where_too_bright():
-    targets = torch.full((1, 1, 1, 3), 0.5)
-    red, white, blue = pictures.signed_colours(targets + torch.tensor([0.2, 0.0, -0.2]), targets, limit=0.2)[0, 0]
+    targets = np.full((1, 1, 3, 1), 0.5)
+    errors = np.array([0.2, 0.0, -0.2])[:, None]
+    red, white, blue = pictures.signed_colours(targets + errors, targets, limit=0.2)[0, 0]
     assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and (white > 0.95).all()
-    assert pictures.error_limit([(targets + 0.2, targets)]) == pytest.approx(0.2)
-    assert pictures.error_limit([(targets, targets)]) == pictures.error_limit([]) == pictures.LEAST_LIMIT
+    assert pictures.error_limit([(targets + 0.2, targets)], Look()) == pytest.approx(0.2)
+    least = pictures.error_limit([], Look())
+    assert pictures.error_limit([(targets, targets)], Look()) == least == pictures.LEAST_LIMIT
 
 
 def test_fields_of_small_values_are_shown_brighter():
     rain = torch.zeros(2, 1, 20, 20)
     rain[0, 0, :2] = 0.2
     rain[1, 0, 5, 5] = torch.nan
-    assert pictures.white_level([rain]) == pytest.approx(0.2)
-    assert pictures.white_level([rain, rain + 0.5]) == pictures.white_level([rain.repeat(1, 3, 1, 1)]) == 1
-    made = report.for_player("best", 0, rain[:1], rain[1:], rain[:1], white=0.2, limit=1.0)
+    assert white_level([rain]) == pytest.approx(0.2)
+    assert white_level([rain, rain + 0.5]) == white_level([rain.repeat(1, 3, 1, 1)]) == 1
+    made = report.for_player("best", 0, rain[:1], rain[1:], rain[:1], Look(high=0.2), limit=1.0)
     assert np.asarray(Image.open(io.BytesIO(base64.b64decode(made["forecast"]["uri"].split(",")[1]))))[0, 0] == 255
 
 

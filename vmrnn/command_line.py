@@ -11,6 +11,11 @@ from vmrnn.errors import UserError
 # Options of how files are read, which predict.py takes too
 READING = ("array_key", "array_axes", "variables", "time_from", "time_step", "forcings", "frame_step")
 
+COLOURS = (
+    "colours of pictures: grey, rain or a colour map of matplotlib (default: auto, which is rain or viridis for fields, "
+    "and grey for all else)"
+)
+
 
 def answer(parser):
     """Answer --help and refuse wrong options of the command line. A program calls this before it imports torch."""
@@ -66,6 +71,7 @@ def test_parser(description):
         action=argparse.BooleanOptionalAction,
         help="the baseline `motion`, the last frame moved along the optical flow (default: for your own data)",
     )
+    parser.add_argument("--colours", default="auto", metavar="NAME", help=COLOURS)
     parser.add_argument("--strips", type=int, default=4, metavar="N", help="sequences to picture (default: 4)")
     configuration.add_options(parser)
     return parser
@@ -94,6 +100,7 @@ def predict_parser(description):
         metavar="FILE",
         help="files to write, see above (default: <input>_forecast.nc for gridded fields, else .npz, here)",
     )
+    parser.add_argument("--colours", default="auto", metavar="NAME", help=COLOURS)
     parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--scan", default="auto", help="scan back end (default: auto)")

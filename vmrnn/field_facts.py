@@ -9,7 +9,7 @@ import torch
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.inputs import open_input
 from vmrnn.data.prepare import Preparation, resize
-from vmrnn.data.times import span, usual_step
+from vmrnn.data.times import lead_names, moment, usual_step
 from vmrnn.errors import UserError
 
 
@@ -30,7 +30,11 @@ class FieldFacts:
         """A short name of every lead time: 10 min where frames have times, else 1, 2, ..."""
         if self.leads is None:
             return [str(step) for step in range(1, horizon + 1)]
-        return [span(float(lead)) for lead in self.leads]
+        return lead_names(self.leads.tolist())
+
+    def title(self, index):
+        """A name of sequence `index`: its number and, where frames have times, the time of its last input frame."""
+        return f"sequence {index}" + ("" if self.times is None else f", last input frame {moment(self.times[index])}")
 
 
 def facts_of(test_set, config):

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from vmrnn.colours import Look
 from vmrnn.data.grid_info import import_xarray
 from vmrnn.data.prepare import as_type
+from vmrnn.data.times import lead_names
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
-from vmrnn.pictures import save_images, save_video
+from vmrnn.pictures import save_film, save_images
 from vmrnn.values import ValueRange
 
 FIELDS, ARRAYS, FILMS, PICTURES = (".nc", ".zarr"), (".npz", ".npy"), (".gif", ".mp4"), (".png",)
@@ -28,6 +30,10 @@ class Forecast:
     info          GridInfo of a gridded field; None for other inputs
     times         times of the observed frames of each sequence, float64 (n,), or None
     step          frames of the input per frame of the forecast
+    given         the last observed frames of each sequence, for films: a list of float32 (n, H, W, C) on the scale [0, 1],
+                  or of None
+    config        Config of the network, which tells pictures from fields; None: pictures
+    colours       see Look.of
     """
 
     unit: np.ndarray
@@ -37,6 +43,9 @@ class Forecast:
     info: object = None
     times: list | None = None
     step: int = 1
+    given: list | None = None
+    config: object = None
+    colours: str = "auto"
 
     @property
     def horizon(self):
@@ -69,6 +78,13 @@ class Forecast:
         if self.reference_times() is None:
             return None
         return np.stack([self.info.next_times(times, self.horizon) for times in self.times])
+
+    def lead_names(self):
+        """Names of the lead times, such as 10 min; None: they are counted."""
+        times = self.next_times()
+        if times is None or not self.info.calendar:
+            return None
+        return lead_names((times[0] - self.reference_times()[0]).tolist())
 
     def dataset(self):
         """The forecasts as an xarray.Dataset that has the names, units, coordinates and attributes of the input.
@@ -113,7 +129,7 @@ class Forecast:
 
         path   .nc, .zarr   a field with coordinates
                .npy, .npz   an array; .npz calls it `forecast` and adds `time` where the input has times
-               .gif, .mp4   a film; low of the range is black, high is white
+               .gif, .mp4   a film of the last observed frames and the forecast
                .png         one picture per frame: next.png becomes next_001.png, next_002.png, ...
         fps    frames per second of a film
 
@@ -140,13 +156,19 @@ class Forecast:
                     )
                     np.savez_compressed(f, forecast=self.array(), **(extra if self.many else first_of(extra)))
         else:
-            for number, frames in enumerate(self.unit.transpose(0, 1, 4, 2, 3)):
+            forecasts = self.unit.transpose(0, 1, 4, 2, 3)
+            given = [own.transpose(0, 3, 1, 2) for own in self.given or () if own is not None]
+            given = given or [forecasts[0, :0]] * len(forecasts)
+            look = Look()
+            if self.config:
+                look = Look.of(self.config, self.value_range, [*given, *forecasts], self.colours)
+            for number, frames in enumerate(forecasts):
                 own = path.with_stem(f"{path.stem}_sequence{number:03d}") if self.many else path
                 if suffix in PICTURES:
-                    save_images(own, frames)
+                    save_images(own, frames, look)
                 else:
                     with replacing(own) as temporary:
-                        save_video(temporary, frames, suffix, fps=fps)
+                        save_film(temporary, given[number], frames, suffix, self.lead_names(), look, fps=fps)
 
 
 def first_of(arrays):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vmrnn.checkpoint import load_network
-from vmrnn.data.prepare import Preparation, as_frame
+from vmrnn.data.prepare import Preparation, as_channels, as_frame
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import calendar_features
 from vmrnn.errors import UserError
@@ -107,6 +107,11 @@ class Forecaster:
         self.shape, self.observed_range, self._size = given, value_range, tuple(unit.shape[-2:])
         self.never_seen = missing if self.never_seen is None else self.never_seen & missing
         self.count += 1
+
+    def in_unit(self, frame):
+        """What the network forecasts of a frame, at the frame's own size: float32 (H, W, C) on the scale [0, 1]."""
+        frame = as_channels(as_frame(frame), self.prepare.channels)[..., : self.model.out_chans]
+        return replace(self.range_of(frame), given=None).to_unit(frame)
 
     def range_of(self, frame):
         """The ValueRange of a frame: the file's or, if the file knows none, the one of the frame's type."""

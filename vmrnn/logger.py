@@ -34,18 +34,19 @@ class Logger:
 class RunLogger(Logger):
     """Writes log.jsonl, loss.png, forecast.gif and pictures/ into the run folder, and tells `others`.
 
-    run         RunFolder
-    batch       sequences per update
-    log_valid   validation batches between saved pictures
-    others      further loggers
+    run      RunFolder
+    state    RunState at the start of the run
+    others   further loggers
     """
 
-    def __init__(self, run, batch, log_valid, others=()):
+    def __init__(self, run, state, others=()):
         # Imported here, by the one process that draws: matplotlib takes a second.
         from vmrnn import pictures
+        from vmrnn.colours import Look
 
-        self.pictures = pictures
-        self.run, self.batch, self.log_valid, self.others = run, batch, log_valid, others
+        self.pictures, self.look_of = pictures, Look.of
+        self.run, self.config, self.value_range, self.others = run, state.config, state.value_range, others
+        self.batch = state.config.train_batch_size  # sequences per update
 
     def training(self, progress, values):
         self.write(progress, values)
@@ -67,18 +68,20 @@ class RunLogger(Logger):
             self.run.append_to_log(place | values)
 
     def forecast(self, progress, batch, inputs, targets, forecast):
-        if (batch - 1) % self.log_valid:
+        if (batch - 1) % self.config.log_valid:
             return
         sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
         path = self.run.path / "pictures" / f"epoch{progress.epoch:04d}_batch{batch:04d}.png"
         with harmless("a picture", path):
             make_folder(path.parent)
-            self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}")
+            look = self.look_of(self.config, self.value_range, sequence[:2])
+            self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}", look=look)
             self.picture(progress, f"forecast/batch {batch}", path)
         if batch == 1:
             path = self.run.path / "forecast.gif"
             with harmless("the animation", path):
-                self.pictures.save_animation(path, *sequence)
+                look = self.look_of(self.config, self.value_range, sequence[:2])
+                self.pictures.save_animation(path, *sequence, look=look)
                 self.picture(progress, "forecast/animation", path)
 
     def picture(self, progress, name, path):
@@ -117,4 +120,4 @@ def make_logger(run, state):
         from vmrnn.board import Board  # TensorBoard is imported only if it is asked for
 
         others.append(Board(run.path / "tensorboard", state.progress, config.train_batch_size))
-    return RunLogger(run, config.train_batch_size, config.log_valid, others)
+    return RunLogger(run, state, others)

@@ -13,18 +13,19 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
+from vmrnn.colours import GREY, Look, shrunk
 from vmrnn.data.fetch import STANDARD, STANDARD_MD5
 from vmrnn.files import replacing
 from vmrnn.metrics import figure
-from vmrnn.pictures import UNITS, as_images, error_limit, signed_colours, white_level
+from vmrnn.pictures import UNITS, error_limit, signed_colours
 from vmrnn.run_folder import strict_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACEHOLDER = '"the data"'  # the template has it where the JSON object belongs
 SPRITE_WIDTH = 4096  # pixels; some browsers refuse wider images
+PLAYER_SIDE = 320  # pixels, the longest side of a frame in the player; larger frames are averaged
 
 # Published figures by data set. "setting": options that must be equal for a comparison. "metrics": what is compared.
 PUBLISHED = {
@@ -170,29 +171,30 @@ def git_revision():
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def for_player(role, index, inputs, targets, forecast, white, limit):
+def for_player(role, index, inputs, targets, forecast, look, limit):
     """What the player needs of one sequence.
 
     role                        best, median or worst
     index                       position in the test set
     inputs, targets, forecast   (T, C, H, W) in [0, 1], NaN for missing pixels
-    white                       value that is shown as white
+    look                        Look
     limit                       errors from here on get the full colour
     """
+    truth, following, expected = (shrunk(look.values(f), PLAYER_SIDE) for f in (inputs, targets, forecast))
     return {
         "role": role,
         "index": index,
         "given": len(inputs),
-        "size": list(inputs.shape[-2:]),
+        "size": list(truth.shape[1:3]),
         "mse": figure("mse", forecast, targets).tolist(),
-        "truth": sprite(as_images(torch.cat([inputs, targets]) / white)),
-        "forecast": sprite(as_images(forecast / white)),
-        "error": sprite(signed_colours(forecast, targets, limit)),
+        "truth": sprite(look.paint(np.concatenate([truth, following]))),
+        "forecast": sprite(look.paint(expected)),
+        "error": sprite(signed_colours(expected, following, limit)),
     }
 
 
 def sprite(images):
-    """Pictures (T, H, W, 3) in [0, 1] in one PNG, row by row: {"columns": pictures per row, "uri": data URI}."""
+    """Pictures (T, H, W, 1 or 3) in [0, 1] in one PNG, row by row: {"columns": pictures per row, "uri": data URI}."""
     T, H, W, _ = images.shape
     columns = max(1, min(T, SPRITE_WIDTH // W))
     pixels = np.zeros((-(-T // columns) * H, columns * W, 3), np.uint8)
@@ -202,9 +204,30 @@ def sprite(images):
     picture = Image.fromarray(pixels)
     if (pixels == pixels[..., :1]).all():
         picture = picture.convert("L")
+    elif few := picture.convert("RGB").getcolors(256):
+        picture = with_palette(pixels, [colour for _, colour in few])
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return {"columns": columns, "uri": data_uri(file.getvalue())}
+
+
+def with_palette(pixels, colours):
+    """Pixels (H, W, 3) of 256 colours at most as an image with a palette, which is a third of the size."""
+    colours = np.unique(np.array(colours, np.uint32) @ (65536, 256, 1))
+    picture = Image.fromarray(np.searchsorted(colours, pixels @ np.uint32((65536, 256, 1))).astype(np.uint8), "P")
+    picture.putpalette(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).astype(np.uint8).tobytes())
+    return picture
+
+
+def scale_of(look):
+    """The colours of a scale for the page: {"label", "gradient": a gradient of CSS, "ticks": [[place, text]]}."""
+    colours, ticks = look.scale()
+    count = len(colours)
+    stops = [
+        f"rgb({' '.join(str(round(255 * float(part))) for part in colour)}) {100 * i / count:.4g}% {100 * (i + 1) / count:.4g}%"
+        for i, colour in enumerate(colours)
+    ]
+    return {"label": look.label, "gradient": f"linear-gradient(90deg, {', '.join(stops)})", "ticks": ticks}
 
 
 def data_uri(png):
@@ -213,7 +236,7 @@ def data_uri(png):
 
 
 def write_report(
-    path, *, title, facts, conventions, results, sequences, config, command, leads=None, channels=None, spectrum=None
+    path, *, title, facts, conventions, results, sequences, config, command, look=None, leads=None, channels=None, spectrum=None
 ):  # fmt: skip
     """Write the page.
 
@@ -226,13 +249,14 @@ def write_report(
                   pixels
     config        dict of options
     command       the exact command line
+    look          Look; None: grey
     leads         names of the lead times, such as 10 min; None: they are counted
     channels      names of the channels; None: they are counted
     spectrum      a PNG of the power spectra to show; None: none
     """
     first = next(iter(results.values()))
-    limit = error_limit([(forecast, targets) for *_, targets, forecast in sequences])
-    white = white_level([targets for *_, targets, _ in sequences])
+    look = look or Look()
+    limit = error_limit([(look.values(forecast), look.values(targets)) for *_, targets, forecast in sequences], look)
     page = {
         "title": title,
         "headline": headline(results),
@@ -242,9 +266,11 @@ def write_report(
         "units": UNITS,
         "results": results,
         "published": published(config, first["mean"]),
-        "sequences": [for_player(*shown, white, limit) for shown in sequences],
-        "white": white,
+        "sequences": [for_player(*shown, look, limit) for shown in sequences],
+        "white": look.high if look.colours == GREY else 1.0,
+        "scale": scale_of(look) if look.label else None,
         "limit": limit,
+        "limit_unit": look.unit,
         "channels": config["input_channels"],
         "channel_names": channels or [f"channel {c}" for c in range(config["input_channels"])],
         "leads": leads or [str(t + 1) for t in range(len(next(iter(first["per_frame"].values()))))],

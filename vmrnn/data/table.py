@@ -24,6 +24,7 @@ class Spec:
     own           whether the data are the user's own, so that their range, size and missing values are options
     channels      the value that input_channels must have; None: the network refuses frames that do not fit it
     pictures      whether the data are pictures, which are resized when they are decoded into the cache
+    field         whether the values have a unit: they are drawn with a scale of colours, not in grey
     antialias     whether resizing smooths what it shrinks
     data_range    (low, high), the stored values that become 0 and 1; None: data_range says, or the data
     """
@@ -35,6 +36,7 @@ class Spec:
     own: bool = False
     channels: int | None = None
     pictures: bool = False
+    field: bool = False
     antialias: bool = True
     data_range: tuple | None = None
 
@@ -61,6 +63,7 @@ DATASETS = {
         metrics=("mse", "mae", "rmse", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr"),
         selects="the last tenth of X_train",
         find="vmrnn.data.splits:taxibj",
+        field=True,
         channels=2,
         data_range=(-1.0, 1.0),
     ),
@@ -94,6 +97,7 @@ DATASETS = {
         metrics=FIELD_METRICS,
         selects=OWN_SELECTS,
         find="vmrnn.data.splits:array",
+        field=True,
         own=True,
     ),
     "grid": Spec(
@@ -101,6 +105,7 @@ DATASETS = {
         metrics=FIELD_METRICS,
         selects=OWN_SELECTS,
         find="vmrnn.data.splits:grid",
+        field=True,
         own=True,
     ),
 }

@@ -239,12 +239,24 @@ def calendar_features(dates):
     return (0.5 + 0.5 * waves).astype(np.float32)
 
 
+UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}  # seconds
+
+
 def span(seconds):
     """A span of time as a person writes it: 300 -> 5 min."""
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60)):
+    for name, size in UNITS.items():
         if seconds >= size and (seconds / size) % 0.5 == 0:
             return f"{seconds / size:g} {name}"
     return f"{seconds:g} s"
+
+
+def lead_names(seconds):
+    """Names of lead times, all in the unit of the first one: 10 min, 20 min, ..., 60 min.
+
+    seconds   float (T,), increasing
+    """
+    unit = span(seconds[0]).partition(" ")[2]
+    return [f"{round(time / UNITS[unit], 6):g} {unit}" for time in seconds]
 
 
 def moment(seconds):
