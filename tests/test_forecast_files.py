@@ -125,7 +125,7 @@ def test_many_sequences_give_many_forecasts(tmp_path):
         run(*common, "--input", tmp_path / "one.npy", "--output", tmp_path / "one.npz", tmp_path / "p.png")
         np.testing.assert_array_equal(np.load(tmp_path / "one.npz")["forecast"], together[number])
         with Image.open(tmp_path / f"y_sequence{number:03d}.gif") as gif:
-            assert gif.n_frames == 2
+            assert gif.n_frames == 5 + 2  # the given frames, then the forecast
     assert {path.name for path in tmp_path.glob("p_*.png")} == {"p_001.png", "p_002.png"}
     with xarray.open_dataset(tmp_path / "y.nc", engine="h5netcdf") as got:
         assert got.forecast.dims == ("sequence", "time", "y", "x") and got.lead_time.values.tolist() == [1, 2]

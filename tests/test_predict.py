@@ -199,13 +199,16 @@ def test_a_file_in_and_files_out(trained, tmp_path):
     assert forecast.dtype == np.uint8 and forecast.shape == (4, 13, 18)
     assert (forecast == np.rint(expected)).all()
     with Image.open(outputs[1]) as gif:
-        assert gif.n_frames == 4 and gif.size == (18 * 14, 13 * 14)
-        gif.seek(2)
-        shown = np.asarray(gif.convert("L"))[7::14, 7::14].astype(int)
-    assert np.abs(shown - forecast[2]).max() <= 2  # a palette
+        assert gif.n_frames == 10 + 4 and gif.size == (18 * 14, 20 + 13 * 14 + 10)  # label and bar
+        shown = []
+        for t in range(gif.n_frames):
+            gif.seek(t)
+            shown.append(np.asarray(gif.convert("L"))[20:-10][7::14, 7::14].astype(int))
+    # The last ten given frames, then the forecast
+    assert np.abs(np.array(shown) - np.concatenate([frames[-10:], forecast]).astype(int)).max() <= 2  # a palette
     film = read_frames(outputs[2])
-    assert film.shape == (4, 13 * 14, 18 * 14, 3)
-    assert np.abs(film[2, 7::14, 7::14].mean(-1) - forecast[2]).max() <= 8  # lossy
+    assert film.shape == (14, 20 + 13 * 14 + 10, 18 * 14, 3)
+    assert np.abs(film[12, 20:-10][7::14, 7::14].mean(-1) - forecast[2]).max() <= 8  # lossy
     with av.open(str(outputs[2])) as container:
         assert container.streams.video[0].codec_context.name == "h264"
     np.save(tmp_path / "grey.npy", np.repeat(frames[..., None], 3, -1))  # a film's three colours
