@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+# Processes that share the tests, one thread each. make test WORKERS=0 runs them in one.
+WORKERS ?= auto
 READY := $(if $(VENV),$(VENV)/.ready)
 
 .PHONY: demo test lint clean
@@ -15,7 +17,7 @@ demo: $(READY)
 	@echo "open exps/quickstart/test/report.html; pictures beside it: forecast_0000.png, forecast.gif, lead_times.png"
 
 test: $(READY)
-	$(BIN) -m pytest
+	$(BIN) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN) -m ruff check . && $(BIN) -m ruff format --check .

@@ -1,4 +1,8 @@
-"""Fixtures of all tests. One thread and a fixed seed, so that the suite is the same everywhere."""
+"""Fixtures of all tests. One thread and a fixed seed, so that the suite is the same everywhere.
+
+`make test` shares the files out among several processes of pytest-xdist. The tests of a file stay together, since they
+share fixtures. What a test writes lies in its tmp_path, and a port is one that the system chose.
+"""
 
 import json
 import os
@@ -6,6 +10,8 @@ import subprocess
 import sys
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every process that a test starts
 
 pytest.register_assert_rewrite("helpers")  # before its first import: a failed assertion there shows its values
 
@@ -45,7 +51,7 @@ def run():
         return subprocess.run(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | environment,
             capture_output=True,
             text=True,
             timeout=300,

@@ -31,8 +31,7 @@ def torchrun():
         ]  # fmt: skip
         started.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True,
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )  # fmt: skip
         return started[-1]

@@ -114,7 +114,6 @@ def test_a_signal_finishes_the_update_and_saves(whole, start, tmp_path, number):
     command = [sys.executable, "train.py", *OPTIONS, "--num_workers", "1", "--res_dir", tmp_path / "run"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     log_file = tmp_path / "run" / "log.jsonl"
     while not (log_file.exists() and log_file.stat().st_size):

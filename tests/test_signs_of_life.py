@@ -60,9 +60,7 @@ def process(tmp_path):
     def start(*options, until_it_trains=True, **popen):
         command = [sys.executable, "train.py", *OPTIONS, "--epochs", "1000", "--res_dir", tmp_path / "run", *options]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
-        )
+        started.append(subprocess.Popen(command, cwd=ROOT, text=True, **streams))
         log_file, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 240
         while not (log_file.exists() and log_file.stat().st_size):
             assert started[-1].poll() is None and time.monotonic() < deadline
@@ -112,7 +110,6 @@ def test_a_second_ctrl_c_while_saving_loses_nothing_and_a_third_ends_at_once(pre
     code = f"{SLOW_SAVE}\nimport train\nfrom vmrnn.runtime import run_program\nrun_program(lambda: train.main({[*OPTIONS, '--epochs', '1000', '--save_every', '60m', '--res_dir', str(tmp_path / 'run')]}))"
     run = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     log_file, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 240
     while not (log_file.exists() and log_file.stat().st_size):
@@ -154,7 +151,6 @@ def test_streams_that_are_missing_or_full_end_nothing(where, tmp_path):
     command = " ".join([*TRAIN, "--res_dir", str(tmp_path / "x")])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} {where}"], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x" / "best.safetensors").exists() and "Traceback" not in done.stderr

@@ -31,7 +31,7 @@ def run_interpreter(file):
     """
     done = subprocess.run(
         [sys.executable, file],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,
