@@ -1,10 +1,17 @@
 """Network B: cells at one resolution (VMRNN, arXiv 2403.16536, section 3.4). Only the wiring: layers are in vmrnn/."""
 
-import torch
 import torch.nn as nn
 
 from vmrnn.network.cell import VMRNNCell
-from vmrnn.network.patch import PatchInflated, check_depths, check_frame, check_network, check_options, patch_embed
+from vmrnn.network.patch import (
+    PatchInflated,
+    check_depths,
+    check_frame,
+    check_network,
+    check_options,
+    forecast_of,
+    patch_embed,
+)
 
 
 class VMRNN(nn.Module):
@@ -23,6 +30,8 @@ class VMRNN(nn.Module):
     cell            class of the cell, with the arguments and the result of VMRNNCell
     out_chans       channels of the forecast, the first of the frame's; the others are forcings, which are given and
                     never forecast. None: all
+    base            "motion": the last out_chans channels of a frame are a forecast of the next frame, which the network
+                    corrects; "none": it forecasts from nothing
 
     Frames are (B, in_chans, H, W) in [0, 1], forecasts (B, out_chans, H, W). `states` holds what is kept of the past:
     pass it on unchanged.
@@ -31,10 +40,11 @@ class VMRNN(nn.Module):
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths=(6,), drop_rate=0.0,
                  attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell=VMRNNCell,
-                 out_chans=None):  # fmt: skip
+                 out_chans=None, base="none"):  # fmt: skip
         super().__init__()
         self.in_chans = in_chans
         self.out_chans = out_chans or in_chans
+        self.base = base
         self.stride = patch_size  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
         check_depths(depths=depths)
@@ -46,7 +56,7 @@ class VMRNN(nn.Module):
             cell(embed_dim, drop_path=[drop_path_rate] * depth, dropout=attn_drop_rate, d_state=d_state, scan=scan)
             for depth in depths
         )
-        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, self.out_chans)
+        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, self.out_chans, silent=base != "none")
 
     @classmethod
     def from_options(cls, depths, depths_down=None, depths_up=None, **options):
@@ -66,10 +76,10 @@ class VMRNN(nn.Module):
             new_states.append(state)
         return tokens, tuple(new_states)
 
-    def decode(self, features):
-        """Features -> frame in (0, 1)."""
-        return torch.sigmoid(self.ST.patch_inflated(features))
+    def decode(self, features, frame=None):
+        """Features -> the next frame in [0, 1]. frame: the network's input, which a base needs."""
+        return forecast_of(self.ST.patch_inflated(features), frame, self.base)
 
     def forward(self, frame, states=None):
         features, states = self.advance(self.encode(frame), states)
-        return self.decode(features), states
+        return self.decode(features, frame), states

@@ -3,7 +3,6 @@
 Only the wiring: layers are in vmrnn/.
 """
 
-import torch
 import torch.nn as nn
 from timm.layers import calculate_drop_path_rates
 
@@ -17,6 +16,7 @@ from vmrnn.network.patch import (
     check_frame,
     check_network,
     check_options,
+    forecast_of,
     patch_embed,
 )
 
@@ -37,7 +37,7 @@ class VMRNN(nn.Module):
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths_downsample=(2, 6),
                  depths_upsample=(6, 2), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16,
-                 scan="auto", cell=VMRNNCell, out_chans=None):  # fmt: skip
+                 scan="auto", cell=VMRNNCell, out_chans=None, base="none"):  # fmt: skip
         super().__init__()
         # Refuse sizes that cannot work.
         check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
@@ -47,6 +47,7 @@ class VMRNN(nn.Module):
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
         self.out_chans = out_chans or in_chans
+        self.base = base
         self.stride = patch_size * 2**levels  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
 
@@ -72,7 +73,7 @@ class VMRNN(nn.Module):
         self.Upsample = nn.Module()
         self.Upsample.layers = cells(up_widths, drop_path_rates(depths_upsample)[::-1])
         self.Upsample.upsample = nn.ModuleList(PatchExpanding(width) for width in up_widths)
-        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, self.out_chans)
+        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, self.out_chans, silent=base != "none")
 
     @classmethod
     def from_options(cls, depths_down, depths_up, depths=None, **options):
@@ -95,10 +96,10 @@ class VMRNN(nn.Module):
             new_states.append(state)
         return tokens, tuple(new_states)
 
-    def decode(self, features):
-        """Features -> frame in (0, 1)."""
-        return torch.sigmoid(self.Upsample.Unembed(features))
+    def decode(self, features, frame=None):
+        """Features -> the next frame in [0, 1]. frame: the network's input, which a base needs."""
+        return forecast_of(self.Upsample.Unembed(features), frame, self.base)
 
     def forward(self, frame, states=None):
         features, states = self.advance(self.encode(frame), states)
-        return self.decode(features), states
+        return self.decode(features, frame), states

@@ -32,6 +32,7 @@ ONLY_FOR = {
     "frame_fit": OWN,
     "missing_value": OWN,
     "transform": OWN,
+    "base": tuple(name for name in DATASETS if name != "moving_mnist"),
 }
 DEFAULTS = Config()
 

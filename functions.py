@@ -30,15 +30,18 @@ def mixed_precision(device, precision):
 class RolloutLoss:
     """MSE + l1_weight * L1 of all outputs of a rollout against the frames that follow (paper, section 3.4).
 
-    l1_weight   weight of the absolute error, 0 or more; the paper's is 1. The absolute error is smallest at the
-                median, so a large weight makes uncertain pixels black, which raises the MSE.
+    l1_weight       weight of the absolute error, 0 or more; the paper's is 1. The absolute error is smallest at the
+                    median, so a large weight makes uncertain pixels black, which raises the MSE.
+    bright_weight   both errors of a pixel of true value v weigh 1 + bright_weight * v. This moves forecasts upwards where
+                    they are uncertain.
     """
 
-    def __init__(self, l1_weight=1.0):
-        self.l1_weight = l1_weight
+    def __init__(self, l1_weight=1.0, bright_weight=0.0):
+        self.l1_weight, self.bright_weight = l1_weight, bright_weight
 
     def __str__(self):
-        return f"MSE + {self.l1_weight:g} L1"
+        weighted = f", weighted by 1 + {self.bright_weight:g} value" if self.bright_weight else ""
+        return f"MSE + {self.l1_weight:g} L1{weighted}"
 
     def __call__(self, outputs, inputs, targets):
         """The loss, a scalar tensor: the mean over the samples of the batch, with equal weights.
@@ -56,13 +59,15 @@ class RolloutLoss:
         pixels = truth[0].numel()
         share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 if no pixel is missing
         share = share.view(-1, *[1] * (truth.ndim - 1))
+        if self.bright_weight:
+            share = share * (1 + self.bright_weight * truth)
         squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
         return (squared * share).mean() + self.l1_weight * (absolute * share).mean()
 
 
 def make_loss(config):
     """The loss that a configuration asks for: a callable with the arguments and the result of RolloutLoss."""
-    return RolloutLoss(config.l1_weight)
+    return RolloutLoss(config.l1_weight, config.bright_weight)
 
 
 def progress_bar(loader, title, total, first=0, rest=None):

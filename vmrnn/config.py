@@ -121,6 +121,9 @@ class Config:
         "VMRNN-D: blocks per level on the way up; the last number is the coarsest level", at_least=1)
     cell: str = option("network", "vss", "blocks of the cells: vss (the paper's), swin (SwinLSTM) or conv (ConvLSTM)",
         rule=known_cell)
+    base: str = option("network", "none",
+        "what a forecast starts from; none: nothing; motion: the last frame moved along the optical flow, which the "
+        "network is given and corrects", choices=["none", "motion"])
     d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
     drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
     attn_drop_rate: float = option("network", 0.0, "dropout rate in every block", at_least=0, below=1)
@@ -209,6 +212,9 @@ class Config:
     train_batch_size: int = option("training", 16, "sequences per update, over all devices together", at_least=1)
     l1_weight: float = option("training", 1.0,
         "weight of the absolute error in the loss, next to the squared error (paper: 1)", at_least=0)
+    bright_weight: float = option("training", 0.0,
+        "the error of a pixel of value v, on the scale [0, 1], weighs 1 + bright_weight v in the loss; for fields of mostly "
+        "small values, such as rain", at_least=0)
     optimizer: str = option("training", "adam",
         "optimiser; muon: Muon for matrices and filters, AdamW for the other weights",
         choices=["adam", "adamw", "muon"])
@@ -286,13 +292,19 @@ class Config:
     @property
     def network_options(self):
         """The arguments of build_model. `in_chans` is the published name."""
-        channels = {"in_chans": self.input_channels + self.forcing_channels, "out_chans": self.input_channels}
+        given = self.forcing_channels + self.base_channels
+        channels = {"in_chans": self.input_channels + given, "out_chans": self.input_channels}
         return self.of_scope("network") | channels | {"scan": self.scan}
 
     @property
     def forcing_channels(self):
         """Channels that are given and never forecast: one per forcing, four of the calendar."""
         return len(self.forcings) + 4 * self.calendar
+
+    @property
+    def base_channels(self):
+        """Channels of the base, which come last."""
+        return self.input_channels if self.base != "none" else 0
 
     def of_scope(self, scope):
         """{name: value} of the options of one scope."""

@@ -7,10 +7,11 @@
         forecaster.observe(frame)
         coming = forecaster.forecast(10)    # the 10 frames after it, (10, H, W) or (10, H, W, C)
 
-Only the network's states are kept of the past, so memory does not grow with the stream.
+Only the network's states, and the motion if it is the base, are kept of the past, so memory does not grow with the stream.
 """
 
 import logging
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from vmrnn.data.table import DATASETS
 from vmrnn.data.times import calendar_features
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward
+from vmrnn.motion import Motion
 from vmrnn.rollout import network_input
 from vmrnn.values import ValueRange
 
@@ -76,6 +78,7 @@ class Forecaster:
         self._size = None  # (h, w) of the prepared frames
         self._next_frame = None  # the forecast of the frame after the last observed one
         self._states = None  # the network's states after the last observed frame
+        self._motion = Motion()  # of the last frames, for a network whose base it is
 
     @torch.inference_mode()
     def observe(self, frame, date=None):
@@ -101,8 +104,14 @@ class Forecaster:
         missing = value_range.is_missing(values[..., : self.model.out_chans]).all(axis=-1)
         if self.config.calendar:
             unit = torch.cat((unit, self._waves([date], 1, unit.shape[-2:])[0]))
+        motion = self._motion
+        if self.config.base_channels:
+            motion = copy(self._motion)
+            motion.observe(unit[: self.model.out_chans].numpy())
+            unit = torch.cat((unit, torch.from_numpy(motion.forecast(1)[0])))
         advanced = self._advance(network_input(unit[None].to(self.device), self.model.stride), self._states)
 
+        self._motion = motion
         self._next_frame, self._states = advanced
         self.shape, self.observed_range, self._size = given, value_range, tuple(unit.shape[-2:])
         self.never_seen = missing if self.never_seen is None else self.never_seen & missing
@@ -186,7 +195,7 @@ class Forecaster:
         return self.prepare.restore(forecast, self.shape[:2])
 
     def _given_channels(self, count, forcings, dates):
-        """Forcings and calendar of the first `count` frames of a forecast, (count, F, h, w). None: there are none.
+        """Forcings, calendar and base of the first `count` frames of a forecast, (count, F, h, w). None: there are none.
 
         count      frames that the network feeds on
         forcings   as in `forecast`
@@ -195,7 +204,7 @@ class Forecaster:
         UserError: the network has forcings or a calendar, and they are not given for all frames.
         """
         names = self.config.forcings
-        if self.config.forcing_channels == 0 or count == 0:
+        if self.config.forcing_channels + self.config.base_channels == 0 or count == 0:
             return None
         parts = []
         if names:
@@ -207,6 +216,8 @@ class Forecaster:
             parts.append(prepare.unit(np.asarray(forcings[:count])))
         if self.config.calendar:
             parts.append(self._waves(dates, count, self._size))
+        if self.config.base_channels:
+            parts.append(torch.from_numpy(self._motion.forecast(count + 1)[1:]))
         return network_input(torch.cat(parts, dim=1).to(self.device), self.model.stride)
 
     def _waves(self, dates, count, size):

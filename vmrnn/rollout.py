@@ -39,7 +39,7 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
                      used; None if the network has none (F = 0)
 
     Output i is the network's forecast of frame i + 1, so the last `horizon` outputs are the forecast. The last F channels
-    are forcings: given at every frame and never forecast. Sides that do not fit the network are padded, and the outputs
+    are forcings: given at every frame and never forecast. The base of a network is the last of them. Sides that do not fit the network are padded, and the outputs
     are cropped.
 
     Raises UserError if the network has forcings and those of the forecast are not given.
@@ -62,16 +62,17 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
         features, states = advance(tokens[t], states)
         warm_up.append(features)
     if warm_up:
-        decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1))
+        decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1), inputs[:, :-1].flatten(0, 1))
         frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
     # The forecast: from the last true frame, then from the network's own frames
     forcings = forcings_of(model, following, horizon)
-    token = tokens[-1]
+    frame, token = inputs[:, -1], tokens[-1]
     for t in range(horizon):
         features, states = advance(token, states)
-        frames.append(model.decode(features))
+        frames.append(model.decode(features, frame))
         if t + 1 < horizon:
-            token = model.encode(frames[-1] if forcings is None else torch.cat((frames[-1], forcings[:, t]), dim=1))
+            frame = frames[-1] if forcings is None else torch.cat((frames[-1], forcings[:, t]), dim=1)
+            token = model.encode(frame)
     return torch.stack(frames, 1)[..., :H, :W]
 
 

@@ -205,7 +205,7 @@ def clip_dataset(split, clips, windows, value_range, options, notes=(), calendar
     return ClipDataset(
         clips, windows, *frames_wanted(options), options.frame_size, value_range, options.frame_fit,
         random=split == "train", length=options.train_sequences, seed=split_seed(split, options.seed), notes=notes,
-        calendar=calendar,
+        calendar=calendar, moved_channels=options.base_channels,
     )  # fmt: skip
 
 

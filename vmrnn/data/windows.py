@@ -12,8 +12,10 @@ from vmrnn.data.cache import identity
 from vmrnn.data.draws import split_key, uniform_draws
 from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
+from vmrnn.motion import Motion, flow_between
 
 PLACES = 16  # largest number of places that are tried for a random crop
+FLOWS = 512  # flows that a data set remembers, of half a MB each or less
 
 
 def cut_windows(clips, total, strides=None):
@@ -56,13 +58,16 @@ class ClipDataset(Dataset):
     notes               lines that say how the data were read, for a program's start
     calendar            float32 (frames of the clips' file, K): channels in [0, 1] that are the same for all pixels of a
                         frame, behind the others; None: there are none
+    moved_channels      0, or the number of the first channels that are given moved along their motion as well, behind all
+                        others: at an input, the frame as it will be a step later; at a target, the last input as it will
+                        be a step later than the target. The last target has zeros
 
     A key is an index or (epoch, index). An item depends on seed and key only.
     UserError: frames too small to be cropped.
     """
 
     def __init__(self, clips, windows, num_frames_input, num_frames_output, size, value_range, frame_fit="resize",
-                 random=False, length=None, seed=0, notes=(), calendar=None):  # fmt: skip
+                 random=False, length=None, seed=0, notes=(), calendar=None, moved_channels=0):  # fmt: skip
         self.clips = clips
         self.windows = windows
         self.num_frames_input = num_frames_input
@@ -77,6 +82,8 @@ class ClipDataset(Dataset):
         self.seed = seed
         self.notes = notes
         self.calendar = calendar
+        self.moved_channels = moved_channels
+        self.flows = {}  # the last flows of `flow`, by clip and number of the frame
         self.order = None  # (epoch, its windows in order)
         if frame_fit == "crop":
             height, width = clips[0].frames().shape[1:3]
@@ -118,17 +125,58 @@ class ClipDataset(Dataset):
         total = self.num_frames_input + self.num_frames_output
         clip, first = self.windows[self.epoch_order(epoch)[index] if self.random else index]
         frames = self.clips[clip].frames()[first : first + total]
+        whole, place = frames, None
         if self.frame_fit == "crop":
-            frames = self.crop(frames, epoch, index)
+            place = self.place(frames, epoch, index)
+            frames = frames[:, *place]
         values = Preparation(frames.shape[-1], self.value_range, self.size).unit(frames)
         if self.calendar is not None:
             numbers = self.clips[clip].start + self.clips[clip].step * np.arange(first, first + total)
             waves = torch.from_numpy(self.calendar[numbers])[:, :, None, None].expand(-1, -1, *self.size)
             values = torch.cat((values, waves), dim=1)
+        if self.moved_channels:
+            shown = whole if place else values
+            values = torch.cat((values, self.moved(shown, self.clips[clip], first, place)), dim=1)
         return values[: self.num_frames_input], values[self.num_frames_input :]
 
-    def crop(self, frames, epoch, index):
-        """The rectangle of frames (T, H, W, C) that an item shows, (T, *size, C).
+    def moved(self, frames, clip, first, place):
+        """The moved channels of an item, (T, C, H, W) at its place.
+
+        frames   the frames of the item: as stored, (T, H, W, C), with a place; else as tensor (T, C, H, W) of an item
+        clip     Clip that they are of
+        first    number of the first one in the clip
+        place    (rows, columns) of the item, slices; None: all
+        """
+        if place:  # what moves into the item comes from outside of it
+            inputs = Preparation(frames.shape[-1], self.value_range, None).unit(frames[: self.num_frames_input])
+        else:
+            inputs = frames[: self.num_frames_input]
+        inputs = inputs[:, : self.moved_channels].numpy()
+        numbers = iter(range(first, first + len(inputs)))
+        stream = Motion(lambda before, after: self.flow(clip, next(numbers), before, after))
+        moved = []
+        for t, frame in enumerate(inputs):
+            stream.observe(frame)
+            moved.append(stream.forecast(1 if t + 1 < len(inputs) else self.num_frames_output, place))
+        moved.append(np.zeros_like(moved[0]))
+        return torch.from_numpy(np.concatenate(moved))
+
+    def flow(self, clip, number, before, after):
+        """The Flow from a frame of a clip to the next one. It is remembered: most frames are in many windows.
+
+        clip            Clip
+        number          of the first frame, in the clip
+        before, after   both frames, (C, H, W) on the scale [0, 1]
+        """
+        key = clip, number
+        if key not in self.flows:
+            if len(self.flows) >= FLOWS:
+                self.flows.pop(next(iter(self.flows)))
+            self.flows[key] = flow_between(before.mean(0), after.mean(0))
+        return self.flows[key]
+
+    def place(self, frames, epoch, index):
+        """The rectangle of frames (T, H, W, C) that an item shows, as slices (rows, columns).
 
         In training, up to PLACES places are drawn, and the first one is taken at which at most half of the first frame is
         missing. If there is none, the place with the fewest missing pixels is taken. Missing pixels teach nothing, and
@@ -138,13 +186,13 @@ class ClipDataset(Dataset):
         draws = uniform_draws(self.seed, [epoch], [index], 2 * PLACES).reshape(-1, 2) if self.random else [[0.5, 0.5]]
         fewest = None
         for y, x in np.minimum((np.array(draws) * (room + 1)).astype(np.int64), room):
-            place = frames[:, y : y + self.size[0], x : x + self.size[1]]
-            missing = self.value_range.is_missing(place[0]).mean() if self.random else 0
+            place = slice(y, y + self.size[0]), slice(x, x + self.size[1])
+            missing = self.value_range.is_missing(frames[0, *place]).mean() if self.random else 0
             if fewest is None or missing < fewest:
-                cropped, fewest = place, missing
+                chosen, fewest = place, missing
             if fewest <= 0.5:
                 break
-        return cropped
+        return chosen
 
     def epoch_order(self, epoch):
         """The windows of an epoch in its order, int64 (length,)."""

@@ -21,7 +21,7 @@ CELLS = {"vss": VMRNNCell, "swin": SwinLSTMCell, "conv": ConvLSTMCell}
 
 def build_model(model, *, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell="vss",
-                out_chans=None):  # fmt: skip
+                out_chans=None, base="none"):  # fmt: skip
     """The network called `model` on the CPU.
 
     depths       blocks per cell of "VMRNN-B"
@@ -35,7 +35,7 @@ def build_model(model, *, patch_size, in_chans, embed_dim, depths, depths_down, 
     return import_module(NETWORKS[model]).VMRNN.from_options(
         patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depths=depths, depths_down=depths_down,
         depths_up=depths_up, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate,
-        d_state=d_state, scan=scan, cell=CELLS[cell], out_chans=out_chans,
+        d_state=d_state, scan=scan, cell=CELLS[cell], out_chans=out_chans, base=base,
     )  # fmt: skip
 
 
