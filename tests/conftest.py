@@ -28,6 +28,20 @@ def pytest_configure(config):
     os.environ["VMRNN_TEST_DEVICE"] = config.getoption("--device") or "cpu"
 
 
+# What takes longest, by CPU time. Started last, such a file would keep one process busy after the others have ended.
+LONGEST = (
+    "test_scan_triton", "test_triton_layers", "test_cells", "test_signs_of_life", "test_distributed", "test_scan_cpu",
+    "test_resume", "test_selfcheck", "test_training", "test_extending", "test_programs",
+)  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The longest files first. The order of the tests in a file stays as it is."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def same_everywhere():
     torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time than it saves
