@@ -1,6 +1,6 @@
 """Forecast the frames that follow those of a file. No labels are needed.
 
-    python predict.py --checkpoint exps/x/best.safetensors --input clip.avi --horizon 10
+    python predict.py --checkpoint exps/x/best.safetensors --input clip.avi
     python predict.py --checkpoint exps/x/best.safetensors --input radar.nc --horizon 12 --output next.nc next.mp4
     python predict.py --checkpoint exps/x/best.safetensors --input frames/ --horizon 20 --last 10 --output next.npz
     python predict.py --checkpoint trained_model_state_dict --config configs/moving_mnist_d.toml --input x.npy --horizon 10
@@ -23,16 +23,19 @@ if __name__ == "__main__":
 import itertools
 import logging
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from vmrnn.checkpoint import find_checkpoint
 from vmrnn.data.grid_files import GRIDS
 from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.errors import UserError
 from vmrnn.forecast_files import FILMS, Forecast, check_output
 from vmrnn.forecaster import Forecaster
+from vmrnn.progress import Bar, still_running
 from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
@@ -46,13 +49,21 @@ def parse_arguments(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.output:
         ending = ".nc" if args.input.lower().endswith(GRIDS) else ".npz"
-        args.output = [Path(f"{Path(args.input).resolve().stem}_forecast{ending}")]
+        folder = find_checkpoint(args.checkpoint).parent
+        args.output = [folder / f"{Path(args.input).resolve().stem}_forecast{ending}"]
     for path in args.output:
         check_output(path, args.input)
     return args
 
 
-def forecast_sequence(forecaster, sequence, source, config, args):
+def frames_to_do(sequences, config, args):
+    """How many frames are observed and forecast in all; None: only reading the input tells."""
+    if any(sequence.count is None for sequence in sequences):
+        return None
+    return sum(len(sequence.taken(config.frame_step, args.last)) + args.horizon for sequence in sequences)
+
+
+def forecast_sequence(forecaster, sequence, source, config, args, bar):
     """Observe the frames of a sequence one at a time, and forecast.
 
     forecaster   Forecaster
@@ -60,6 +71,7 @@ def forecast_sequence(forecaster, sequence, source, config, args):
     source       Input
     config       Config of the network, with the options of how files are read
     args         arguments of this program
+    bar          Bar that counts the frames of all sequences
 
     Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of the
     frames; how many there were; the last of them on the scale [0, 1] for a film, as many as the training was given, or
@@ -74,8 +86,11 @@ def forecast_sequence(forecaster, sequence, source, config, args):
     films = any(path.suffix.lower() in FILMS for path in args.output)
     recent = deque(maxlen=config.num_frames_input if films else 0)
     for frame, date in zip(sequence.frames(config.frame_step, args.last), dates):
-        forecaster.observe(frame, date)
+        # The first frame may wait for the compiler.
+        with still_running("the first frame") if bar.done == 0 else nullcontext():
+            forecaster.observe(frame, date)
         recent.append(frame)
+        bar.update()
     if forecaster.count == 0:
         raise UserError("--input: holds no frames")
 
@@ -86,7 +101,9 @@ def forecast_sequence(forecaster, sequence, source, config, args):
         dates = source.info.decoded_times(later) if dated else None
     forcings = coming_forcings(source, config, frame, later, args.horizon - 1, args.forcing_data)
 
-    forecast = forecaster.forecast_in_unit(args.horizon, forcings, dates)
+    with still_running(f"the forecast of {args.horizon} frames"):
+        forecast = forecaster.forecast_in_unit(args.horizon, forcings, dates)
+    bar.update(args.horizon)
     forecast[:, forecaster.never_seen] = np.nan
     given = np.stack([forecaster.in_unit(frame) for frame in recent]) if films else None
     return forecast, frame.dtype, forecaster.count, given
@@ -96,6 +113,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     forecaster = Forecaster(args.checkpoint, args.config, args.device, args.scan, own_size=args.own_size)
     log.info("device     %s", describe_device(forecaster.device))
+    args.horizon = args.horizon or forecaster.config.num_frames_output
     options = {key: value for key, value in vars(args).items() if key in command_line.READING}
     config = replace(forecaster.config, **options)
     source = open_input(args.input, config)
@@ -108,15 +126,16 @@ def main(argv=None):
 
     # Forecast every sequence. Only the forecasts are kept in memory.
     forecasts, given_frames, times = [], [], []
-    for number, sequence in enumerate(source.sequences):
-        forecast, dtype, count, given = forecast_sequence(forecaster, sequence, source, config, args)
-        if number == 0:
-            log.info("input      %d frames of %dx%d, %s", count, *forecast.shape[1:3], dtype)
-            log_size(forecaster, forecast.shape[1:3])
-        forecasts.append(forecast)
-        given_frames.append(given)
-        all_times = sequence.times
-        times.append(None if all_times is None else all_times[sequence.taken(config.frame_step)])
+    with Bar("predict", frames_to_do(source.sequences, config, args), "frame") as bar:
+        for number, sequence in enumerate(source.sequences):
+            forecast, dtype, count, given = forecast_sequence(forecaster, sequence, source, config, args, bar)
+            if number == 0:
+                log.info("input      %d frames of %dx%d, %s", count, *forecast.shape[1:3], dtype)
+                log_size(forecaster, forecast.shape[1:3])
+            forecasts.append(forecast)
+            given_frames.append(given)
+            all_times = sequence.times
+            times.append(None if all_times is None else all_times[sequence.taken(config.frame_step)])
     if source.many:
         log.info("input      %d sequences, each with a forecast of its own", len(forecasts))
 

@@ -6,8 +6,8 @@
                                                                         a published file plus flags
     python test.py --forecasts theirs.npy --config configs/radar.toml   another method's forecasts of the same test set
 Writes report.html (one file to open or to send: figures, curves, a player, how it was made), metrics.json,
-lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir (default: a folder `test` beside the
-checkpoint or the forecasts). --save_forecasts writes inputs, truths and forecasts of all sequences into one file.
+lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir (default: a folder beside the checkpoint
+or the forecasts that is named after the test set and the horizon, such as test_kth_20). --save_forecasts writes inputs, truths and forecasts of all sequences into one file.
 The baselines are a black frame, the last input frame repeated, and the last input frame moved along the optical flow.
 """
 
@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -116,6 +117,23 @@ def data_name(config):
     return Path(path).name if DATASETS[config.dataset].own and path else config.dataset
 
 
+def default_folder(tested, config):
+    """The folder of a test: beside the tested file, named after the test set and the horizon.
+
+    tested   file of weights or forecasts; its name is part of the folder's, unless it is a run's best.safetensors
+
+    Tests on other data, with another horizon or of other weights therefore never replace one another.
+    """
+    tested, data = Path(tested), config.test_data_dir or (DATASETS[config.dataset].own and config.train_data_dir)
+    parts = [
+        "test",
+        "" if tested.name == "best.safetensors" else tested.stem,
+        Path(data).stem if data else config.dataset,
+    ]
+    name = "_".join(filter(None, (*parts, str(config.num_frames_output))))
+    return tested.parent / re.sub(r"[^\w.-]+", "-", name)
+
+
 def data_description(config):
     """What the data are, in one line."""
     text = DATASETS[config.dataset].description
@@ -165,7 +183,7 @@ def look_at(test_set, config, colours):
 
 def main(argv=None):
     own, given = parse_arguments(argv)
-    folder = given.get("res_dir") or Path(own.forecasts or own.checkpoint).parent / "test"
+    folder = given.get("res_dir")
     model, config, value_range, device = load(own, given)
     log.info("device     %s", describe_device(device))
     if model:
@@ -197,7 +215,9 @@ def main(argv=None):
     log.info("data       %s", test_set)
     for note in test_set.notes:
         log.info("           %s", note)
-    folder = make_folder(folder)
+    folder = make_folder(folder or default_folder(own.forecasts or own.checkpoint, config))
+    for old in folder.glob("forecast_*.png"):  # an earlier test may have drawn more sequences
+        old.unlink()
 
     # One pass over the test set
     leads = facts.lead_names(config.num_frames_output)

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.footprint import fake_footprint
 from benchmarks.recipes import TASKS, judge, small_updates
+from benchmarks.record import record
 from functions import RolloutLoss, Step
 from vmrnn import config as configuration
 from vmrnn.network import build_model
@@ -170,7 +171,7 @@ def main():
         print_row(cell, runs, rates[cell], options["epochs"] * options["train_sequences"], cost[cell])
         results["equal CPU time"][cell] = {"share": share, "runs": runs}
     print("forecast: CPU ms per frame; train: CPU ms per frame and sequence; memory: MiB per frame and sequence")
-    print(json.dumps({"benchmark": "cells", "task": args.task, "sizes": SIZES[args.task], "cost": cost, **results}))
+    record("cells", {"task": args.task, "sizes": SIZES[args.task], "cost": cost, **results})
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ scan             operations of the recurrence, counted as VMamba does: 9 per sta
 
 Measured: the forecast of sequences of random frames with fresh weights, --test_batch_size (here 1) at a time. Peak memory
 on a CPU is that of the whole process, the import of torch included; on a GPU it is that of torch's tensors. Prints a
-table, then one JSON line.
+table, and adds a line to exps/benchmarks/cost.jsonl.
 """
 
-import json
 import sys
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.record import record
 from benchmarks.timing import peak_mib, wall_seconds
 from functions import mixed_precision
 from vmrnn import config as configuration
@@ -120,7 +120,7 @@ def main(argv=None):
         print(f"{title:34}{cells[0]:>14}{cells[1]:>18}")
     print(f"forecasting, batch {config.test_batch_size}, {config.precision}, {describe_device(device)}:")
     print(f"{measured['frames_per_second']:.1f} frames/s, peak memory {measured['peak_mib']:.0f} MiB")
-    print(json.dumps({"benchmark": "cost", "command": sys.argv, **found, **measured}))
+    record("cost", {"command": sys.argv, **found, **measured})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Overlay the learning curves of runs: validation MSE against samples seen, and against time.
 
-    python -m benchmarks.curves exps/a exps/b                   writes curves.png
-    python -m benchmarks.curves exps/* --metric ssim --output ssim.png
+    python -m benchmarks.curves exps/a exps/b                   writes exps/curves.png
+    python -m benchmarks.curves exps/* --metric ssim --output exps/ssim.png
 
 Reads log.jsonl of each run folder; seconds are of the run's own machine, pauses left out.
 """
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from vmrnn.errors import UserError
 from vmrnn.metrics import better
-from vmrnn.pictures import save
+from vmrnn.pictures import LINES, UNITS, save
 from vmrnn.run_folder import read_log
 from vmrnn.runtime import run_program
 
@@ -36,24 +36,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--metric", default="mse")
-    parser.add_argument("--output", default="curves.png")
+    parser.add_argument("--output", type=Path, default=Path("exps/curves.png"), help="(default: exps/curves.png)")
     args = parser.parse_args()
 
+    # One line per run, in the colours of the other pictures
     figure = Figure((9, 3.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for run in args.runs:
+    for number, run in enumerate(args.runs):
         samples, seconds, values = points(run, args.metric)
         best = (max if better(args.metric) == "higher" else min)(values)
         print(
             f"{run}: {samples[-1]:,} samples, {seconds[-1] / 3600:.2f} h, {args.metric} {values[-1]:.4f}, best {best:.4f}"
         )
-        axes[0].plot(samples, values, marker=".", label=run)
-        axes[1].plot([s / 3600 for s in seconds], values, marker=".", label=run)
-    axes[0].set(xlabel="samples seen", ylabel=f"validation {args.metric}")
-    axes[1].set(xlabel="hours")
+        style = {"marker": ".", "label": run}
+        if len(args.runs) <= len(LINES):
+            style |= dict(zip(("color", "linestyle"), LINES[number]))
+        axes[0].plot(samples, values, **style)
+        axes[1].plot([s / 3600 for s in seconds], values, **style)
+
+    # Axes, and a legend that covers no line
+    unit = f" [{UNITS[args.metric]}]" if args.metric in UNITS else ""
+    axes[0].set(xlabel="samples seen [thousands]", ylabel=f"validation {args.metric}{unit}")
+    axes[0].xaxis.set_major_formatter(lambda samples, _: f"{samples / 1000:g}")
+    axes[1].set(xlabel="time of the run [hours]")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].set_title(f"{better(args.metric)} is better", fontsize=9, loc="right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     save(figure, args.output)
     print(args.output)
 

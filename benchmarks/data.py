@@ -2,15 +2,15 @@
 
     python -m benchmarks.data
 
-Every figure is a median over `SECONDS` seconds. Prints a table, then one JSON line.
+Every figure is a median over `SECONDS` seconds. Prints a table, and a line of JSON in exps/benchmarks/data.jsonl.
 """
 
-import json
 import platform
 
 import numpy as np
 import torch
 
+from benchmarks.record import record
 from benchmarks.timing import wall_seconds
 from dataset import make_loader
 from vmrnn.data.moving_mnist import MovingMNIST, load_digits, select_digits
@@ -67,8 +67,7 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + f"; batches of {BATCH}")
     for name, value in rates.items():
         print(f"{name:<52} {value:>9,.0f} sequences/s")
-    result = {"benchmark": "data", **machine, "batch": BATCH}
-    print(json.dumps(result | {"sequences_per_s": {k: round(v) for k, v in rates.items()}}))
+    record("data", {**machine, "batch": BATCH, "sequences_per_s": {k: round(v) for k, v in rates.items()}})
 
 
 if __name__ == "__main__":

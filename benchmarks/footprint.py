@@ -11,10 +11,10 @@ kept  after the forward pass: parameters, inputs, and what is saved for the back
 peak  the maximum during forward and backward pass, without scratch memory inside an operation
 
 A GPU needs more: that scratch memory, its allocator's rounding, and the CUDA context. Under bf16 and fp16 the rules are
-those of autocast on a CPU, which runs a few norms in half precision that a GPU runs in fp32. A table, then one JSON line.
+those of autocast on a CPU, which runs a few norms in half precision that a GPU runs in fp32. Prints a
+table, and adds a line to exps/benchmarks/footprint.jsonl.
 """
 
-import json
 import sys
 import weakref
 
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.record import record
 from functions import mixed_precision
 from vmrnn import config as configuration
 from vmrnn.network import build_model
@@ -104,7 +105,7 @@ def main(argv=None):
     found = fake_footprint(config)
     print(f"{config.model}, batch {config.train_batch_size // config.accumulate}, {config.precision}")
     print(f"kept for the backward {found['kept'] / 2**20:.0f} MiB, peak {found['peak'] / 2**20:.0f} MiB")
-    print(json.dumps({"benchmark": "footprint", "command": sys.argv, **found}))
+    record("footprint", {"command": sys.argv, **found})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ mkdir -p "$folder"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--' | tr '[:upper:]' '[:lower:]')
 result=$folder/gpu_${gpu}_$(date +%F).txt
 failed=0
+began=$(mktemp)
 
 step() { # step SECONDS COMMAND...
     echo "\$ ${*:2}" | tee -a "$result"
@@ -46,5 +47,10 @@ step 195 "$python" -m benchmarks.train_step --device cuda --rounds 1 --cases D:1
     D:64:bf16:triton:graph B:1:bf16:triton:graph B:64:bf16:triton:graph \
     D:16:bf16:triton:graph:muon D:16:bf16:triton:compile
 step 30 "$python" -m benchmarks.layers --device cuda
+# The figures as JSON, of the benchmarks that ended
+for name in scan train_step layers; do
+    [ "exps/benchmarks/$name.jsonl" -nt "$began" ] && tail -n 1 "exps/benchmarks/$name.jsonl" >>"$result"
+done
+rm "$began"
 echo "results: $result"
 exit $failed

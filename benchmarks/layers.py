@@ -4,17 +4,17 @@
     python -m benchmarks.layers --device cuda       maps in bf16 under autocast
 
 Every way must agree with the first of its group, gradients too. Medians in turn, forward and with backward: in
-milliseconds on a CPU, in microseconds of the kernels alone on a GPU. A table, then one JSON line. Other ways that were
-tried and lost are in LOG.md.
+milliseconds on a CPU, in microseconds of the kernels alone on a GPU. A table, and a line of JSON
+in exps/benchmarks/layers.jsonl. Other ways that were tried and lost are in LOG.md.
 """
 
 import argparse
-import json
 import statistics
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.record import record
 from benchmarks.timing import kernel_seconds
 from vmrnn.errors import UserError
 from vmrnn.network import fused, fused_triton
@@ -133,7 +133,7 @@ def main():
                 cells = f"{scale * forward:9.2f}{scale * both:9.2f}"
                 print(f"{layer.__name__:11}{shape[0]:6}{shape[1]:5}{shape[2]:9}  {way:18}{cells}")
                 results.append({"layer": layer.__name__, "shape": shape, "way": way, "forward": forward, "both": both})
-    print(json.dumps({"benchmark": "layers", "results": results}))
+    record("layers", {"results": results})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import record
 from vmrnn.runtime import cpu_name, run_program
 
 COMMON = {
@@ -97,6 +98,7 @@ def judge(folder, digits, options, sequences):
         # digits_split: no recipe has trained on the last 10,000 of all
         test = ["--digits_split", "all", "--test_sequences", str(sequences), "--train_data_dir", digits]
         command = [sys.executable, "test.py", "--checkpoint", str(folder / "best.safetensors"), *test]
+        command += ["--res_dir", str(report.parent)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     results = json.loads(report.read_text())["results"]
     return results["forecast"]["mean"] | {"black": results["black frame"]["mean"]["mse"]}
@@ -128,7 +130,7 @@ def main():
         mse, ssim = (statistics.mean(run[metric] for run in runs) for metric in ("mse", "ssim"))
         print(f"{name:34}{mse:8.2f}{ssim:8.3f}   " + "".join(f"{run['mse']:8.2f}" for run in runs), flush=True)
     print(f"{'a black frame':34}{runs[0]['black']:8.2f}")
-    print(json.dumps({"benchmark": "recipes", "task": task, "recipes": RECIPES, "results": results}))
+    record("recipes", {"task": task, "recipes": RECIPES, "results": results})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 A back end must first agree with the reference in float64 (the CPU kernel to 5e-6, y and every gradient). One that does
 not gets no figure, and the program ends with an error. Every round measures all back ends in turn, so that a machine
-whose speed drifts treats them alike. Medians over rounds: a table, then one JSON line.
+whose speed drifts treats them alike. Medians over rounds: a table, and a line of JSON in exps/benchmarks/scan.jsonl.
 
 infer    forward under no_grad
 forward  forward that keeps what a backward needs
@@ -18,7 +18,6 @@ floor    on a CPU: as many exp and multiply-adds in registers, forward, and forw
 
 import argparse
 import ctypes
-import json
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import record
 from benchmarks.timing import kernel_seconds
 from tests.helpers import fresh_scan_inputs, outputs_and_gradients, relative_errors
 from vmrnn import compiler, scan
@@ -200,7 +200,7 @@ def main():
                 side, Di, R = shape
                 fixed = {"side": side, "Di": Di, "R": R, "batch": batch, "dtype": str(dtype)}
                 records += [{**fixed, "name": n, **r} for n, r in results.items()]
-    print(json.dumps({"benchmark": "scan", "environment": environment, "results": records}))
+    record("scan", {"environment": environment, "results": records})
     sys.exit(1 if any("wrong" in r for r in records) else 0)
 
 

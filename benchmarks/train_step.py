@@ -9,7 +9,8 @@ end (default: auto; mamba is the published path, with its stacked and flipped co
 (64x64, patch 2, width 128) with 10 + 10 frames. "frame" is one frame of a stream, batch 1, as vmrnn.Forecaster runs it.
 
 Each case runs in a process of its own, so that its peak memory is its own. Every round runs all cases in turn, so that a
-machine whose speed drifts treats them alike. Medians over rounds: a table, then one JSON line. The golden tests of every
+machine whose speed drifts treats them alike. Medians over rounds: a table, and a line of JSON
+in exps/benchmarks/train_step.jsonl. The golden tests of every
 back end used must pass first.
 """
 
@@ -21,6 +22,7 @@ import sys
 
 import torch
 
+from benchmarks.record import record
 from benchmarks.timing import peak_mib, wall_seconds
 from functions import RolloutLoss, Step, mixed_precision
 from vmrnn import scan
@@ -128,7 +130,7 @@ def main():
             if last:  # printed at once: nothing is lost if the program is stopped later
                 print(row(case, medians_of(rounds)), flush=True)
     medians = {case: medians_of(rounds) for case, rounds in results.items() if rounds}
-    print(json.dumps({"device": describe_device(device), "medians": medians, "failed": failed}))
+    record("train_step", {"device": describe_device(device), "medians": medians, "failed": failed})
     sys.exit(1 if failed else 0)
 
 

@@ -87,7 +87,8 @@ def test_a_run_with_everything_on_the_page(extended):
     assert len(rows) == 3 and "bright" in rows[0] and rows[1].startswith("1,")
     printed = run(extended, "test.py", "--checkpoint", "run/best.safetensors", "--device", "cpu", "--strips", 1)
     assert "MSE weighted by 1 + 5 value" in printed
-    results = json.loads((extended / "run" / "test" / "metrics.json").read_text())
+    (report,) = (extended / "run").glob("test_*/metrics.json")
+    results = json.loads(report.read_text())
     assert results["results"]["black frame"]["mean"]["bright"] == 0
     assert results["config"]["model"] == "VMRNN-G" and "closer to 1 is better" in results["conventions"]["bright"]
 

@@ -65,7 +65,7 @@ def test_testing_a_checkpoint_with_its_own_configuration(trained, run):
     folder, _ = trained
     done = run("test.py", "--checkpoint", folder / "best.safetensors", "--strips", 2)
     assert done.returncode == 0, done.stderr
-    report = json.loads((folder / "test" / "metrics.json").read_text())
+    report = json.loads((folder / "test_moving_mnist_2" / "metrics.json").read_text())
     results = report["results"]
     assert results["forecast"]["count"] == 6 and len(results["forecast"]["per_frame"]["mse"]) == 2
     assert results["forecast"]["mean"]["mse"] == pytest.approx(np.mean(results["forecast"]["per_frame"]["mse"]))
@@ -73,9 +73,9 @@ def test_testing_a_checkpoint_with_its_own_configuration(trained, run):
         if name != "psnr_uint8":  # the short table has it only where published figures use it
             assert f"{value:.4f}" in done.stdout and name in done.stdout
     assert "psnr_uint8" not in done.stdout and done.stdout.count("\nssim_dr2: SSIM") == 1
-    gif = Image.open(folder / "test" / "forecast.gif")
+    gif = Image.open(folder / "test_moving_mnist_2" / "forecast.gif")
     assert gif.n_frames == 5
-    assert {p.name for p in (folder / "test").glob("*.png")} == {
+    assert {p.name for p in (folder / "test_moving_mnist_2").glob("*.png")} == {
         "forecast_0000.png", "forecast_0001.png", "lead_times.png", "spectrum.png",
     }  # fmt: skip
 

@@ -305,13 +305,13 @@ def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
     items = [data[i] for i in range(7)]
     with torch.no_grad():
         errors = [figure("mse", rollout(model, x[None], 2)[:, 2:], y[None]).mean().item() for x, y in items]
-    page = page_of(tmp_path / "test" / "report.html")
+    page = page_of(tmp_path / "test_w_moving_mnist_2" / "report.html")
     assert [(s["role"], s["index"]) for s in page["sequences"]] == list(report.pick(errors).items())
     assert len(page["sequences"]) == 3
     for shown in page["sequences"]:
         assert np.mean(shown["mse"]) == pytest.approx(errors[shown["index"]], rel=1e-4)
     assert page["command"].endswith(f"--checkpoint {tmp_path / 'w.safetensors'} --strips 1 --device cpu")
-    assert json.loads((tmp_path / "test" / "metrics.json").read_text())["results"] == page["results"]
+    assert json.loads((tmp_path / "test_w_moving_mnist_2" / "metrics.json").read_text())["results"] == page["results"]
 
 
 def test_the_animation_shows_truth_forecast_and_difference(tmp_path):
@@ -336,3 +336,17 @@ def test_the_page_and_the_pictures_have_the_same_colours():
     light = report.TEMPLATE.read_text(encoding="utf-8").split("@media")[0]
     names = ("first", "second", "third", "fourth")
     assert [re.search(rf"--{name}: (#\w+)", light)[1] for name in names] == [colour for colour, _ in pictures.LINES]
+
+
+@pytest.mark.parametrize(
+    "tested, options, name",
+    [
+        ("run/best.safetensors", dict(dataset="kth", num_frames_output=20), "run/test_kth_20"),
+        ("run/best.safetensors", dict(dataset="kth", num_frames_output=40), "run/test_kth_40"),
+        ("run/last.pt", dict(test_data_dir="standard"), "run/test_last_standard_10"),
+        ("theirs.npy", dict(dataset="grid", train_data_dir="a b/*.nc", num_frames_output=5), "test_theirs_-_5"),
+        ("x.safetensors", dict(dataset="array", train_data_dir="in/rain.npz"), "test_x_rain_10"),
+    ],
+)
+def test_tests_of_other_data_and_horizons_have_folders_of_their_own(tested, options, name):
+    assert str(test_program.default_folder(tested, configuration.Config(**options))) == name

@@ -89,7 +89,9 @@ def predict_parser(description):
         "--forcing_data", metavar="FILE", help="fields with the forcings of the frames to forecast, where they change"
     )
     parser.add_argument("--last", type=int, metavar="N", help="use the last N frames alone (default: all)")
-    parser.add_argument("--horizon", type=int, metavar="N", required=True, help="frames to forecast")
+    parser.add_argument(
+        "--horizon", type=int, metavar="N", help="frames to forecast (default: as many as in the training)"
+    )
     parser.add_argument(
         "--own_size", action="store_true", help="forecast at the size of the input; default: at that of the training"
     )
@@ -98,7 +100,7 @@ def predict_parser(description):
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="files to write, see above (default: <input>_forecast.nc for gridded fields, else .npz, here)",
+        help="files to write, see above (default: <input>_forecast.nc for gridded fields, else .npz, beside the weights)",
     )
     parser.add_argument("--colours", default="auto", metavar="NAME", help=COLOURS)
     parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")
