@@ -232,7 +232,7 @@ def whole_frame(sums, c):
 
 
 # fmt: off
-METRICS = [
+METRICS = {row.name: row for row in [
     Metric("mse", "squared error summed over C, H, W of a frame (the field's convention)", "lower",
            per_frame(lambda c: whole_frame(c.errors[0], c))),
     Metric("mae", "absolute error summed over C, H, W of a frame (the field's convention)", "lower",
@@ -252,7 +252,7 @@ METRICS = [
     Metric("lpips", "LPIPS 0.1 of AlexNet, grey frames as grey colours; frames with a missing pixel are left out",
            "lower", per_frame(lpips, lambda c: c.rows(c.known) == c.size),
            prepare=lambda: lpips_network(torch.device("cpu"))),
-]
+]}
 
 # Scores of events at a threshold: what they are, which direction is better, their value from the sums.
 EVENTS = {
@@ -270,7 +270,6 @@ EVENTS = {
 # Scores of events that need more than their counts.
 FRACTIONS = "fss"
 # fmt: on
-METRICS = {row.name: row for row in METRICS}
 
 
 def equitable_threat(hits, misses, alarms, pixels):
