@@ -154,3 +154,22 @@ def test_predict_refuses_an_input_that_lacks_a_forcing(trained, changes, message
         past[["rain"]].to_netcdf(folder / "bare.nc", engine="h5netcdf")
     with pytest.raises(UserError, match=message):
         predict_from(folder, **changes)
+
+
+def test_a_damaged_file_of_forcings_is_named(trained):
+    """Its header is whole. Its values are not, which shows when they are unpacked."""
+    import h5py
+    import xarray
+
+    folder, config, _, _ = trained
+    path = folder / "mask.nc"
+    with xarray.open_dataset(path, engine="h5netcdf") as mask:
+        mask = mask.load()
+    mask.to_netcdf(path, engine="h5netcdf", encoding={"mask": {"zlib": True}})
+    with h5py.File(path) as file:
+        piece = file["mask"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[piece.byte_offset : piece.byte_offset + piece.size] = bytes(piece.size)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"mask.nc: mask cannot be read .*fetch it again"):
+        build_dataset("train", config)

@@ -155,7 +155,8 @@ class Grid:
             values, beyond = decode(block, selection.flags, self.dtype)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{part.path}: {selection.variable} cannot be read ({reason}); fetch it again") from error
+            path = selection.path or part.path
+            raise UserError(f"{path}: {selection.variable} cannot be read ({reason}); fetch it again") from error
         self.beyond_fill[selection.variable] += beyond
         order = sorted(range(block.ndim), key=lambda i: "TCHW".index(roles[block.dims[i]]))
         values = values.transpose(order).reshape(-1, len_levels(variable, selection.letters), *self.shape[1:3])
@@ -326,28 +327,29 @@ def describe(path, variables, array_axes, time_from, forcings=()):
     for asked, given in [*((name, False) for name in variables), *((name, True) for name in forcings)]:
         place, rest = file_of(asked) if given else (None, asked)
         variable, _, level = rest.partition("@")
-        with opened_dataset(place or path, variable) as dataset:
+        source = place or path  # the file of this variable
+        with opened_dataset(source, variable) as dataset:
             name = split_path(variable)[1]
             found = dataset.variables[name]
             if found.dtype.kind not in "buif":
-                raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another")
+                raise UserError(f"{source}: {variable} holds {found.dtype}, no numbers; name another")
             # Dimensions: those of sequences, time, rows and columns are the same for all, but a forcing may have no time
-            roles = read_roles(dataset, name, array_axes if not given else "", place or path)
+            roles = read_roles(dataset, name, array_axes if not given else "", source)
             sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}
             size = sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]
             if first:
                 check_size(asked, size, roles, variables[0], first[0], given, place, path)
             first = first or (size, roles, find_times(dataset, roles, path, time_from))
             # Channels
-            levels = levels_of(dataset, name, roles, level, path)
+            levels = levels_of(dataset, name, roles, level, source)
             if given and len(levels) > 1:
                 one = next(iter(levels[0][2].values()))
-                raise UserError(f"{path}: the forcing {asked} has {len(levels)} levels; name one: {asked}@{one}")
+                raise UserError(f"{source}: the forcing {asked} has {len(levels)} levels; name one: {asked}@{one}")
             if not given:
                 channels += [Channel(channel_name(variable, value), variable, at, value) for _, at, value in levels]
                 attributes.setdefault(variable, field_attributes(found))
             # Values
-            flags, said = missing_flags(place or path, variable, found.attrs)
+            flags, said = missing_flags(source, variable, found.attrs)
             dtypes.append(stored_type(found.dtype, found.attrs, flags))
             positions = tuple(position for position, _, _ in levels)
             selections.append(Selection(variable, "".join(roles.values()), positions, tuple(flags), place))
@@ -387,7 +389,7 @@ def check_size(asked, size, roles, first_name, first_size, given, place, path):
     if place and not steady:
         raise UserError(f"{place}: the forcing {asked} changes with time: write it into the files of {path}")
     if size[2:] != first_size[2:] or not (steady or size == first_size):
-        raise UserError(f"{path}: {asked} has {frames_text(size)}, but {first_name} {frames_text(first_size)}; "
+        raise UserError(f"{place or path}: {asked} has {frames_text(size)}, but {first_name} {frames_text(first_size)}; "
                         "name fields that are alike")  # fmt: skip
 
 
