@@ -25,7 +25,8 @@ def test_a_line_per_minute_where_no_bar_is_seen(tmp_path, monkeypatch, caplog):
     train.main([*TINY, "--epochs", "2", "--accumulate", "2", "--res_dir", str(tmp_path / "x")])
     lines = [record.getMessage() for record in caplog.records]
     training = [line for line in lines if re.fullmatch(LINE, line)]
-    assert len(training) == 16 - 2 and "of the run left" in training[-1]  # the last batch of an epoch ends it
+    assert len(training) == 16 and "of the run left" in training[-1]
+    assert "  100 %, " in training[7] and "about 0 s left" in training[7]
     assert re.fullmatch(r"validate 1  100 %, .*frames/s, about 0 s left", [x for x in lines if "validate 1  " in x][-1])
     epoch = next(line for line in lines if line.startswith("epoch 1/2  train loss"))
     assert re.search(r"\d+ s done, about \d+ s of the run left$", epoch)
