@@ -71,13 +71,16 @@ def make_loss(config):
 
 
 def progress_bar(loader, title, total, first=0, rest=None):
-    """Iterate over `loader` with a bar, or lines, that count frames; yields (bar, inputs, targets).
+    """Iterate over `loader` with a bar, or lines, that count frames; yields (bar, frames, inputs, targets).
 
     loader   yields the batches that are left
     title    text before the bar
     total    number of all batches
     first    number of batches that were done before
     rest     function that returns the end of a line, see vmrnn.progress.Bar
+
+    The caller calls bar.update(frames) when the batch is done: a caller that takes no more batches than it needs never
+    comes back here after its last one.
     """
     silent = distributed.rank() > 0
     with Bar(title, first=first, rest=rest, silent=silent) as bar:
@@ -87,8 +90,7 @@ def progress_bar(loader, title, total, first=0, rest=None):
                 bar.reset(frames * total, frames * first)
             # The first batch may take minutes to compile the network.
             with still_running(f"{title}: first batch", silent) if number == 0 else nullcontext():
-                yield bar, inputs, targets
-            bar.update(frames)
+                yield bar, frames, inputs, targets
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,14 @@ def train_one_epoch(
         train_step.clear_gradients()
         total = torch.zeros((), device=device)
         for part in range(train_step.parts):
-            bar, inputs, targets = next(batches)
+            bar, frames, inputs, targets = next(batches)
             targets = targets[:, : horizon(global_step)] if horizon else targets
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             # The processes exchange their gradients once per update, with the last micro-batch.
             waits = world > 1 and part + 1 < train_step.parts
             with train_step.network.no_sync() if waits else nullcontext():
                 total += train_step(inputs, targets)
+            bar.update(frames)
 
         # Clip the gradient, and read its norm and the loss: the one time per update that the CPU waits for the device.
         scaler.unscale_(optimizer)
@@ -268,7 +271,7 @@ def compare(
     # Every batch of this process: forecast, loss, and the sums of the metrics
     baselines, value_range = baselines or {}, value_range or ValueRange()
     total, meters = 0.0, {label: Metrics(metrics, weights) for label in ("model", *baselines)}
-    for step, (_, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
+    for step, (bar, frames, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         horizon = targets.shape[1]
         outputs = outputs_of(inputs, targets)
@@ -282,6 +285,7 @@ def compare(
             meters[label].update(value_range.to_linear(forecast, axis=2), truth)
         if on_batch:
             on_batch(step, inputs, targets, forecasts["model"])
+        bar.update(frames)
 
     # Merge the sums of all processes.
     total, samples = distributed.all_sum(total, meters["model"].count)
