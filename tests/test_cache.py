@@ -140,6 +140,63 @@ def test_a_damaged_cache_is_made_again(own, tmp_path, damage):
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """(read, file): read() is what the cache gives; its one file is large: samples of it are not the whole."""
+    monkeypatch.setattr(cache, "SAMPLES", 5), monkeypatch.setattr(cache, "SAMPLE", 100)
+    monkeypatch.setattr(cache, "LARGE", 500)
+    content = RNG.bytes(50_000)
+
+    def read():
+        folder = cache.cached_folder(tmp_path / "cache", "x", [1], lambda folder: (folder / "frames.npy").write_bytes(content))
+        return (folder / "frames.npy").read_bytes() == content
+
+    assert read()
+    return read, next((tmp_path / "cache").glob("x-*")) / "frames.npy"
+
+
+def test_a_byte_between_the_samples_of_a_large_cached_file(large):
+    """The file keeps its size and its time of modification."""
+    read, file = large
+    made, damaged = file.stat(), bytearray(file.read_bytes())
+    damaged[1000] ^= 1
+    file.write_bytes(damaged)
+    os.utime(file, ns=(made.st_atime_ns, made.st_mtime_ns))
+    assert read()
+
+
+def test_a_large_cached_file_whose_disk_lost_a_sample(large, monkeypatch):
+    """Nothing wrote to the file, so its version is the same."""
+    read, file = large
+    monkeypatch.setattr(cache, "version", lambda path: (0,))
+    shutil.rmtree(file.parent)
+    assert read()
+    damaged = bytearray(file.read_bytes())
+    damaged[:50] = bytes(50)
+    file.write_bytes(damaged)
+    assert read()
+
+
+def test_a_large_cached_file_is_read_whole_once(large, tmp_path, monkeypatch):
+    read, file = large
+    whole_reads = []
+    checksum = cache.checksum
+
+    def counted(path, size, whole):
+        if size == whole:
+            whole_reads.append(path.name)
+        return checksum(path, size, whole)
+
+    monkeypatch.setattr(cache, "checksum", counted)
+    assert read() and not whole_reads
+    os.utime(file)  # as good as before, but it may have been written
+    for _ in range(2):
+        assert read() and whole_reads == ["frames.npy"]
+    made = file.stat().st_ino
+    (file.parent / cache.WHOLE_FILES).write_text("[")
+    assert read() and file.stat().st_ino != made
+
+
 def test_damaged_ranges_are_found_again(own, tmp_path):
     np.save(tmp_path / "data" / "a.npy", RNG.uniform(0, 5, (40, 8, 10)))
     first = own("train").value_range

@@ -18,9 +18,10 @@ CACHE_FORMAT = 2  # part of every key; raise it when the content of the cache, o
 
 MAKING = ".making-"  # start of the names of unfinished folders
 CONTENTS = "contents.json"  # file in a folder of the cache: what the folder held when it was made
-SMALL = 2**20  # bytes; larger files of the cache have no checksum
+WHOLE_FILES = "whole_files.json"  # beside it: checksums of large files, and their versions when they were last read whole
 WHOLE = 2**28  # bytes; of larger source files the checksum covers samples only
 SAMPLES, SAMPLE = 256, 2**16  # samples of a large file, bytes per sample
+LARGE = SAMPLES * SAMPLE  # bytes; larger files of the cache are not read whole at every start
 
 
 def cached_folder(cache_dir, label, key, write):
@@ -48,6 +49,7 @@ def cached_folder(cache_dir, label, key, write):
             made.mkdir()
             write(made)
             (made / CONTENTS).write_text(json.dumps(contents(made)), encoding="utf-8")
+            (made / WHOLE_FILES).write_text(json.dumps(large_files(made)), encoding="utf-8")
             if folder.exists() and not is_whole(folder):
                 os.rename(folder, Path(scratch) / "damaged")
             try:
@@ -62,21 +64,50 @@ def cached_folder(cache_dir, label, key, write):
 
 
 def contents(folder):
-    """{name: [size, checksum]} of the files in a folder of the cache; large files, which are mapped, have no checksum."""
+    """{name: [size, checksum of samples]} of the files in a folder of the cache; of a file up to LARGE bytes, the samples
+    are the whole."""
     facts = {}
     for file in sorted(folder.iterdir()):
-        size = file.stat().st_size
-        if file.name != CONTENTS:
-            facts[file.name] = [size, checksum(file, size) if size <= SMALL else ""]
+        if file.name not in (CONTENTS, WHOLE_FILES):
+            size = file.stat().st_size
+            facts[file.name] = [size, checksum(file, size, LARGE)]
+    return facts
+
+
+def large_files(folder, known=()):
+    """{name: [checksum of the whole, version]} of the files above LARGE bytes in a folder of the cache.
+
+    known   what this function returned before: the checksum of a file whose version is still the same
+    """
+    facts = {}
+    for file in sorted(folder.iterdir()):
+        if (size := file.stat().st_size) > LARGE:
+            now = list(version(file))
+            same = file.name in known and known[file.name][1] == now
+            facts[file.name] = [known[file.name][0] if same else checksum(file, size, size), now]
     return facts
 
 
 def is_whole(folder):
-    """Whether a folder of the cache exists and its files are those that it was made with."""
+    """Whether a folder of the cache exists and its files are those that it was made with.
+
+    A large file is read whole only if it may have been written since it was last found good. Its samples are read always.
+    """
     try:
-        return json.loads((folder / CONTENTS).read_text(encoding="utf-8")) == contents(folder)
-    except (OSError, ValueError):
+        if json.loads((folder / CONTENTS).read_text(encoding="utf-8")) != contents(folder):
+            return False
+        known = json.loads((folder / WHOLE_FILES).read_text(encoding="utf-8"))
+        found = large_files(folder, known)
+        if {name: facts[0] for name, facts in found.items()} != {name: facts[0] for name, facts in known.items()}:
+            return False
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return False
+    if found != known:
+        try:
+            (folder / WHOLE_FILES).write_text(json.dumps(found), encoding="utf-8")
+        except OSError:  # not ours to write: the next start reads the file whole again
+            pass
+    return True
 
 
 def remove_leftovers(cache_dir):
@@ -105,26 +136,31 @@ def identity(path):
         parts = [[file.relative_to(path).as_posix(), *identity(file)] for file in files]
         return [sum(size for _, size, _ in parts), hashlib.sha256(json.dumps(parts).encode()).hexdigest()]
     try:
-        status = path.stat()
-        # The times of creation and change cannot be set by the programs that keep a file's time when they replace it.
-        version = (
-            str(path.resolve()),
-            *(getattr(status, f"st_{key}") for key in ("ino", "size", "mtime_ns", "ctime_ns")),
-        )
-        if version not in CHECKSUMS:
-            CHECKSUMS[version] = checksum(path, status.st_size)
+        key, size = (str(path.resolve()), *version(path)), path.stat().st_size
+        if key not in CHECKSUMS:
+            CHECKSUMS[key] = checksum(path, size, WHOLE)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name another file") from error
-    return [status.st_size, CHECKSUMS[version]]
+    return [size, CHECKSUMS[key]]
+
+
+def version(path):
+    """What changes when a file is written or replaced: its number on the disk, size, and two times in nanoseconds.
+
+    Programs that keep a file's time when they replace it can set the time of modification, but not that of change.
+    """
+    status = path.stat()
+    return tuple(getattr(status, f"st_{key}") for key in ("ino", "size", "mtime_ns", "ctime_ns"))
 
 
 CHECKSUMS = {}  # version of a file -> its checksum, so that a process computes it once
 
 
-def checksum(path, size):
+def checksum(path, size, whole):
+    """The checksum of a file of `size` bytes; if these are more than `whole`, of samples of it."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        if size <= WHOLE:
+        if size <= whole:
             while block := f.read(2**20):
                 digest.update(block)
         else:
