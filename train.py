@@ -200,6 +200,10 @@ def train(config, weights, resumed, device, signals, run):
 
             validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
             if validated:
+                # Saved before anything is drawn: a resumed run evaluates again, so that no failure in the validation or its
+                # pictures costs the epoch.
+                if not run.is_saved(state):
+                    run.save(state)
                 results = evaluate(
                     eval_model, valid_loader, device, rows, loss_function, config.precision, value_range=value_range,
                     on_batch=partial(validation_batch, run, state, signals, logger), title=f"validate {progress.epoch}",

@@ -108,6 +108,16 @@ def test_a_kill_in_the_middle_of_a_save(whole, start, tmp_path, moment):
     assert_same(whole[0], tmp_path / "run")
 
 
+def test_a_crash_while_a_picture_is_drawn_costs_no_epoch(whole, start, tmp_path):
+    """Nothing but the end of the epoch saves here. A crash in a library is no error that Python could catch."""
+    first = f"arguments += ['--save_every', '1000']; from vmrnn import pictures; pictures.save_strip = lambda *_: {DIE}"
+    assert start(tmp_path / "run", first)[1]() == -signal.SIGKILL
+    position = read_checkpoint(tmp_path / "run" / "last.pt")["position"]
+    assert (position["epoch"], position["step"]) == (2, 6)
+    assert start(tmp_path / "run")[1]() == 0
+    assert_same(whole[0], tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_update_and_saves(whole, start, tmp_path, number):
     """To the process and its workers together, as schedulers and terminals send it."""

@@ -70,9 +70,9 @@ class RunLogger(Logger):
     def forecast(self, progress, batch, inputs, targets, forecast):
         if (batch - 1) % self.config.log_valid:
             return
-        sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
         path = self.run.path / "pictures" / f"epoch{progress.epoch:04d}_batch{batch:04d}.png"
         with harmless("a picture", path):
+            sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
             make_folder(path.parent)
             look = self.look_of(self.config, self.value_range, sequence[:2])
             self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}", look=look)

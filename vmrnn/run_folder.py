@@ -346,6 +346,10 @@ class RunFolder:
         step, moment = self.saved
         return state.config.is_save_due(state.progress.global_step - step, time.perf_counter() - moment)
 
+    def is_saved(self, state):
+        """Whether the last save, or the checkpoint that the run continues from, holds all updates that are done."""
+        return self.saved[0] == state.progress.global_step
+
     def save(self, state):
         """Write last.pt."""
         state.progress.count_time()
