@@ -148,7 +148,9 @@ def large(tmp_path, monkeypatch):
     content = RNG.bytes(50_000)
 
     def read():
-        folder = cache.cached_folder(tmp_path / "cache", "x", [1], lambda folder: (folder / "frames.npy").write_bytes(content))
+        folder = cache.cached_folder(
+            tmp_path / "cache", "x", [1], lambda folder: (folder / "frames.npy").write_bytes(content)
+        )
         return (folder / "frames.npy").read_bytes() == content
 
     assert read()

@@ -18,7 +18,7 @@ CACHE_FORMAT = 2  # part of every key; raise it when the content of the cache, o
 
 MAKING = ".making-"  # start of the names of unfinished folders
 CONTENTS = "contents.json"  # file in a folder of the cache: what the folder held when it was made
-WHOLE_FILES = "whole_files.json"  # beside it: checksums of large files, and their versions when they were last read whole
+WHOLE_FILES = "whole_files.json"  # beside it: of large files, checksums, and versions when they were last read whole
 WHOLE = 2**28  # bytes; of larger source files the checksum covers samples only
 SAMPLES, SAMPLE = 256, 2**16  # samples of a large file, bytes per sample
 LARGE = SAMPLES * SAMPLE  # bytes; larger files of the cache are not read whole at every start
