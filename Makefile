@@ -1,5 +1,5 @@
 # make demo: install, train a small network, test it. make test: install, run the test suite.
-# make demo TORCH=cpu: torch without CUDA, a tenth of the download. It counts when .venv is made.
+# make demo TORCH=cpu: torch without CUDA, an eighth of the download. It counts when .venv is made.
 # A machine with its own environment: make test PYTHON=python VENV= (nothing is installed then).
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,7 +30,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
-	@echo "downloading torch's CPU build (about 0.2 GB), then the other packages (about 0.4 GB)"
+	@echo "downloading torch's CPU build (about 0.2 GB), then the other packages (about 0.2 GB)"
 	$(PIP) --index-url $(CPU_INDEX) torch torchvision
 else
 	@echo "downloading the packages: about 3 GB on Linux, most of it torch's CUDA libraries; make TORCH=cpu leaves them out"

@@ -22,6 +22,7 @@ import logging
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ from vmrnn.forecast_store import ForecastWriter, StoredForecasts
 from vmrnn.metrics import anomaly_correlation, figure, metric_rows
 from vmrnn.network import compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
+from vmrnn.progress import duration
 from vmrnn.report import is_compared, pick, write_report
-from vmrnn.run_folder import strict_json
+from vmrnn.run_folder import read_log, strict_json
 from vmrnn.runtime import describe_device, pick_device, run_program
 from vmrnn.spectrum import Spectrum
 
@@ -115,6 +117,42 @@ def data_name(config):
     """A short name of the test set: that of the file or folder for a user's own data, else of the data set."""
     path = config.test_data_dir or config.train_data_dir
     return Path(path).name if DATASETS[config.dataset].own and path else config.dataset
+
+
+def training_facts(checkpoint):
+    """{"training": how long the network was trained}, from the log beside a run's file; {} where there is none."""
+    checkpoint = Path(checkpoint)
+    log_file = checkpoint.parent / "log.jsonl"
+    entries = [e for e in read_log(log_file) if "valid_loss" in e] if log_file.is_file() else []
+    entries = [entry for entry in entries if isinstance(entry.get("mse"), float)]
+    if not entries:
+        return {}
+    entry = min(entries, key=lambda entry: entry["mse"]) if checkpoint.name == "best.safetensors" else entries[-1]
+    return {"training": f"{entry['samples']:,} sequences, {entry['epoch']} epochs, {duration(entry['seconds'])}"}
+
+
+class Clock:
+    """A function of (inputs, targets) that returns what `outputs_of` does, and knows how fast it was.
+
+    outputs_of   see functions.compare
+    device       where it runs
+    """
+
+    def __init__(self, outputs_of, device):
+        self.outputs_of, self.device = outputs_of, device
+        self.frames, self.seconds = 0, 0.0
+
+    def __call__(self, inputs, targets):
+        begun = time.perf_counter()
+        outputs = self.outputs_of(inputs, targets)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.seconds += time.perf_counter() - begun
+        self.frames += outputs.shape[0] * outputs.shape[1]
+        return outputs
+
+    def __str__(self):
+        return f"{self.frames / self.seconds:.3g} frames a second through the network"
 
 
 def default_folder(tested, config):
@@ -205,7 +243,7 @@ def main(argv=None):
     if model:
         if config.compile:
             compile_model(model, device)
-        outputs_of, tested = network_outputs(model, config.precision), own.checkpoint
+        outputs_of, tested = Clock(network_outputs(model, config.precision), device), own.checkpoint
         log.info("checkpoint %s (%s)", own.checkpoint, config.model)
     else:
         shape = (config.num_frames_output, config.input_channels, *config.frame_size)
@@ -281,12 +319,14 @@ def main(argv=None):
         facts={
             "checkpoint" if model else "forecasts": str(tested),
             **({"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"} if model else {}),
+            **(training_facts(own.checkpoint) if model else {}),
             "data": data_description(config),
             "test set": str(test_set),
             "values": str(value_range),
             "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
             **losses,
             "device": describe_device(device),
+            **({"speed": str(outputs_of)} if model else {}),
         },
         conventions=conventions,
         results=results,

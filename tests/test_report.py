@@ -136,9 +136,9 @@ def test_published_figures_stand_beside_the_published_task_only(tmp_path, monkey
     mean = {"mse": 20.0, "ssim_dr2": 0.9}
     generated = configuration.Config().to_dict()
     table = report.published(generated, mean)
-    assert table["rows"][0] == ["this checkpoint", 20.0, 0.9]
-    assert ["VMRNN-D", 16.46, 0.9645] in table["rows"]
-    errors = [error for _, error, *_ in table["rows"][1:]]
+    assert table["own"] == [20.0, 0.9]
+    assert ["VMRNN-D", "15.3 M", "arXiv 2403.16536", 16.46, 0.9645] in table["rows"]
+    errors = [error for *_, error, _ in table["rows"]]
     assert errors == sorted(errors)
     assert "NOT the published one" in table["note"]
     assert report.published(generated | {"num_frames_output": 5}, mean) is None

@@ -252,7 +252,9 @@ def save_lead_times(path, results, rows, leads=None):
         unit = f" [{UNITS[row.name]}]" if row.name in UNITS else ""
         axis.set_title(f"{row.name}{unit}, {row.better} is better", fontsize=9)
         axis.set_xlabel(axis_name)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=all(float(time).is_integer() for time in times)))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(times) <= 12:
+            axis.set_xticks(times)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=len(labels), frameon=False)

@@ -28,6 +28,9 @@ SPRITE_WIDTH = 4096  # pixels; some browsers refuse wider images
 PLAYER_SIDE = 320  # pixels, the longest side of a frame in the player; larger frames are averaged
 
 # Published figures by data set. "setting": options that must be equal for a comparison. "metrics": what is compared.
+# "rows": {network: (parameters in millions or None, source, figures)}. The parameters of VMRNN are counted in the published
+# weights and in our network.
+OPENSTL = "OpenSTL, video_benchmarks.md"
 PUBLISHED = {
     "moving_mnist": {
         "setting": {
@@ -35,17 +38,17 @@ PUBLISHED = {
         },
         "metrics": ["mse", "ssim_dr2"],
         "rows": {
-            "VMRNN-D": [16.46, 0.9645],
-            "SwinLSTM-D": [17.7, 0.962],
-            "SimVPv2": [15.05, 0.9675],
-            "PredRNN++ (2000 epochs)": [14.07, 0.9698],
-            "PredFormer": [11.7, 0.975],
+            "VMRNN-D": (15.3, "arXiv 2403.16536", [16.46, 0.9645]),
+            "SwinLSTM-D": (None, "arXiv 2308.09891", [17.7, 0.962]),
+            "SimVPv2": (46.8, f"arXiv 2211.12509; {OPENSTL}", [15.05, 0.9675]),
+            "PredRNN++ (2000 epochs)": (38.6, OPENSTL, [14.07, 0.9698]),
+            "PredFormer": (None, "arXiv 2410.04733", [11.7, 0.975]),
         },
     },
     "taxibj": {
         "setting": {"num_frames_input": 4, "num_frames_output": 4, "input_size": [32, 32], "input_channels": 2},
         "metrics": ["mse", "mae", "ssim_dr2"],
-        "rows": {"VMRNN-B": [0.2887, 14.69, 0.9858]},
+        "rows": {"VMRNN-B": (2.6, "arXiv 2403.16536", [0.2887, 14.69, 0.9858])},
     },
 }  # fmt: skip
 
@@ -65,8 +68,9 @@ def published(config, mean):
     config   dict of options
     mean     {metric: figure} of this test
 
-    Returns {"metrics", "rows", "note"}; the note says whether the test set is the published one. None: no published
-    figures are of the same task.
+    Returns {"metrics", "rows", "own", "note"}: rows of [network, parameters, source, figures...], the smallest error first,
+    the figures of this test, and whether the test set is the published one. None: no published figures are of the same
+    task.
     """
     table = PUBLISHED.get(config["dataset"])
     if table is None or any(config[key] != value for key, value in table["setting"].items()):
@@ -85,9 +89,13 @@ def published(config, mean):
             "The published figures are of the split X_test of dataset.npz. Whether this test set is the same file "
             "was not checked."
         )
-    others = dict(sorted(table["rows"].items(), key=lambda row: row[1][0]))  # the smallest error first
-    rows = {"this checkpoint": [mean.get(name, math.nan) for name in table["metrics"]]} | others
-    return {"metrics": table["metrics"], "rows": [[name, *row] for name, row in rows.items()], "note": note}
+    rows = sorted(table["rows"].items(), key=lambda row: row[1][2][0])
+    return {
+        "metrics": table["metrics"],
+        "rows": [[name, size and f"{size} M", source, *figures] for name, (size, source, figures) in rows],
+        "own": [mean.get(name, math.nan) for name in table["metrics"]],
+        "note": note,
+    }
 
 
 def md5(path):
