@@ -28,7 +28,7 @@ from vmrnn.scan import reference, triton_scan
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
 
 # name: (shape (B, H, W, Di, N, R), segments that forward and backward split the sequence into, steps of a chunk and of the
-# shortest segment). The interpreter takes about 30 ms per step of a program, and a program is a batch item, a direction, a
+# shortest segment). The interpreter takes about 20 ms per step of a program, and a program is a batch item, a direction, a
 # block of channels and a segment.
 CASES = {
     "1x1": ((1, 1, 1, 8, 2, 1), (1, 1), 8),
@@ -165,7 +165,7 @@ def test_parity_on_a_gpu(shape):
 
 @needs_triton
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("batch, side", [(16, "32x32"), (16, "16x16"), (16, "8x8"), (1, "32x32")])
+@pytest.mark.parametrize("batch, side", [(1, "32x32"), (16, "16x16"), (16, "8x8")])
 def test_compiled_without_spills(batch, side, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype = "bf16" if side == "16x16" else "fp32"  # both, in half the time that both of each take
