@@ -103,29 +103,18 @@ def train(config, weights, resumed, device, signals, run):
     signals   runtime.StopSignals
     run       run_folder.RunFolder
     """
-    rank, world = distributed.rank(), distributed.world_size()
+    world = distributed.world_size()
     log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
     check_cuda_graph(config, device, world)
     seed_everything(config.seed)
     find_dead_workers_between_updates()
 
-    # Data. One process decodes and downloads for all.
-    with distributed.rank_zero_first():
-        train_set = build_dataset("train", config)
-        valid_set = build_dataset("valid", config, train_set.value_range)
-    value_range = train_set.value_range
+    # Data
+    train_loader, valid_loader, parts = make_loaders(config, device)
+    train_set, valid_set = train_loader.dataset, valid_loader.dataset
+    value_range, updates_per_epoch = train_set.value_range, len(train_set) // config.train_batch_size
     rows = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, value_range, config.lpips)
-    micro_batch, parts = share_of_batch(config, world)
-    options = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
-    train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **options)
-    valid_loader = make_loader(valid_set, config.valid_batch_size, **options)
-    updates_per_epoch = len(train_set) // config.train_batch_size
-    if updates_per_epoch == 0:
-        raise UserError(
-            f"train_sequences, train_data_dir: {len(train_set)} sequences do not fill one batch of "
-            f"{config.train_batch_size}"
-        )
 
     # Network. One frame is forecast now, so that frames that do not fit are refused before anything is written.
     model = build_model(**config.network_options).to(device)
@@ -161,13 +150,13 @@ def train(config, weights, resumed, device, signals, run):
     run.open(state, resumed)
     logger = make_logger(run, state)
 
-    log_plan(state, train_set, valid_set, micro_batch, parts)
+    log_plan(state, train_loader, valid_loader, parts)
     log.info("run folder %s", run.path)
 
     # From here on there is something to save: a signal ends the run after the next update.
     signals.deferred = True
     validated = False
-    with saved_if_workers_die(run, state):
+    with failures_handled(run, state):
         while progress.epoch <= config.epochs:
             train_loader.sampler.epoch = progress.epoch
             train_loader.sampler.start = progress.step * config.train_batch_size
@@ -177,26 +166,19 @@ def train(config, weights, resumed, device, signals, run):
                 clip_grad=config.clip_grad, title=f"epoch {progress.epoch}/{config.epochs}",
                 rest=partial(time_left, progress, config.epochs),
             )  # fmt: skip
-            try:
-                for update in updates:
-                    signals.seconds = run.seconds_per_save + progress.count_time()
-                    if ema:
-                        ema.update(model, step=progress.global_step + 1)
-                    progress.add_update(update)
-                    if update.step % config.log_train == 0 or update.step == updates_per_epoch:
-                        lr = schedule.learning_rate(progress.global_step - 1)
-                        values = {"train_loss": progress.take_window(), "grad_norm": update.grad_norm, "lr": lr}
-                        logger.training(progress, values)
-                    if any(distributed.all_sum(signals.received is not None)):
-                        stop(run, state, signals)
-                    if run.save_due(state):
-                        run.save(state)
-            except NonFinite as failure:
-                path = run.save_failed_update(state, failure, rank)
-                raise UserError(
-                    f"{failure} at update {failure.update.step} of epoch {progress.epoch}/{config.epochs}: lower --lr or "
-                    f"set --clip_grad 1; its batch and the weights before it are in {path}"
-                ) from failure
+            for update in updates:
+                signals.seconds = run.seconds_per_save + progress.count_time()
+                if ema:
+                    ema.update(model, step=progress.global_step + 1)
+                progress.add_update(update)
+                if update.step % config.log_train == 0 or update.step == updates_per_epoch:
+                    lr = schedule.learning_rate(progress.global_step - 1)
+                    values = {"train_loss": progress.take_window(), "grad_norm": update.grad_norm, "lr": lr}
+                    logger.training(progress, values)
+                if any(distributed.all_sum(signals.received is not None)):
+                    stop(run, state, f"stopped by {signals.received or 'another process'}")
+                if run.save_due(state):
+                    run.save(state)
 
             validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
             if validated:
@@ -231,9 +213,30 @@ def train(config, weights, resumed, device, signals, run):
         )
 
 
-def log_plan(state, train_set, valid_set, micro_batch, parts):
+def make_loaders(config, device):
+    """Loaders of the training and the validation data, and micro-batches per update.
+
+    UserError: data that cannot be used, or too few sequences for one update.
+    """
+    # One process decodes and downloads for all.
+    with distributed.rank_zero_first():
+        train_set = build_dataset("train", config)
+        valid_set = build_dataset("valid", config, train_set.value_range)
+    rank, world = distributed.rank(), distributed.world_size()
+    micro_batch, parts = share_of_batch(config, world)
+    if len(train_set) < config.train_batch_size:
+        raise UserError(
+            f"train_sequences, train_data_dir: {len(train_set)} sequences do not fill one batch of "
+            f"{config.train_batch_size}"
+        )
+    options = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda", "rank": rank, "world": world}
+    train_loader = make_loader(train_set, micro_batch, shuffle=True, seed=config.seed, drop_last=True, **options)
+    return train_loader, make_loader(valid_set, config.valid_batch_size, **options), parts
+
+
+def log_plan(state, train_loader, valid_loader, parts):
     """Log what will run: network, data, validation, training, and where the run continues."""
-    config, progress = state.config, state.progress
+    config, progress, train_set = state.config, state.progress, train_loader.dataset
     parameters = sum(p.numel() for p in state.model.parameters())
     log.info("network    %s, %s parameters, frames %d x %d", config.model, f"{parameters:,}", *config.frame_size)
     log.info(
@@ -242,13 +245,13 @@ def log_plan(state, train_set, valid_set, micro_batch, parts):
     )  # fmt: skip
     for note in train_set.notes:
         log.info("           %s", note)
-    log.info("validation %d sequences: %s", len(valid_set), DATASETS[config.dataset].selects)
+    log.info("validation %d sequences: %s", len(valid_loader.dataset), DATASETS[config.dataset].selects)
     if progress.epoch > config.epochs:
         log.info("%d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
     log.info(
         "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",
         progress.epoch, config.epochs, progress.updates_per_epoch, config.optimizer, config.lr, config.schedule,
-        config.precision, config.train_batch_size, micro_batch, parts, distributed.world_size(),
+        config.precision, config.train_batch_size, train_loader.batch_size, parts, distributed.world_size(),
     )  # fmt: skip
     if progress.step:
         log.info("going on   after update %d of epoch %d", progress.step, progress.epoch)
@@ -263,19 +266,24 @@ def time_left(progress, epochs):
 
 
 @contextmanager
-def saved_if_workers_die(run, state):
-    """If the system kills a process that prepares batches, save, and end the program as a signal does."""
+def failures_handled(run, state):
+    """While the block runs: a loss that is not finite is a UserError, and a killed worker ends the program as a signal does."""
     try:
         yield
+    except NonFinite as failure:
+        path = run.save_failed_update(state, failure, distributed.rank())
+        raise UserError(
+            f"{failure} at update {failure.update.step} of epoch {state.progress.epoch}/{state.config.epochs}: lower --lr "
+            f"or set --clip_grad 1; its batch and the weights before it are in {path}"
+        ) from failure
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not is_dead_worker(error):
             raise
-        run.save(state)
-        raise Stopped(
-            f"a process that prepares batches was killed, perhaps for want of memory, in epoch {state.progress.epoch} "
-            f"after update {state.progress.step}; {run.last} is saved, --resume auto goes on; fewer --num_workers need "
-            "less memory"
-        ) from error
+        stop(
+            run,
+            state,
+            "a process that prepares batches was killed, perhaps for want of memory (use fewer --num_workers),",
+        )
 
 
 def check_cuda_graph(config, device, world):
@@ -313,7 +321,7 @@ def validation_batch(run, state, signals, logger, batch, inputs, targets, foreca
     """
     # Several processes stop only after an update, where all of them agree to.
     if signals.received and distributed.world_size() == 1:
-        stop(run, state, signals)  # a resumed run evaluates again
+        stop(run, state, f"stopped by {signals.received}")  # a resumed run evaluates again
     logger.forecast(state.progress, batch, inputs, targets, forecast)
 
 
@@ -325,12 +333,12 @@ def check_validation(results, config, epoch):
         raise UserError(f"the validation loss of epoch {epoch} is {results['loss']}: lower --lr or set --clip_grad 1")
 
 
-def stop(run, state, signals):
-    """Save, and end the program."""
+def stop(run, state, reason):
+    """Save, and end the program. `reason` begins the message."""
     run.save(state)
     raise Stopped(
-        f"stopped by {signals.received or 'another process'} in epoch {state.progress.epoch} after update "
-        f"{state.progress.step}; {run.last} is saved, --resume auto goes on"
+        f"{reason} in epoch {state.progress.epoch} after update {state.progress.step}; {run.last} is saved, --resume auto "
+        "goes on"
     )
 
 
