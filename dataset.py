@@ -10,6 +10,7 @@ worker count, after any resume and on any rank.
 """
 
 import pkgutil
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ def build_dataset(split, config, value_range=None):
 # Loaders
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Yields the keys (epoch, index) of one epoch, in an order that (seed, epoch) decides.
 
@@ -82,14 +84,13 @@ class EpochSampler(Sampler):
     The number of samples of two ranks differs by at most one.
     """
 
-    def __init__(self, length, shuffle=False, seed=0, rank=0, world=1):
-        self.length = length
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.epoch = 0
-        self.start = 0
+    length: int
+    shuffle: bool = False
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
 
     def __len__(self):
         return len(range(self.start + self.rank, self.length, self.world))

@@ -46,13 +46,13 @@ class GridInfo:
     variables     {variable: its attributes} of what is forecast, units among them, without those that say how values are
                   packed
     y, x          names of the dimensions of rows and columns
+    coordinates   xarray.Dataset of all that does not change with time: coordinates of y and x, the map projection, and
+                  the attributes of the file
     time          name of the time dimension of a forecast
     time_facts    attributes of the time coordinate
     time_source   where the times come from, in words; "" where frames have no times
     calendar      CF name of the times' calendar; "" where they count frames and are no dates
     times         float64 (T,), see vmrnn.data.times; None where frames have no times
-    coordinates   xarray.Dataset of all that does not change with time: coordinates of y and x, the map projection, and
-                  the attributes of the file
     """
 
     channels: list
@@ -60,12 +60,12 @@ class GridInfo:
     variables: dict
     y: str
     x: str
-    time: str
-    time_facts: dict
-    time_source: str
-    calendar: str
-    times: np.ndarray | None
     coordinates: object
+    time: str = "time"
+    time_facts: dict = field(default_factory=dict)
+    time_source: str = ""
+    calendar: str = ""
+    times: np.ndarray | None = None
 
     @property
     def names(self):

@@ -10,9 +10,8 @@ The files follow one another in time. A file is read a few frames at a time.
 """
 
 import json
-import warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,48 +20,15 @@ import numpy as np
 
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.clips import Clip
-from vmrnn.data.grid_axes import is_time, levels_of, read_roles
-from vmrnn.data.grid_files import choose_variables, format_of, grid_files, is_field, opened, split_path
-from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
-from vmrnn.data.grid_times import FrameTimes, find_times
-from vmrnn.data.grid_values import PACKING, decode, missing_flags, stored_type
+from vmrnn.data.grid_fields import check_alike, describe, file_of, opened_dataset
+from vmrnn.data.grid_files import choose_variables, format_of, grid_files, split_path
+from vmrnn.data.grid_info import GridInfo
+from vmrnn.data.grid_values import decode
 from vmrnn.data.times import check_step, moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar, counted
 
 BLOCK = 2**22  # values of a variable that are read at once, or more where they are stored in larger pieces
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of one variable makes channels.
-
-    variable    its name in the file
-    letters     the roles of its dimensions in order; without N and T, it does not change with time
-    positions   of its levels, all dimensions C counted as one
-    flags       the stored numbers that mean missing
-    path        of the file; None: that of the part that is read
-    """
-
-    variable: str
-    letters: str
-    positions: tuple
-    flags: tuple
-    path: Path | None = None
-
-
-@dataclass
-class Part:
-    """One file of a gridded field: its frames are one sequence (or, where it has a dimension N, several) of `count`."""
-
-    path: Path
-    sequences: int
-    count: int
-    times: FrameTimes
-
-    @property
-    def frames(self):
-        return self.sequences * self.count
 
 
 @dataclass
@@ -90,15 +56,16 @@ class Grid:
     step: float | None = None
     beyond_fill: Counter = field(default_factory=Counter)
 
+    def sequences(self):
+        """(start, stop) of each sequence that stands for itself, a list."""
+        return list(pairwise([0, *self.breaks, self.shape[0]]))
+
     def runs(self):
         """The runs of frames that follow one another without a gap, a list of (start, stop)."""
-        edges = [0, *self.breaks, self.shape[0]]
-        runs = []
-        for start, stop in pairwise(edges):
-            times = None if self.info.times is None else self.info.times[start:stop]
-            found = [(0, stop - start)] if times is None else runs_without_gap(times, self.step)
-            runs += [(start + a, start + b) for a, b in found]
-        return runs
+        if self.info.times is None:
+            return self.sequences()
+        return [(start + a, start + b) for start, stop in self.sequences()
+                for a, b in runs_without_gap(self.info.times[start:stop], self.step)]  # fmt: skip
 
     def steady(self):
         """Per forcing, whether it is known not to change with time: it lies in another file or has no time dimension."""
@@ -117,35 +84,39 @@ class Grid:
         for part in self.parts:
             wanted = numbers[(before <= numbers) & (numbers < before + part.frames)] - before
             before += part.frames
-            if len(wanted) == 0:
-                continue
-            if bar is not None:
+            if bar is not None and len(wanted):
                 bar.describe(f"decode {part.path.name}")
-            with ExitStack() as stack:
-                # How many frames are read at once
-                fields = [stack.enter_context(opened_field(s.path or part.path, s.variable)) for s in self.selections]
-                pixels = int(np.prod(self.shape[1:3]))
-                step = max(1, BLOCK // pixels)
-                for selection, variable in zip(self.selections, fields):
-                    # A compressed piece is read whole, so that it is read once
-                    pieces = variable.encoding.get("chunksizes") or [1] * variable.ndim
-                    piece = dict(zip(selection.letters, pieces)).get("T", 1)
-                    step = max(step, min(piece, 16 * BLOCK // pixels))
-                # Read block after block: frames of one sequence, from the first that is wanted
-                while len(wanted):
-                    sequence, start = divmod(int(wanted[0]), part.count)
-                    stop = min(start + step, part.count)
-                    here = wanted[wanted < sequence * part.count + stop] - sequence * part.count - start
-                    wanted = wanted[len(here) :]
-                    place = {"N": sequence, "T": slice(start, start + int(here[-1]) + 1)}
-                    block = [self.read(part, s, v, place) for s, v in zip(self.selections, fields)]
-                    # A field that does not change with time is one frame, which is repeated.
-                    count = max(map(len, block))
-                    block = [np.broadcast_to(values, (count, *values.shape[1:])) for values in block]
-                    for frame in np.concatenate(block, axis=3)[here]:
-                        yield frame
-                        if bar is not None:
-                            bar.update()
+            for frame in self.frames_of(part, wanted):
+                yield frame
+                if bar is not None:
+                    bar.update()
+
+    def frames_of(self, part, wanted):
+        """Yields the frames with these numbers in one file, which increase. They are read in blocks of one sequence."""
+        if len(wanted) == 0:
+            return
+        with ExitStack() as stack:
+            files = [stack.enter_context(opened_dataset(s.path or part.path, s.variable)) for s in self.selections]
+            fields = [file.variables[split_path(s.variable)[1]] for s, file in zip(self.selections, files)]
+            length = self.block_length(fields)
+            while len(wanted):
+                sequence, start = divmod(int(wanted[0]), part.count)
+                stop = min(start + length, part.count)
+                here = wanted[wanted < sequence * part.count + stop] - sequence * part.count - start
+                wanted = wanted[len(here) :]
+                place = {"N": sequence, "T": slice(start, start + int(here[-1]) + 1)}
+                block = [self.read(part, s, v, place) for s, v in zip(self.selections, fields)]
+                # A field that does not change with time is one frame, which is repeated.
+                count = max(map(len, block))
+                block = [np.broadcast_to(values, (count, *values.shape[1:])) for values in block]
+                yield from np.concatenate(block, axis=3)[here]
+
+    def block_length(self, fields):
+        """How many frames are read at once. A compressed piece of a file is read whole, so that it is read once."""
+        pixels = int(np.prod(self.shape[1:3]))
+        pieces = [v.encoding.get("chunksizes") or [1] * v.ndim for v in fields]
+        lengths = [dict(zip(s.letters, piece)).get("T", 1) for s, piece in zip(self.selections, pieces)]
+        return max(1, BLOCK // pixels, min(max(lengths), 16 * BLOCK // pixels))
 
     def read(self, part, selection, variable, place):
         """The frames at `place` of the channels of one selection, (n, H, W, c)."""
@@ -168,24 +139,6 @@ def len_levels(variable, letters):
     return int(np.prod([size for size, letter in zip(variable.shape, letters) if letter == "C"], dtype=int))
 
 
-@contextmanager
-def opened_dataset(path, variable):
-    """The group of a file that holds a variable, as a Dataset. UserError: the variable is not there."""
-    group, name = split_path(variable)
-    with opened(path, group, name if format_of(path) == "grib" else "") as dataset:
-        if name not in dataset.variables:
-            found = [f"{group}/{other}".strip("/") for other in dataset.data_vars if is_field(dataset, other)]
-            raise UserError(f"{path}: no variable {variable} in it; it has {', '.join(found) or 'no field there'}")
-        yield dataset
-
-
-@contextmanager
-def opened_field(path, variable):
-    """A variable of a file, still packed, whose values are read when they are asked for."""
-    with opened_dataset(path, variable) as dataset:
-        yield dataset.variables[split_path(variable)[1]]
-
-
 def open_grid(path, variables=(), array_axes="", time_from="", time_step="", forcings=()):
     """A gridded field, opened.
 
@@ -204,11 +157,11 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
     files = grid_files(path)
     variables = choose_variables(files[0], variables, forcings)
     first = describe(files[0], variables, array_axes, time_from, forcings)
-    parts = [first.part]
+    parts, dtype = [first.part], first.dtype
     for file in counted(files[1:], "look at files", "file"):
         other = describe(file, variables, array_axes, time_from, forcings)
         check_alike(first, other, files[0], file)
-        first.dtype = np.result_type(first.dtype, other.dtype)
+        dtype = np.result_type(dtype, other.dtype)
         parts.append(other.part)
     parts, times, alone = in_order(parts)
     info = first.info
@@ -216,8 +169,9 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
     info.time_source, info.time_facts = parts[0].times.source, parts[0].times.facts
     lengths = [part.count for part in parts for _ in range(part.sequences)]
     breaks = [int(end) for end in np.cumsum(lengths)[:-1]] if alone else []
-    shape = (sum(lengths), *first.size[2:], len(info.channels) + len(info.forcings))
-    grid = Grid(info, shape, first.dtype, breaks, notes_of(first, files, shape, breaks), parts, first.selections)
+    shape = (sum(lengths), *first.fields[0].size[2:], len(info.channels) + len(info.forcings))
+    selections = [f.selection for f in first.fields]
+    grid = Grid(info, shape, dtype, breaks, notes_of(first, files, shape, breaks), parts, selections)
     if time_step:
         take_nearest(grid, time_step, path)
     return grid
@@ -284,8 +238,8 @@ def take_nearest(grid, time_step, path):
         raise UserError(
             f"{path}: time_step {time_step} needs times, and its frames have none; name them with time_from"
         )
-    edges, taken, times, breaks = [0, *grid.breaks, grid.shape[0]], [], [], []
-    for start, stop in pairwise(edges):
+    taken, times, breaks = [], [], []
+    for start, stop in grid.sequences():
         check_step(step, grid.info.times[start:stop], path)
         indices, regular = nearest_frames(grid.info.times[start:stop], step)
         breaks.append(sum(map(len, taken)))
@@ -295,179 +249,6 @@ def take_nearest(grid, time_step, path):
     grid.breaks = breaks[1:]
     total, grid.shape = grid.shape[0], (len(grid.taken), *grid.shape[1:])
     grid.notes.append(f"time step: {time_step}, of the {total} frames the {len(grid.taken)} nearest")
-
-
-@dataclass
-class Description:
-    """What is in one file.
-
-    info         GridInfo without times
-    part         Part
-    size         (sequences, frames of each, rows, columns)
-    dtype        of all channels together
-    selections   list of Selection, one per variable that was asked for
-    roles        of the dimensions of the first variable
-    facts        what all files must share, {what: text}
-    said         what an HDF5 file says of its values that is not applied
-    """
-
-    info: GridInfo
-    part: Part
-    size: tuple
-    dtype: np.dtype
-    selections: list
-    roles: dict
-    facts: dict
-    said: str
-
-
-def describe(path, variables, array_axes, time_from, forcings=()):
-    """The Description of one file. No values of its fields are read."""
-    channels, selections, attributes, dtypes, facts, coordinates, first = [], [], {}, [], {}, {}, None
-    for asked, given in [*((name, False) for name in variables), *((name, True) for name in forcings)]:
-        place, rest = file_of(asked) if given else (None, asked)
-        variable, _, level = rest.partition("@")
-        source = place or path  # the file of this variable
-        with opened_dataset(source, variable) as dataset:
-            name = split_path(variable)[1]
-            found = dataset.variables[name]
-            if found.dtype.kind not in "buif":
-                raise UserError(f"{source}: {variable} holds {found.dtype}, no numbers; name another")
-            # Dimensions: those of sequences, time, rows and columns are the same for all, but a forcing may have no time
-            roles = read_roles(dataset, name, array_axes if not given else "", source)
-            sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}
-            size = sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]
-            if first:
-                check_size(asked, size, roles, variables[0], first[0], given, place, path)
-            first = first or (size, roles, find_times(dataset, roles, path, time_from))
-            # Channels
-            levels = levels_of(dataset, name, roles, level, source)
-            if given and len(levels) > 1:
-                one = next(iter(levels[0][2].values()))
-                raise UserError(f"{source}: the forcing {asked} has {len(levels)} levels; name one: {asked}@{one}")
-            if not given:
-                channels += [Channel(channel_name(variable, value), variable, at, value) for _, at, value in levels]
-                attributes.setdefault(variable, field_attributes(found))
-            # Values
-            flags, said = missing_flags(source, variable, found.attrs)
-            dtypes.append(stored_type(found.dtype, found.attrs, flags))
-            positions = tuple(position for position, _, _ in levels)
-            selections.append(Selection(variable, "".join(roles.values()), positions, tuple(flags), place))
-            # Coordinates
-            own = steady_coordinates(dataset, roles)
-            if place:
-                check_same_place(coordinates, own, first[1], path, place)
-            else:
-                coordinates = own | coordinates
-                file_attributes = plain_attributes(dataset.attrs)
-            facts |= {
-                f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": said,
-                f"{variable} dimensions": dims_text(found, roles), f"{variable} missing": " ".join(map(str, flags)),
-            }  # fmt: skip
-    size, roles, times = first
-    if times.values is not None and times.values.shape[-1] != size[1]:
-        raise UserError(f"{path}: {times.source} has {times.values.shape[-1]} times for {size[1]} frames; name another")
-    dims = {letter: plain_dim(dim, letter) for dim, letter in roles.items()}
-    steady = import_xarray().Dataset(coords=coordinates, attrs=file_attributes)
-    info = GridInfo(
-        channels, [file_of(name)[1] for name in forcings], attributes, dims["H"], dims["W"], dims.get("T", "time"),
-        {}, "", "", None, steady,
-    )  # fmt: skip
-    part = Part(path, *size[:2], times)
-    return Description(info, part, size, np.result_type(*dtypes), selections, roles, facts, said)
-
-
-def file_of(forcing):
-    """(path or None, name) of a forcing: height, or steady.nc:height for one of another file."""
-    path, _, name = forcing.rpartition(":")
-    return (Path(path) if path else None), name
-
-
-def check_size(asked, size, roles, first_name, first_size, given, place, path):
-    """UserError if a field has other frames than the first one. A forcing without a time dimension has one frame."""
-    steady = given and not {"N", "T"} & set(roles.values())
-    if place and not steady:
-        raise UserError(f"{place}: the forcing {asked} changes with time: write it into the files of {path}")
-    if size[2:] != first_size[2:] or not (steady or size == first_size):
-        raise UserError(f"{place or path}: {asked} has {frames_text(size)}, but {first_name} {frames_text(first_size)}; "
-                        "name fields that are alike")  # fmt: skip
-
-
-def check_same_place(coordinates, others, roles, path, other_path):
-    """UserError if two files have different coordinates of rows or columns."""
-    for dim in (plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"):
-        ours, theirs = (found[dim][1] if dim in found else None for found in (coordinates, others))
-        if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
-            raise UserError(f"{other_path}: its coordinate {dim} is not that of {path}; they are of different places")
-
-
-def channel_name(variable, level):
-    """t2m, or u@850 for the level {"level": 850}."""
-    values = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in level.values())
-    return f"{variable}@{values}" if values else variable
-
-
-def plain_dim(dim, letter):
-    """The name of a dimension in a forecast: HDF5 that names no dimension gets time, y and x."""
-    return {"T": "time", "H": "y", "W": "x"}.get(letter, str(dim)) if str(dim).startswith("phony_dim") else str(dim)
-
-
-def dims_text(variable, roles):
-    """The dimensions of a variable that all files must share, as text: not the length of time."""
-    return ", ".join(
-        f"{plain_dim(dim, letter)} {variable.sizes[dim]}" for dim, letter in roles.items() if letter != "T"
-    )
-
-
-def frames_text(size):
-    return f"{size[0] * size[1]} frames of {size[2]}x{size[3]}"
-
-
-def field_attributes(variable):
-    """Attributes of a field as its forecast has them: without those that say how values are packed."""
-    facts = plain_attributes({key: value for key, value in variable.attrs.items() if key not in PACKING})
-    if "grid_mapping" in variable.encoding:  # the library has decoded it
-        facts["grid_mapping"] = variable.encoding["grid_mapping"]
-    return facts
-
-
-def steady_coordinates(dataset, roles):
-    """The coordinates and the map projection of a field that do not change with time: {name: (dims, values, attributes)}.
-
-    roles   of the field's dimensions
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        decoded = import_xarray().decode_cf(dataset, decode_times=False, mask_and_scale=False, decode_coords="all")
-    names = {dim: plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HWC"}
-    kept = {}
-    for key, coordinate in decoded.coords.items():
-        own = [dim for dim in coordinate.dims if dim in roles]
-        # Bounds have a dimension of their own
-        about = all(dim in names for dim in own) and (own or not coordinate.dims)
-        if about and coordinate.dtype.kind in "buifSU" and not is_time(coordinate.variable):
-            facts = {k: v for k, v in dataset.variables[key].attrs.items() if k != "coordinates"}
-            dims = [names.get(dim, dim) for dim in coordinate.dims]
-            kept[str(key)] = (dims, coordinate.values, plain_attributes(facts))
-    return kept
-
-
-def check_alike(first, other, first_path, path):
-    """UserError if a file has other channels, sizes, units or coordinates than the first."""
-    if other.info.names != first.info.names:
-        raise UserError(f"{path}: holds {other.info.names}, but {first_path} {first.info.names}; make them alike")
-    for key, value in first.facts.items():
-        if other.facts[key] != value:
-            raise UserError(f"{path}: {key} {other.facts[key] or 'none'}, but {first_path}: {value or 'none'}; "
-                            "make them alike")  # fmt: skip
-    for name in (first.info.y, first.info.x):
-        ours, theirs = (d.info.coordinates.variables.get(name) for d in (first, other))
-        if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours.values, theirs.values)):
-            raise UserError(f"{path}: its coordinate {name} is not that of {first_path}; they are of different places")
-    mine, its = first.part.times, other.part.times
-    if (mine.values is None) != (its.values is None) or mine.calendar != its.calendar:
-        ways = f"{its.source or 'none'}, not {mine.source or 'none'}"
-        raise UserError(f"{path}: its times are of another kind than those of {first_path} ({ways}); use time_from")
 
 
 def in_order(parts):
@@ -504,7 +285,7 @@ def notes_of(first, files, shape, breaks):
     """Lines that say how files were read."""
     info, times = first.info, first.info.times
     words = {"N": "sequences", "T": "time", "C": "channels", "H": "rows", "W": "columns"}
-    read = ", ".join(f"{dim} as {words[letter]}" for dim, letter in first.roles.items())
+    read = ", ".join(f"{dim} as {words[letter]}" for dim, letter in first.fields[0].roles.items())
     units = ", ".join(f"{name} ({info.units(i) or 'no unit'})" for i, name in enumerate(info.names))
     notes = [
         f"{len(files)} file{'s' * (len(files) > 1)}, {shape[0]} frames of {shape[1]}x{shape[2]}, {units}; dimensions: {read}"
@@ -522,9 +303,9 @@ def notes_of(first, files, shape, breaks):
         notes.append(f"times: the numbers {times.min():g} to {times.max():g}, from {first.part.times.source}")
     if breaks:
         notes.append(f"sequences: {len(breaks) + 1}, each stands for itself")
-    if first.said:
-        notes.append(f"values: as stored; the file says {first.said}, which is not applied")
-    flags = sorted({flag for selection in first.selections for flag in selection.flags})
+    if said := "; ".join(dict.fromkeys(f.said for f in first.fields if f.said)):
+        notes.append(f"values: as stored; the file says {said}, which is not applied")
+    flags = sorted({flag for f in first.fields for flag in f.selection.flags})
     if flags:
         notes.append(f"missing: the stored {', '.join(f'{flag:g}' for flag in flags)}, by the file's attributes")
     return notes

@@ -255,13 +255,17 @@ def own(split, options, value_range, list_clips, pictures=False):
     # The clips of the split, and their windows
     path, total = split_path(split, options), sum(frames_wanted(options))
     apart = split != "train" and getattr(options, f"{split}_data_dir")
-    all_clips, notes = every_frame_step(list_clips(path, options), options)
+
+    def read(path):
+        clips, notes = list_clips(path, options)
+        return [clip.every(options.frame_step) for clip in clips], notes
 
     def cut(clips, split):
         valid_fraction = 0.0 if options.valid_data_dir else options.valid_fraction
         test_fraction = 0.0 if options.test_data_dir else options.test_fraction
         return CUTS[options.split_by](clips, split, valid_fraction, test_fraction)
 
+    all_clips, notes = read(path)
     clips = all_clips if apart else cut(all_clips, split)
     windows = cut_windows(clips, total)
     notes = [*notes, *gap_notes(all_clips, total)]
@@ -277,22 +281,18 @@ def own(split, options, value_range, list_clips, pictures=False):
     check_not_all_missing(clips, options.missing_value)
 
     # The range. The training data are read whole if their range must be found; otherwise a sample of frames is enough.
-    data_range = options.data_range or (BYTE_RANGE if pictures and is_bytes(clips) else ())
+    bytes_of_pictures = pictures and clips[0].frames().dtype == np.uint8
+    data_range = options.data_range or (BYTE_RANGE if bytes_of_pictures else ())
     search = value_range is None and (not data_range or options.forcings)
     summary = summarize(clips, options.missing_value, options.cache_dir, exact=search and split == "train")
     if value_range is None:
-        forced = None
-        if search:
-            training, seen = clips, summary
-            if split != "train":
-                if apart:
-                    all_clips, _ = every_frame_step(list_clips(options.train_data_dir, options), options)
-                training = cut(all_clips, "train")
-                seen = summarize(training, options.missing_value, options.cache_dir)
-            forecast, others = seen.parted(options.input_channels)
-            data_range = data_range or range_of(forecast, training[0].name)
-            forced = forcing_range(others, options.missing_value)
-        value_range = replace(ValueRange.of(options, data_range), given=forced)
+        training, seen = clips, summary
+        if search and split != "train":
+            training = cut(read(options.train_data_dir)[0] if apart else all_clips, "train")
+            seen = summarize(training, options.missing_value, options.cache_dir)
+        forecast, forced = seen.parted(options.input_channels)
+        data_range = data_range or range_of(forecast, training[0].name)
+        value_range = replace(ValueRange.of(options, data_range), given=forcing_range(forced, options.missing_value))
 
     # The data set
     check_reach(summary, value_range, clips[0].name)
@@ -301,16 +301,6 @@ def own(split, options, value_range, list_clips, pictures=False):
         windows = thin(windows, getattr(options, f"{split}_sequences"))
     calendar = calendar_of(clips) if options.calendar else None
     return clip_dataset(split, clips, windows, value_range, options, notes, calendar)
-
-
-def is_bytes(clips):
-    return clips[0].frames().dtype == np.uint8
-
-
-def every_frame_step(clips_and_notes, options):
-    """(clips, notes) with every frame_step-th frame of each clip."""
-    clips, notes = clips_and_notes
-    return [clip.every(options.frame_step) for clip in clips], notes
 
 
 def gap_notes(clips, total):

@@ -1,0 +1,273 @@
+"""What one file of a gridded field holds: its dimensions, channels, types, coordinates and times, but no values."""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vmrnn.data.grid_axes import is_time, levels_of, read_roles
+from vmrnn.data.grid_files import format_of, is_field, opened, split_path
+from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
+from vmrnn.data.grid_times import FrameTimes, find_times
+from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
+from vmrnn.errors import UserError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of one variable makes channels.
+
+    variable    its name in the file
+    letters     the roles of its dimensions in order; without N and T, it does not change with time
+    positions   of its levels, all dimensions C counted as one
+    flags       the stored numbers that mean missing
+    path        of the file; None: that of the part that is read
+    """
+
+    variable: str
+    letters: str
+    positions: tuple
+    flags: tuple
+    path: Path | None = None
+
+
+@dataclass
+class Part:
+    """One file of a gridded field: its frames are one sequence (or, where it has a dimension N, several) of `count`."""
+
+    path: Path
+    sequences: int
+    count: int
+    times: FrameTimes
+
+    @property
+    def frames(self):
+        return self.sequences * self.count
+
+
+@dataclass
+class Field:
+    """What one file says of one variable that was asked for.
+
+    selection    Selection
+    roles        of its dimensions
+    size         (sequences, frames of each, rows, columns)
+    dtype        of its values once they are unpacked
+    channels     list of Channel, one per level
+    attributes   that its forecast gets
+    said         what an HDF5 file says of its values that is not applied
+    facts        what all files must share, {what: text}
+    """
+
+    selection: Selection
+    roles: dict
+    size: tuple
+    dtype: np.dtype
+    channels: list
+    attributes: dict
+    said: str
+    facts: dict
+
+
+@dataclass
+class Description:
+    """What is in one file.
+
+    info     GridInfo without times
+    part     Part
+    fields   list of Field: the variables, then the forcings
+    """
+
+    info: GridInfo
+    part: Part
+    fields: list
+
+    @property
+    def dtype(self):
+        """The type of all channels together."""
+        return np.result_type(*(f.dtype for f in self.fields))
+
+
+def describe(path, variables, array_axes, time_from, forcings=()):
+    """The Description of one file. No values of its fields are read."""
+    fields, coordinates = [], {}
+    for asked in (*variables, *forcings):
+        given = len(fields) >= len(variables)
+        place, name = file_of(asked) if given else (None, asked)
+        source = place or path  # the file of this field
+        variable, _, level = name.partition("@")
+        with opened_dataset(source, variable) as dataset:
+            found = describe_field(dataset, variable, level, source, "" if given else array_axes)
+            # A field is like the first one, but a forcing may have no time and may lie in another file.
+            if fields:
+                check_size(asked, found, variables[0], fields[0], given, place, path)
+            else:
+                times = find_times(dataset, found.roles, path, time_from)
+            if given and len(found.channels) > 1:
+                one = next(iter(found.channels[0].value.values()))
+                raise UserError(
+                    f"{source}: the forcing {asked} has {len(found.channels)} levels; name one: {asked}@{one}"
+                )
+            steady = steady_coordinates(dataset, found.roles)
+            if place:
+                check_same_place(coordinates, steady, fields[0].roles, path, place)
+            else:
+                coordinates = steady | coordinates
+                attributes = plain_attributes(dataset.attrs)
+        found.selection = replace(found.selection, path=place)
+        fields.append(found)
+
+    first, forecast = fields[0], fields[: len(variables)]
+    count = first.size[1]
+    if times.values is not None and times.values.shape[-1] != count:
+        raise UserError(f"{path}: {times.source} has {times.values.shape[-1]} times for {count} frames; name another")
+    dims = {letter: plain_dim(dim, letter) for dim, letter in first.roles.items()}
+    info = GridInfo(
+        channels=[channel for f in forecast for channel in f.channels],
+        forcings=[file_of(name)[1] for name in forcings],
+        variables={f.selection.variable: f.attributes for f in forecast},
+        y=dims["H"], x=dims["W"], time=dims.get("T", "time"),
+        coordinates=import_xarray().Dataset(coords=coordinates, attrs=attributes),
+    )  # fmt: skip
+    return Description(info, Part(path, *first.size[:2], times), fields)
+
+
+def describe_field(dataset, variable, level, path, array_axes):
+    """The Field of a variable.
+
+    dataset      the group of the file that holds it
+    variable     its name, with the groups in front
+    level        as in levels_of
+    path         of the file
+    array_axes   as in read_roles
+    """
+    name = split_path(variable)[1]
+    found = dataset.variables[name]
+    if found.dtype.kind not in "buif":
+        raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another")
+    # Dimensions and levels
+    roles = read_roles(dataset, name, array_axes, path)
+    sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}
+    levels = levels_of(dataset, name, roles, level, path)
+    channels = [Channel(channel_name(variable, value), variable, at, value) for _, at, value in levels]
+    # Values
+    flags, said = missing_flags(path, variable, found.attrs)
+    selection = Selection(variable, "".join(roles.values()), tuple(position for position, _, _ in levels), tuple(flags))
+    facts = {
+        f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": said,
+        f"{variable} dimensions": dims_text(found, roles), f"{variable} missing": " ".join(map(str, flags)),
+    }  # fmt: skip
+    return Field(
+        selection, roles, (sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]),
+        stored_type(found.dtype, found.attrs, flags), channels, field_attributes(found), said, facts,
+    )  # fmt: skip
+
+
+def file_of(forcing):
+    """(path or None, name) of a forcing: height, or steady.nc:height for one of another file."""
+    path, _, name = forcing.rpartition(":")
+    return (Path(path) if path else None), name
+
+
+def check_size(asked, found, first_name, first, given, place, path):
+    """UserError if a Field has other frames than the first one. A forcing without a time dimension has one frame."""
+    steady = given and not {"N", "T"} & set(found.roles.values())
+    if place and not steady:
+        raise UserError(f"{place}: the forcing {asked} changes with time: write it into the files of {path}")
+    if found.size[2:] != first.size[2:] or not (steady or found.size == first.size):
+        raise UserError(f"{place or path}: {asked} has {frames_text(found.size)}, but {first_name} "
+                        f"{frames_text(first.size)}; name fields that are alike")  # fmt: skip
+
+
+def check_same_place(coordinates, others, roles, path, other_path):
+    """UserError if two files have different coordinates of rows or columns."""
+    for dim in (plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"):
+        ours, theirs = (found[dim][1] if dim in found else None for found in (coordinates, others))
+        if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
+            raise UserError(f"{other_path}: its coordinate {dim} is not that of {path}; they are of different places")
+
+
+def channel_name(variable, level):
+    """t2m, or u@850 for the level {"level": 850}."""
+    values = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in level.values())
+    return f"{variable}@{values}" if values else variable
+
+
+def plain_dim(dim, letter):
+    """The name of a dimension in a forecast: HDF5 that names no dimension gets time, y and x."""
+    return {"T": "time", "H": "y", "W": "x"}.get(letter, str(dim)) if str(dim).startswith("phony_dim") else str(dim)
+
+
+def dims_text(variable, roles):
+    """The dimensions of a variable that all files must share, as text: not the length of time."""
+    return ", ".join(
+        f"{plain_dim(dim, letter)} {variable.sizes[dim]}" for dim, letter in roles.items() if letter != "T"
+    )
+
+
+def frames_text(size):
+    return f"{size[0] * size[1]} frames of {size[2]}x{size[3]}"
+
+
+def field_attributes(variable):
+    """Attributes of a field as its forecast has them: without those that say how values are packed."""
+    facts = plain_attributes({key: value for key, value in variable.attrs.items() if key not in PACKING})
+    if "grid_mapping" in variable.encoding:  # the library has decoded it
+        facts["grid_mapping"] = variable.encoding["grid_mapping"]
+    return facts
+
+
+def steady_coordinates(dataset, roles):
+    """The coordinates and the map projection of a field that do not change with time: {name: (dims, values, attributes)}.
+
+    roles   of the field's dimensions
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoded = import_xarray().decode_cf(dataset, decode_times=False, mask_and_scale=False, decode_coords="all")
+    names = {dim: plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HWC"}
+    kept = {}
+    for key, coordinate in decoded.coords.items():
+        own = [dim for dim in coordinate.dims if dim in roles]
+        # Bounds have a dimension of their own
+        about = all(dim in names for dim in own) and (own or not coordinate.dims)
+        if about and coordinate.dtype.kind in "buifSU" and not is_time(coordinate.variable):
+            facts = {k: v for k, v in dataset.variables[key].attrs.items() if k != "coordinates"}
+            dims = [names.get(dim, dim) for dim in coordinate.dims]
+            kept[str(key)] = (dims, coordinate.values, plain_attributes(facts))
+    return kept
+
+
+def check_alike(first, other, first_path, path):
+    """UserError if a file has other channels, sizes, units or coordinates than the first."""
+    if other.info.names != first.info.names:
+        raise UserError(f"{path}: holds {other.info.names}, but {first_path} {first.info.names}; make them alike")
+    for mine, its in zip(first.fields, other.fields):
+        for key, value in mine.facts.items():
+            if its.facts[key] != value:
+                raise UserError(f"{path}: {key} {its.facts[key] or 'none'}, but {first_path}: {value or 'none'}; "
+                                "make them alike")  # fmt: skip
+    for name in (first.info.y, first.info.x):
+        ours, theirs = (d.info.coordinates.variables.get(name) for d in (first, other))
+        if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours.values, theirs.values)):
+            raise UserError(f"{path}: its coordinate {name} is not that of {first_path}; they are of different places")
+    mine, its = first.part.times, other.part.times
+    if (mine.values is None) != (its.values is None) or mine.calendar != its.calendar:
+        ways = f"{its.source or 'none'}, not {mine.source or 'none'}"
+        raise UserError(f"{path}: its times are of another kind than those of {first_path} ({ways}); use time_from")
+
+
+@contextmanager
+def opened_dataset(path, variable):
+    """The group of a file that holds a variable, as a Dataset: still packed, and read when values are asked for.
+
+    UserError: the variable is not there.
+    """
+    group, name = split_path(variable)
+    with opened(path, group, name if format_of(path) == "grib" else "") as dataset:
+        if name not in dataset.variables:
+            found = [f"{group}/{other}".strip("/") for other in dataset.data_vars if is_field(dataset, other)]
+            raise UserError(f"{path}: no variable {variable} in it; it has {', '.join(found) or 'no field there'}")
+        yield dataset
