@@ -64,7 +64,9 @@ def test_parser(description):
         help="weigh errors by the cosine of the latitude; gridded fields with a latitude only",
     )
     parser.add_argument(
-        "--climatology", metavar="FILE", help="the mean of its frames is the climatology of the anomaly correlation"
+        "--climatology",
+        metavar="FILE",
+        help="file of frames whose mean is the climatology; adds the anomaly correlation",
     )
     parser.add_argument(
         "--motion",

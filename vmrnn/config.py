@@ -111,7 +111,7 @@ class Config:
 
     # The table is laid out by hand: the formatter would give every argument a line of its own.
     # fmt: off
-    model: str = option("network", "VMRNN-D", "network: VMRNN-B, VMRNN-D", rule=known_network)
+    model: str = option("network", "VMRNN-D", "network: VMRNN-B or VMRNN-D", rule=known_network)
     patch_size: int = option("network", 2, "side of a patch in pixels: 2, 4, 8, ...", at_least=1)
     embed_dim: int = option("network", 128, "channels of the patch embedding", at_least=1)
     depths: list[int] = option("network", [6], "VMRNN-B: blocks per cell, one number per cell", at_least=1)
@@ -131,21 +131,21 @@ class Config:
 
     dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array, grid", choices=list(DATASETS))
     train_data_dir: str = option("data", "mnist",
-        "file or folder (data/README.md). Digits of Moving MNIST: an idx3 file, mnist (downloaded once), or "
-        "builtin (those of scikit-learn)")
+        "training data: a file or folder (data/README.md); of Moving MNIST the digits: an idx3 file, mnist (downloaded "
+        "once) or builtin (those of scikit-learn)")
     valid_data_dir: str = option("data", "", "file or folder for validation; empty: a part of train_data_dir")
     test_data_dir: str = option("data", "",
-        "file or folder for the test; empty: a part of train_data_dir, or sequences generated from held-out "
+        "file or folder for the test; empty: a part of train_data_dir, or for Moving MNIST sequences of held-out "
         "digits; standard: the published test file of Moving MNIST (downloaded once)")
     cache_dir: str = option("data", "data/cache",
         "folder for decoded and unpacked data; it may be deleted between runs", resume=True, test=False)
     digits_split: str = option("data", "all",
-        "digits of training / held out: all = 50,000 / 10,000; published = 10,000 / 3,000",
+        "how many digits train, and how many are held out; all: 50,000 and 10,000; published: 10,000 and 3,000",
         choices=["all", "published"])
     split_by: str = option("data", "time",
         "your own data: time splits every clip in time; file puts whole clips into one split", choices=["time", "file"])
     valid_fraction: float = option("data", 0.1,
-        "your own data: fraction held out for validation, before the test fraction", at_least=0, below=1)
+        "your own data: fraction held out for validation, just before the test part", at_least=0, below=1)
     test_fraction: float = option("data", 0.1, "your own data: fraction held out for the test, at the end", at_least=0,
         below=1)
     array_key: str = option("data", "",
@@ -157,21 +157,22 @@ class Config:
         "grid: the dimensions of a field in order, as letters: N sequences, T time, C channels, H rows, W columns; "
         "empty: by their names and attributes", rule=axes)
     time_from: str = option("data", "",
-        "grid: where a frame's time is: name:%Y%m%d%H%M (in the file's name), variable:NAME or attribute:NAME; empty: "
-        "found")
+        "grid: where a frame's time is: name:%Y%m%d%H%M (in the file's name), variable:NAME or attribute:NAME; empty: in "
+        "the time coordinate, else in a scalar variable or an attribute")
     time_step: str = option("data", "",
         "your own data with times: take the frames nearest to a regular step, such as 10min or 1h; empty: all frames")
     forcings: list[str] = option("data", [],
-        "grid: fields that are known in advance, also for the frames of the forecast: they are given and never "
-        "forecast; one of another file, which does not change with time: FILE:NAME")
+        "grid: fields that are known in advance; the network is given them at every frame, those of the forecast too, and "
+        "never forecasts them; FILE:NAME: a field of another file that does not change with time")
     calendar: bool = option("data", False,
         "grid: give the network sine and cosine of the hour of the day and of the day of the year (UTC)")
     frame_step: int = option("data", 1, "your own data: take every k-th frame", at_least=1)
     data_range: list[float] = option("data", [],
-        "low and high: the stored values that become 0 and 1, for all channels or for each in turn; empty: the range of "
-        "each channel in the training data", rule=low_and_high)
+        "the stored values that become 0 and 1: low and high of all channels, or a pair per channel; empty: 0 and 255 for "
+        "pictures of 8 bits, else the range of each channel in the training data", rule=low_and_high)
     transform: str = option("data", "none",
-        "scale of the values before data_range: sqrt or log keep small values, such as light rain, apart",
+        "function of the values before data_range; sqrt and log spread small values, such as light rain, over more of the "
+        "scale",
         choices=list(TRANSFORMS))
     zero_below: float = option("data", 0.0,
         "with transform: values below this one count as 0, in the units of the data", at_least=0)
@@ -195,10 +196,10 @@ class Config:
     valid_batch_size: int = option("evaluation", 16, "sequences per validation batch", at_least=1, resume=True)
     test_batch_size: int = option("evaluation", 16, "sequences per test batch", at_least=1, resume=True)
     thresholds: list[float] = option("evaluation", [],
-        "thresholds of CSI, POD, FAR and other scores of events, in the units of the data: values from a threshold upwards are events",
+        "thresholds in the units of the data; a value at or above one is an event, which CSI, POD, FAR and other scores count",
         resume=True)
     fss_windows: list[int] = option("evaluation", [],
-        "test: sides in pixels, odd numbers, of the windows of the fractions skill score, for each threshold",
+        "test.py, with thresholds: sides of the windows of the fractions skill score, odd numbers of pixels",
         rule=odd_numbers, resume=True)
     lpips: bool = option("evaluation", False, "also compute LPIPS; needs the package lpips and its weights",
         resume=True)
@@ -207,7 +208,7 @@ class Config:
         "validation batches between saved pictures; the first batch is always saved", at_least=1, resume=True)
 
     epochs: int = option("training", 2000, "epochs", at_least=1, resume=True)
-    train_sequences: int = option("training", 10000, "sequences per epoch, at most as many as the data hold",
+    train_sequences: int = option("training", 10000, "sequences per epoch; without random crops at most as many as the data hold",
         at_least=1)
     train_batch_size: int = option("training", 16, "sequences per update, over all devices together", at_least=1)
     l1_weight: float = option("training", 1.0,
@@ -218,11 +219,12 @@ class Config:
     optimizer: str = option("training", "adam",
         "optimiser; muon: Muon for matrices and filters, AdamW for the other weights",
         choices=["adam", "adamw", "muon"])
-    lr: float = option("training", 1e-4, "learning rate; its peak for cosine and onecycle", at_least=0, resume=True)
+    lr: float = option("training", 1e-4, "learning rate: the highest of the run, whatever the schedule", at_least=0, resume=True)
     weight_decay: float = option("training", 0.0,
         "decay of matrices and filters; never of norms, biases, A_logs and Ds", at_least=0, resume=True)
     schedule: str = option("training", "constant",
-        "course of the learning rate over the run, updated with every update of the weights",
+        "learning rate over the run; cosine falls to 0, onecycle rises and falls to almost 0, wsd is constant and then falls "
+        "to 0",
         choices=["constant", "cosine", "onecycle", "wsd"], resume=True)
     warmup_steps: int = option("training", 0,
         "updates of linear warm-up; onecycle warms up for 30 % of the run if this is 0", at_least=0)

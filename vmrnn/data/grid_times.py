@@ -65,8 +65,8 @@ def find_times(dataset, roles, path, time_from):
     roles       of its dimensions (read_roles)
     time_from   "" or name:FORM, attribute:NAME, variable:NAME, which goes before all else
 
-    A time dimension has them in its coordinate. A file with one frame and no time dimension has them in a scalar
-    variable, in an attribute, or in its name, in this order.
+    A time dimension has them in its coordinate. A file with one frame and no time dimension has its time in a scalar
+    variable or, if there is none, in an attribute. Its name counts only if time_from says so.
     UserError: time_from names nothing in the file, or two scalar variables may be the time.
     """
     kind, _, wanted = time_from.partition(":")
