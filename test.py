@@ -48,24 +48,12 @@ from vmrnn.spectrum import Spectrum
 
 log = logging.getLogger("vmrnn")
 
-OWN = (
-    "config",
-    "checkpoint",
-    "forecasts",
-    "save_forecasts",
-    "climatology",
-    "latitude_weights",
-    "motion",
-    "colours",
-    "strips",
-)
-
 
 def parse_arguments(argv=None):
     """(the arguments of this program, an argparse.Namespace; the options of Config on the command line, a dict)."""
     parser = command_line.test_parser(__doc__)
     given = vars(parser.parse_args(argv))
-    own = argparse.Namespace(**{key: given.pop(key) for key in OWN})
+    own = argparse.Namespace(**{key: given.pop(key) for key in given.keys() - configuration.FIELDS.keys()})
     if own.checkpoint:
         own.checkpoint = str(find_checkpoint(own.checkpoint))
     if own.strips < 1:

@@ -62,8 +62,7 @@ def parse_arguments(argv=None):
     toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
     if resume not in (None, "auto"):
         resume = checkpoint.find_checkpoint(resume, ("last.pt", "previous_last.pt"))
-    named = configuration.given_options(toml, given)
-    if resume not in (None, "auto") and "res_dir" not in named:
+    if resume not in (None, "auto") and "res_dir" not in configuration.read_toml(toml) | given:
         given["res_dir"] = str(Path(resume).parent)
     config = configuration.resolve(toml, given)
     path = checkpoint_to_resume(config.res_dir, resume)

@@ -45,20 +45,16 @@ def option(scope, default, help, *, choices=None, at_least=None, below=None, rul
     return field(default=default, metadata=row)
 
 
-def known_network(name):
-    """The rule of model: a key of vmrnn.network.NETWORKS."""
-    from vmrnn.network import NETWORKS  # imports torch, which --help can do without
+def key_of(table):
+    """The rule of model and cell: a key of a table of vmrnn.network."""
 
-    if name not in NETWORKS:
-        return f"choose one of {', '.join(NETWORKS)}"
+    def rule(name):
+        from vmrnn import network  # imports torch, which --help can do without
 
+        if name not in (names := getattr(network, table)):
+            return f"choose one of {', '.join(names)}"
 
-def known_cell(name):
-    """The rule of cell: a key of vmrnn.network.CELLS."""
-    from vmrnn.network import CELLS
-
-    if name not in CELLS:
-        return f"choose one of {', '.join(CELLS)}"
+    return rule
 
 
 def low_and_high(values):
@@ -111,7 +107,7 @@ class Config:
 
     # The table is laid out by hand: the formatter would give every argument a line of its own.
     # fmt: off
-    model: str = option("network", "VMRNN-D", "network: VMRNN-B or VMRNN-D", rule=known_network)
+    model: str = option("network", "VMRNN-D", "network: VMRNN-B or VMRNN-D", rule=key_of("NETWORKS"))
     patch_size: int = option("network", 2, "side of a patch in pixels: 2, 4, 8, ...", at_least=1)
     embed_dim: int = option("network", 128, "channels of the patch embedding", at_least=1)
     depths: list[int] = option("network", [6], "VMRNN-B: blocks per cell, one number per cell", at_least=1)
@@ -120,7 +116,7 @@ class Config:
     depths_up: list[int] = option("network", [6, 2],
         "VMRNN-D: blocks per level on the way up; the last number is the coarsest level", at_least=1)
     cell: str = option("network", "vss", "blocks of the cells: vss (the paper's), swin (SwinLSTM) or conv (ConvLSTM)",
-        rule=known_cell)
+        rule=key_of("CELLS"))
     base: str = option("network", "none",
         "what a forecast starts from; none: nothing; motion: the last frame moved along the optical flow, which the "
         "network is given and corrects", choices=["none", "motion"])
@@ -440,18 +436,13 @@ def add_options(parser, only=None):
 def resolve(toml_path, given, base=None):
     """Config from `base` (a dict, default: the defaults) < TOML file (path or None) < `given` (a dict)."""
     merged = check_keys(base or {}, "the checkpoint's configuration")
-    if toml_path:
-        merged |= read_toml(toml_path)
-    return Config(**merged | check_keys(given, "the command line"))
-
-
-def given_options(toml_path, given):
-    """{name: value} of the options that a TOML file (path or None) or the command line (a dict) names."""
-    return (read_toml(toml_path) if toml_path else {}) | given
+    return Config(**merged | read_toml(toml_path) | check_keys(given, "the command line"))
 
 
 def read_toml(path):
-    """{option: value} of a TOML file; UserError: it cannot be read, or holds what no option can be."""
+    """{option: value} of a TOML file; {} without a path. UserError: it cannot be read, or holds what no option can be."""
+    if not path:
+        return {}
     try:
         values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:

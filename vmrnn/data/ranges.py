@@ -52,12 +52,15 @@ class Summary:
                 )
         for channel, extreme, distance in self.apart():
             if distance > APART:
-                where = f" of channel {channel}" if len(self.low) > 1 else ""
                 lines.append(
-                    f"the value {extreme:g}{where} lies {distance:.3g} times as far out as all others reach: name it "
+                    f"the value {extreme:g}{self.of_channel(channel)} lies {distance:.3g} times as far out as all others reach: name it "
                     "with missing_value if it means missing, or give data_range"
                 )
         return lines
+
+    def of_channel(self, channel):
+        """The end of a phrase that names a channel; "" if there is only one."""
+        return f" of channel {channel}" if len(self.low) > 1 else ""
 
     def parted(self, count):
         """The summaries of the first `count` channels and of the others."""
@@ -188,7 +191,7 @@ def range_of(summary, name):
     """
     pairs = []
     for channel, (low, high) in enumerate(zip(summary.low, summary.high)):
-        where = f" of channel {channel}" if len(summary.low) > 1 else ""
+        where = summary.of_channel(channel)
         if low is None:
             raise UserError(f"{name}: every value{where} is missing; name another file or another missing_value")
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -198,9 +201,8 @@ def range_of(summary, name):
         pairs += [low, high]
     for channel, extreme, distance in summary.apart():
         if distance > FAR_APART:
-            where = f" of channel {channel}" if len(summary.low) > 1 else ""
             raise UserError(
-                f"{name}: the value {extreme:g}{where} lies {distance:.3g} times as far out as all others reach; "
+                f"{name}: the value {extreme:g}{summary.of_channel(channel)} lies {distance:.3g} times as far out as all others reach; "
                 f"name it with missing_value if it means missing, or give data_range"
             )
     return pairs
