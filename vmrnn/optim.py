@@ -3,10 +3,23 @@
 import math
 
 import torch
-from timm.optim import Muon
+from timm.optim import Muon, muon as timm_muon
 
 # Device types on which Adam and AdamW have one kernel for all weights
 FUSED = ("cpu", "cuda")
+timm_orthogonalize = timm_muon.zeropower_via_newtonschulz
+
+
+def orthogonalize(gradient, *args, **options):
+    """timm's, but in fp32 on a CPU. timm computes in bf16, whose matrix products are slow on most CPUs.
+
+    Muon has no option for the dtype and calls this function by its name in timm's module.
+    """
+    dtype = torch.float32 if gradient.device.type == "cpu" else torch.bfloat16
+    return timm_orthogonalize(gradient, *args, dtype=dtype, **options)
+
+
+timm_muon.zeropower_via_newtonschulz = orthogonalize
 
 
 def parameter_groups(model, weight_decay):
