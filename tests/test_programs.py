@@ -390,9 +390,17 @@ def test_help_and_wrong_options_are_answered_before_torch_is_imported(program):
         f"sys.argv = [{program!r}, *sys.argv[1:]]; runpy.run_path({program!r}, run_name='__main__')"
     )
     for arguments, status in ((["--help"], 0), (["--horizons", "3"], 2)):
-        command = [sys.executable, "-c", code, *arguments]
+        command = [sys.executable, "-W", "error", "-c", code, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status and done.stderr.endswith("False\n"), done.stderr
+
+
+def test_a_run_where_warnings_are_errors_and_the_number_of_threads_is_none(run, tmp_path):
+    done = run(
+        "-W", "error", "train.py", *TINY, "--epochs", 1, "--res_dir", tmp_path / "x", OMP_NUM_THREADS="abc"
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "x" / "best.safetensors").exists()
 
 
 def test_a_folder_or_a_name_without_its_ending_is_a_checkpoint(trained, tmp_path):
