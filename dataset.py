@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from vmrnn.config import Config
 from vmrnn.data.table import DATASETS, OWN, SPLITS
 from vmrnn.errors import UserError
-from vmrnn.runtime import ignore_stop_signals, kill_workers_at_exit
+from vmrnn.runtime import ignore_stop_signals, keep_child_handler, kill_workers_at_exit
 
 # Options that only some data sets use. With another data set they are refused, not silently ignored.
 ONLY_FOR = {
@@ -103,6 +103,14 @@ class EpochSampler(Sampler):
             yield self.epoch, int(index)
 
 
+class Loader(DataLoader):
+    """A DataLoader that reports a dead worker when the next batch is asked for, and at no other moment."""
+
+    def __iter__(self):
+        with keep_child_handler():
+            return super().__iter__()
+
+
 def make_loader(
     dataset,
     batch_size,
@@ -132,7 +140,7 @@ def make_loader(
         raise UserError(f"batch_size {batch_size}, num_workers {num_workers}: they must be at least 1 and 0")
     if num_workers:
         kill_workers_at_exit()
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size,
         sampler=EpochSampler(len(dataset), shuffle, seed, rank, world),

@@ -44,7 +44,6 @@ from vmrnn.runtime import (
     Stopped,
     StopSignals,
     describe_device,
-    find_dead_workers_between_updates,
     is_dead_worker,
     pick_device,
     run_program,
@@ -107,7 +106,6 @@ def train(config, weights, resumed, device, signals, run):
     scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
     check_cuda_graph(config, device, world)
     seed_everything(config.seed)
-    find_dead_workers_between_updates()
 
     # Data
     train_loader, valid_loader, parts = make_loaders(config, device)

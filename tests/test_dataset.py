@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import pickle
+import signal
 import struct
 import threading
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_workers_do_not_change_samples():
         for a, b in zip(got, expected, strict=True):
             assert_same(a, b)
         assert sum(len(inputs) for inputs, _ in got[0]) == 23
+
+
+def test_a_loader_leaves_the_handler_of_dead_children_alone():
+    """torch's own would raise in the middle of an update."""
+    before = signal.getsignal(signal.SIGCHLD)
+    assert len(batches(make_loader(small(), 12, 1))) == 2
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_resume_inside_an_epoch():

@@ -8,6 +8,8 @@ import platform
 import random
 import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -179,15 +181,21 @@ def kill_workers():
             process.kill()
 
 
-def find_dead_workers_between_updates():
-    """Let a loader report a worker that the system killed only when the next batch is asked for.
+@contextmanager
+def keep_child_handler():
+    """Keep the handler of SIGCHLD that was there before the block, in which a loader starts its workers.
 
-    torch's handler of SIGCHLD would raise at any moment, such as in the middle of an update of the weights. It is not
-    installed if torch believes that it is.
+    torch's handler would raise at any moment, such as in the middle of an update of the weights. Without it a loader
+    reports a worker that the system killed when the next batch is asked for.
     """
-    from torch.utils.data._utils import signal_handling
-
-    signal_handling._SIGCHLD_handler_set = True
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield  # torch installs none there
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def is_dead_worker(error):
