@@ -39,6 +39,7 @@ constexpr i64 V = LANES, U = VECS, C = U * V;  // a block is C channels
 constexpr i64 G = 4;    // states computed together
 constexpr i64 K = 4;    // directions
 constexpr i64 T = 64;   // positions in a chunk
+constexpr i64 SHARE = 32 / C;  // blocks in a task of the forward, which share the copied rows of dbl
 typedef float vec __attribute__((vector_size(V * 4)));
 typedef int32_t ivec __attribute__((vector_size(V * 4)));
 
@@ -76,12 +77,18 @@ inline vec exp2v(vec x) {
 #endif
 }
 
-// softplus and its derivative, both with a small relative error for every x.
-inline vec softplus(vec x, vec& derivative) {
+// softplus, with a small relative error for every x. Its derivative likewise, unless the pointer is null.
+inline vec softplus(vec x, vec* derivative) {
   const vec z = exp2v((x < 0.f ? x : -x) * LOG2E);  // e^-|x|
-  const vec inverse = 1.f / ((1.f + z) * (2.f + z));
-  derivative = (x < 0.f ? z : splat(1.f)) * (2.f + z) * inverse;
-  const vec s = z * (1.f + z) * inverse, q = s * s;  // log(1 + z) = 2 artanh(s), s = z / (2 + z)
+  vec s;  // z / (2 + z)
+  if (derivative) {  // one division for both
+    const vec inverse = 1.f / ((1.f + z) * (2.f + z));
+    *derivative = (x < 0.f ? z : splat(1.f)) * (2.f + z) * inverse;
+    s = z * (1.f + z) * inverse;
+  } else {
+    s = z / (2.f + z);
+  }
+  const vec q = s * s;  // log(1 + z) = 2 artanh(s)
   vec p = splat(2.801198958900e-1f);
   p = p * q + 2.800180315971e-1f;
   p = p * q + 4.002152681350e-1f;
@@ -251,7 +258,8 @@ struct Block {
     store(out + channel + u * V, k ? v + load(out + channel + u * V, lanes(u)) : v, lanes(u));
   }
 
-  // x, dt and dt x. Four steps share the loads of the weight.
+  // x, dt and dt x, and for the backward the slope. Four steps share the loads of the weight.
+  template <bool slope>
   void step_sizes(Chunk& t) const {
     for (i64 l = 0; l < t.n; l += 4) {
       vec sum[4][U];
@@ -261,7 +269,7 @@ struct Block {
         for (i64 i = 0; i < 4; i++)
           for (i64 u = 0; u < U; u++) sum[i][u] += weight[r * U + u] * t.low(l + i)[r];
       for (i64 i = 0; i < 4; i++)
-        for (i64 u = 0; u < U; u++) t.dt[l + i][u] = softplus(sum[i][u], t.slope[l + i][u]);
+        for (i64 u = 0; u < U; u++) t.dt[l + i][u] = softplus(sum[i][u], slope ? &t.slope[l + i][u] : nullptr);
     }
     for (i64 l = 0; l < t.n; l++)
       for (i64 u = 0; u < U; u++) {
@@ -357,21 +365,23 @@ struct Block {
   }
 };
 
-// One batch item, one block of channels.
-void forward(const Problem& p, i64 batch, i64 channel, float* y, float* checkpoints) {
+// One batch item, the blocks [first, last).
+void forward(const Problem& p, i64 batch, i64 first, i64 last, float* y, float* checkpoints) {
   Chunk t(p);
-  Block block(p);
+  std::vector<Block> blocks(last - first, Block(p));
   for (i64 k = 0; k < K; k++) {
-    block.start(k, channel);
+    for (i64 i = first; i < last; i++) blocks[i - first].start(k, i * C);
     for (i64 i = 0; i < p.chunks(); i++) {
       t.start(batch, k, i * T);
-      block.step_sizes(t);
-      if (checkpoints) std::memcpy(block.checkpoint(checkpoints, batch, i), block.h.data(), p.states() * C * 4);
-      for (i64 l = 0; l < t.n; l++)
-        for (i64 u = 0; u < U; u++) t.y[l][u] = block.D[u] * t.x[l][u];
-      for (i64 state = 0; state < p.states(); state += G) block.states_forward<false>(t, state);
-      for (i64 l = 0; l < t.n; l++)
-        for (i64 u = 0; u < U; u++) block.merge(y + t.at[l], u, t.y[l][u]);
+      for (Block& block : blocks) {
+        block.step_sizes<false>(t);
+        if (checkpoints) std::memcpy(block.checkpoint(checkpoints, batch, i), block.h.data(), p.states() * C * 4);
+        for (i64 l = 0; l < t.n; l++)
+          for (i64 u = 0; u < U; u++) t.y[l][u] = block.D[u] * t.x[l][u];
+        for (i64 state = 0; state < p.states(); state += G) block.states_forward<false>(t, state);
+        for (i64 l = 0; l < t.n; l++)
+          for (i64 u = 0; u < U; u++) block.merge(y + t.at[l], u, t.y[l][u]);
+      }
     }
   }
 }
@@ -388,7 +398,7 @@ void backward(const Problem& p, i64 batch, i64 range, i64 first, i64 last, const
       std::fill(t.dbc.begin(), t.dbc.end(), sums{});
       std::fill(t.dlow.begin(), t.dlow.end(), vec{});
       for (Block& block : blocks) {
-        block.step_sizes(t);
+        block.step_sizes<true>(t);
         std::memcpy(block.h.data(), block.checkpoint(checkpoints, batch, i), p.states() * C * 4);
         for (i64 l = 0; l < T; l++)
           for (i64 u = 0; u < U; u++) {
@@ -457,8 +467,11 @@ EXPORT int vmrnn_scan_openmp() {
 
 // checkpoints: null if no backward follows.
 EXPORT void vmrnn_scan_forward(const Problem* p, int threads, float* y, float* checkpoints) {
-  const i64 blocks = p->blocks();
-  run(p->B * blocks, threads, [&](i64 i) { forward(*p, i / blocks, i % blocks * C, y, checkpoints); });
+  const i64 blocks = p->blocks(), tasks = (blocks + SHARE - 1) / SHARE;
+  run(p->B * tasks, threads, [&](i64 i) {
+    const i64 first = i % tasks * SHARE;
+    forward(*p, i / tasks, first, std::min(first + SHARE, blocks), y, checkpoints);
+  });
 }
 
 EXPORT void vmrnn_scan_backward(const Problem* p, int threads, i64 ranges, const float* dy, float* checkpoints,
