@@ -9,9 +9,10 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check
 BIN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 # Processes that share the tests, one thread each. make test WORKERS=0 runs them in one.
 WORKERS ?= auto
+PYTEST = $(BIN) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := $(if $(VENV),$(VENV)/.ready)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: $(READY)
 	@[ ! -d exps/quickstart ] || echo "exps/quickstart holds a run, which is continued: rename it to begin another"
@@ -20,7 +21,11 @@ demo: $(READY)
 	@echo "open exps/quickstart/test_moving_mnist_5/report.html; pictures beside it: forecast_0000.png, forecast.gif, lead_times.png"
 
 test: $(READY)
-	$(BIN) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# Without compilers, Triton's interpreter and most real processes.
+test-fast: $(READY)
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN) -m ruff check . && $(BIN) -m ruff format --check .

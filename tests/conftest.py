@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every p
 pytest.register_assert_rewrite("helpers")  # before its first import: a failed assertion there shows its values
 
 import torch  # noqa: E402
-from helpers import FORKS, OPTIONS, ROOT, nan_filled_memory  # noqa: E402
+from helpers import FORKS, OPTIONS, ROOT, SLOW, nan_filled_memory  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -28,18 +28,16 @@ def pytest_configure(config):
     os.environ["VMRNN_TEST_DEVICE"] = config.getoption("--device") or "cpu"
 
 
-# What takes longest, by CPU time. Started last, such a file would keep one process busy after the others have ended.
-LONGEST = (
-    "test_scan_triton", "test_triton_layers", "test_cells", "test_signs_of_life", "test_distributed", "test_scan_cpu",
-    "test_resume", "test_selfcheck", "test_training", "test_extending", "test_programs",
-)  # fmt: skip
-
-
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """The longest files first. The order of the tests in a file stays as it is."""
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    """Mark slow tests, and start their files first, the longest before the others.
+
+    Started last, a long file would keep one process busy after the others have ended. The order in a file stays.
+    """
+    files = [name.split("::")[0] for name in SLOW]
+    for item in items:
+        if item.path.stem in SLOW or f"{item.path.stem}::{item.originalname}" in SLOW:
+            item.add_marker("slow")
+    items.sort(key=lambda item: files.index(item.path.stem) if item.path.stem in files else len(files))
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SLOW
 
 TOP = {"VMRNN_B", "VMRNN_D", "dataset", "functions", "train", "test", "predict", "benchmarks"}
 NETWORK = {"vmrnn.network", "vmrnn.scan", "vmrnn.rollout", "vmrnn.graphs", "vmrnn.forecaster"}
@@ -58,3 +58,9 @@ def test_importing_the_programs_does_nothing():
     code += "sys.exit(early or 'mamba_ssm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_called_slow_exists(name):
+    file, _, test = name.partition("::")
+    assert f"def {test or 'test'}" in (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -274,12 +275,23 @@ def test_no_compiler(empty_cache, monkeypatch):
         cpu.load()
 
 
-@needs_build
-def test_a_cached_build_needs_no_compiler(empty_cache, monkeypatch):
-    cpu.load()
+@pytest.fixture
+def one_build(tmp_path, monkeypatch):
+    """The same with a copy of the library that these tests use, so that it is not compiled again: its path."""
+    built = cpu.build(cpu.wanted_isa())
+    copy = tmp_path / built.name
+    shutil.copy2(built, copy)
+    monkeypatch.setenv("VMRNN_CACHE", str(tmp_path))
     cpu.attempt.cache_clear()
+    assert cpu.build(cpu.wanted_isa()) == copy
+    yield copy
+    cpu.attempt.cache_clear()
+
+
+@needs_build
+def test_a_cached_build_needs_no_compiler(one_build, tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(empty_cache))
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert cpu.can_run("cpu", torch.float32, 16)[0]
 
 
@@ -292,10 +304,9 @@ def test_broken_compiler(empty_cache, monkeypatch):
 
 @needs_build
 @pytest.mark.parametrize("damage", [b"", b"not a library", None], ids=("empty", "text", "truncated"))
-def test_damaged_cache_entry_is_rebuilt(damage, empty_cache):
-    whole = cpu.build(cpu.wanted_isa())
-    content = whole.read_bytes()
-    whole.write_bytes(content[: len(content) // 2] if damage is None else damage)
+def test_damaged_cache_entry_is_rebuilt(damage, one_build):
+    content = one_build.read_bytes()
+    one_build.write_bytes(content[: len(content) // 2] if damage is None else damage)
     assert cpu.build(cpu.wanted_isa()).stat().st_size == len(content)
     cpu.load()
     inputs = fresh_scan_inputs(1, 2, 2, 4, 2, 1)
