@@ -192,7 +192,8 @@ class Pictures:
             save_strip(path, *sequence, self.facts.title(index), leads, self.look)
             if index == 0:
                 save_animation(self.folder / "forecast.gif", *sequence, leads, self.look)
-        self.errors += figure("mse", forecast.cpu(), targets.cpu()).nanmean(dim=1).tolist()
+        forecast, targets = (self.look.linear(frames.cpu(), 2) for frames in (forecast, targets))
+        self.errors += figure("mse", forecast, targets).nanmean(dim=1).tolist()
 
 
 def look_at(test_set, config, colours):

@@ -21,6 +21,7 @@ from vmrnn.colours import MISSING, Look, white_level
 from vmrnn.metrics import Metrics, event, figure, row_of
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
+from vmrnn.values import ValueRange
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GIVEN, HORIZON, H, W = 3, 4, 9, 12
@@ -350,3 +351,11 @@ def test_the_page_and_the_pictures_have_the_same_colours():
 )
 def test_tests_of_other_data_and_horizons_have_folders_of_their_own(tested, options, name):
     assert str(test_program.default_folder(tested, configuration.Config(**options))) == name
+
+
+def test_the_error_of_a_sequence_is_that_of_the_metrics():
+    """Of a field with a transform: on the linear scale, as in the table above the player."""
+    value_range = ValueRange(0.0, 64.0, transform="sqrt")
+    inputs, targets, forecast = random_sequence(0)
+    made = report.for_player("best", 0, inputs, targets, forecast, Look("viridis", value_range=value_range), 1.0)
+    assert made["mse"] == pytest.approx(figure("mse", forecast.square(), targets.square()).tolist(), rel=1e-5)

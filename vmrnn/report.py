@@ -194,7 +194,7 @@ def for_player(role, index, inputs, targets, forecast, look, limit):
         "index": index,
         "given": len(inputs),
         "size": list(truth.shape[1:3]),
-        "mse": figure("mse", forecast, targets).tolist(),
+        "mse": figure("mse", look.linear(forecast, 1), look.linear(targets, 1)).tolist(),
         "truth": sprite(look.paint(np.concatenate([truth, following]))),
         "forecast": sprite(look.paint(expected)),
         "error": sprite(signed_colours(expected, following, limit)),
