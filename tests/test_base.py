@@ -102,8 +102,7 @@ def test_training_test_and_forecast(options, tmp_path):
         assert torch.equal(weight, parts["model"][name]), name
     best = str(tmp_path / "whole" / "best.safetensors")
     test_program.main(["--checkpoint", best, "--device", "cpu", "--strips", "1", "--res_dir", str(tmp_path / "test")])
-    (report,) = tmp_path.glob("test_*/metrics.json")
-    results = json.loads(report.read_text())["results"]
+    results = json.loads((tmp_path / "test" / "metrics.json").read_text())["results"]
     assert results["forecast"]["mean"]["mse"] != results["motion"]["mean"]["mse"]
     predict_program.main([
         "--checkpoint", best, "--input", options["train_data_dir"], "--horizon", "4", "--device", "cpu", "--output",
