@@ -17,12 +17,13 @@ DEVICE = os.environ.get("VMRNN_TEST_DEVICE", "cpu")  # python -m pytest -m devic
 # What `make test-fast` leaves out: compilers, Triton's interpreter, real processes. Files and single tests, of more than
 # about 3 s of CPU time, the longest first.
 SLOW = (
+    "test_training::test_a_compiled_run_with_batches_of_several_sizes", "test_training::test_curves_of_several_runs",
     "test_scan_triton", "test_triton_layers", "test_signs_of_life", "test_distributed", "test_resume", "test_selfcheck",
     "test_extending", "test_programs", "test_cells::test_compiled_steps_are_one_graph",
     "test_networks::test_compiled_steps_are_one_graph_and_the_same_numbers", "test_scan_cpu::test_one_openmp_runtime",
     "test_scan_cpu::test_damaged_cache_entry_is_rebuilt", "test_scan_cpu::test_concurrent_builds",
     "test_scan_cpu::test_a_compiler_of_several_words",
-    "test_install", "test_deployment", "test_cross", "test_training::test_a_compiled_run_with_batches_of_several_sizes",
+    "test_install", "test_deployment", "test_cross",
     "test_imports::test_importing_the_programs_does_nothing", "test_checkpoint::test_a_full_disk",
     "test_baselines::test_motion_beats_the_last_frame_on_real_radar",
     "test_cache::test_a_run_goes_on_with_data_that_moved_and_not_with_data_that_changed",
