@@ -9,6 +9,7 @@ worker count, after any resume and on any rank.
     loader.sampler.epoch = 3
 """
 
+import gc
 import pkgutil
 from dataclasses import dataclass
 
@@ -107,6 +108,10 @@ class Loader(DataLoader):
     """A DataLoader that reports a dead worker when the next batch is asked for, and at no other moment."""
 
     def __iter__(self):
+        if self.num_workers:
+            # Workers are forked. A worker that frees what the decoding of a video left behind waits for ever for threads
+            # that only this process has. So nothing may be left for its garbage collector.
+            gc.collect()
         with keep_child_handler():
             return super().__iter__()
 

@@ -1,6 +1,7 @@
 """Moving MNIST and the loader: random draws, motion of the digits, files, samplers."""
 
 import functools
+import gc
 import gzip
 import hashlib
 import http.server
@@ -88,6 +89,29 @@ def test_workers_do_not_change_samples():
         for a, b in zip(got, expected, strict=True):
             assert_same(a, b)
         assert sum(len(inputs) for inputs, _ in got[0]) == 23
+
+
+def test_workers_inherit_no_garbage():
+    """A worker that frees the frames of a video waits for ever for the threads of the process that decoded it."""
+    freed = []
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            freed.append(True)
+
+    gc.disable()
+    try:
+        Cycle()
+        batches(make_loader(small(), 12, 0))
+        assert not freed
+        iterator = iter(make_loader(small(), 12, 1))
+        assert freed
+        list(iterator)
+    finally:
+        gc.enable()
 
 
 def test_a_loader_leaves_the_handler_of_dead_children_alone():

@@ -110,7 +110,10 @@ def test_a_kill_in_the_middle_of_a_save(whole, start, tmp_path, moment):
 
 def test_a_crash_while_a_picture_is_drawn_costs_no_epoch(whole, start, tmp_path):
     """Nothing but the end of the epoch saves here. A crash in a library is no error that Python could catch."""
-    first = f"arguments += ['--save_every', '1000']; from vmrnn import pictures; pictures.save_strip = lambda *_: {DIE}"
+    first = (
+        "arguments += ['--save_every', '1000']; from vmrnn import pictures; "
+        f"pictures.save_strip = lambda *_, **options: {DIE}"
+    )
     assert start(tmp_path / "run", first)[1]() == -signal.SIGKILL
     position = read_checkpoint(tmp_path / "run" / "last.pt")["position"]
     assert (position["epoch"], position["step"]) == (2, 6)

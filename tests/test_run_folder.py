@@ -148,7 +148,7 @@ def test_a_run_that_lost_its_last_checkpoint_is_not_started_anew(finished, resum
 
 def test_the_log_of_a_run_that_was_killed_before_its_first_save_is_kept(finished, caplog):
     log_text = (finished / "log.jsonl").read_bytes()
-    for name in ("last.pt", "best.safetensors"):
+    for name in ("last.pt", "previous_last.pt", "best.safetensors"):
         (finished / name).unlink()
     options = [*TINY, "--epochs", "1", "--res_dir", str(finished)]
     with pytest.raises(UserError, match="holds the log.jsonl of a run"):
