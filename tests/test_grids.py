@@ -6,6 +6,7 @@ import pytest
 import torch
 import xarray
 from helpers import shared
+from scipy.io import netcdf_file
 
 from dataset import build_dataset
 from vmrnn.config import Config
@@ -125,7 +126,7 @@ def test_knmi_radar_against_h5py():
 
 def test_era_interim_against_scipy():
     path = shared("fields/eraint_uvz.nc")
-    netcdf = pytest.importorskip("scipy.io").netcdf_file(path, mmap=False)
+    netcdf = netcdf_file(path, mmap=False)
     grid = open_grid(path, ["z@500", "u", "v@850"])
     assert grid.info.names == ["z@500", "u@200", "u@500", "u@850", "v@850"]
     assert grid.info.latitude[0] == 90 and grid.shape == (2, 241, 480, 5)

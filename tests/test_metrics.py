@@ -290,7 +290,8 @@ def test_no_event_at_all_has_no_csi():
 
 def test_lpips_is_the_packages(tmp_path, monkeypatch):
     """With made-up weights where torchvision looks for AlexNet's; without any, a line that says which file."""
-    package = pytest.importorskip("lpips")
+    import lpips
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     metrics.lpips_network.cache_clear()
     with pytest.raises(UserError, match=r"weights .*alexnet.* are not there; fetch http"):
@@ -300,7 +301,7 @@ def test_lpips_is_the_packages(tmp_path, monkeypatch):
     unused = torch.zeros(1)  # the classifier's 235 MB, as a view of one number
     state = {k: unused.expand(v.shape) if k.startswith("classifier") else v for k, v in alexnet().state_dict().items()}
     torch.save(state, weights)
-    network = package.LPIPS(net="alex", verbose=False).eval()
+    network = lpips.LPIPS(net="alex", verbose=False).eval()
     pred, true = frames(2, 3, 1, 40, 33), frames(2, 3, 1, 40, 33, seed=1)
     true[0, 2, 0, 0, 0] = torch.nan
     total = Metrics(("lpips",))
@@ -389,16 +390,16 @@ def test_fractions_skill_is_that_of_scores(window):
     With zero padding, scores counts one row and one column of windows more, around the pixels just outside the frame at
     the bottom and the right. Our score of frames with such a row and column, without events, is the same number.
     """
-    scores = pytest.importorskip("scores.spatial")
     import numpy as np
     import xarray
+    from scores.spatial import fss_2d
 
     pred, true = ((5 * frames(1, 1, 1, 24, 30, seed=seed)).round() for seed in (0, 1))
     total = Metrics((fractions_skill(4.0, 4.0, window),))
     total.update(*(torch.nn.functional.pad(field, (0, 1, 0, 1)) for field in (pred, true)))
     dims = ("y", "x")
     fields = (xarray.DataArray(field[0, 0, 0].double().numpy(), dims=dims) for field in (pred, true))
-    expected = scores.fss_2d(
+    expected = fss_2d(
         *fields, event_threshold=4.0, window_size=(window, window), spatial_dims=dims, zero_padding=True,
         threshold_operator=np.greater_equal,
     )  # fmt: skip
