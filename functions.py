@@ -260,7 +260,7 @@ def compare(
     metrics       rows or names of vmrnn.metrics
     loss          RolloutLoss; None: no loss is computed
     baselines     {label: function(inputs, horizon) -> forecast}, see vmrnn.baselines
-    value_range   ValueRange of the data; metrics are computed on the scale without its transform; None: no transform
+    value_range   ValueRange of the data; None: no transform. Baselines and metrics are computed without its transform
     weights       (H, W), weights of the pixels in sums of errors, see vmrnn.metrics.Comparison
     on_batch      called with (step, inputs, targets, forecast) of every batch of this process, without forcings
     title         of the progress bar
@@ -278,13 +278,14 @@ def compare(
         inputs, targets = (frames[:, :, : outputs.shape[2]] for frames in (inputs, targets))  # without forcings
         if loss:
             total += loss(outputs, inputs, targets).item() * len(inputs)
-        forecasts = {"model": outputs[:, -horizon:]}
-        forecasts |= {label: baseline(inputs, horizon) for label, baseline in baselines.items()}
-        truth = value_range.to_linear(targets, axis=2)
-        for label, forecast in forecasts.items():
-            meters[label].update(value_range.to_linear(forecast, axis=2), truth)
+        forecast = outputs[:, -horizon:]
+        # A baseline is the same for every network: it does not see the transform of the values.
+        known, truth, own = (value_range.to_linear(each, axis=2) for each in (inputs, targets, forecast))
+        meters["model"].update(own, truth)
+        for label, baseline in baselines.items():
+            meters[label].update(baseline(known, horizon), truth)
         if on_batch:
-            on_batch(step, inputs, targets, forecasts["model"])
+            on_batch(step, inputs, targets, forecast)
         bar.update(frames)
 
     # Merge the sums of all processes.

@@ -6,7 +6,9 @@ import torch
 from helpers import shared
 from scipy.ndimage import gaussian_filter
 
+from functions import compare
 from vmrnn.baselines import BASELINES, black, last_frame, motion
+from vmrnn.values import ValueRange
 
 
 def moving_field(steps, frames, size=(96, 120), seed=0):
@@ -61,3 +63,21 @@ def test_motion_beats_the_last_frame_on_real_radar():
         found[forecast] = mse, *(value.item() for value in csi)
     assert found[last_frame] == pytest.approx((5919.1, 0.528, 0.204), abs=0.1, rel=2e-3)
     assert found[motion] == pytest.approx((2550, 0.70, 0.40), rel=0.02)
+
+
+def test_baselines_do_not_see_the_transform_of_a_network():
+    """The same frames on the scale of two networks: the figures of the baselines are the same."""
+    frames, results = (moving_field((2, -1), 7) - 0.5).clamp(min=0), []  # as sparse as rain
+    for transform in ("none", "sqrt"):
+        value_range = ValueRange(0.0, 64.0, transform=transform)
+        scaled = torch.from_numpy(value_range.to_unit(64 * frames.numpy()))
+        batches = [scaled.split((4, 3), 1)]
+        results.append(
+            compare(
+                lambda inputs, targets: last_frame(inputs, targets.shape[1]), batches, torch.device("cpu"),
+                ["mse_pixel"], baselines=BASELINES, value_range=value_range,
+            )
+        )  # fmt: skip
+    for label in BASELINES:
+        first, second = (result[label]["per_frame"]["mse_pixel"] for result in results)
+        assert second == pytest.approx(first, rel=1e-4)

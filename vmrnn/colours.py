@@ -1,7 +1,7 @@
 """How the values of frames become colours: grey or RGB for pictures, a scale with a unit for fields."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib import colormaps
@@ -77,8 +77,8 @@ class Look:
         low, high = np.quantile(known, (1 - SHARE, SHARE)).tolist() if known.size else (0.0, 1.0)
         if self.colours == RAIN:
             edges = rain_edges(high)
-            return Look(**vars(self) | {"low": 0.0, "high": edges[-1], "edges": edges})
-        return Look(**vars(self) | {"low": low, "high": high if high > low else low + 1})
+            return replace(self, low=0.0, high=edges[-1], edges=edges)
+        return replace(self, low=low, high=high if high > low else low + 1)
 
     def values(self, frames):
         """What is shown of frames (T, C, H, W) on the scale [0, 1]: float32 (T, H, W, 1 or 3), in the picture's units."""

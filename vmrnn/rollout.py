@@ -39,8 +39,8 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
                      used; None if the network has none (F = 0)
 
     Output i is the network's forecast of frame i + 1, so the last `horizon` outputs are the forecast. The last F channels
-    are forcings: given at every frame and never forecast. The base of a network is the last of them. Sides that do not fit the network are padded, and the outputs
-    are cropped.
+    are forcings: given at every frame and never forecast. The base of a network, if it has one, is the last of the
+    forcings. Sides that do not fit the network are padded, and the outputs are cropped.
 
     Raises UserError if the network has forcings and those of the forecast are not given.
     """
