@@ -12,6 +12,7 @@ worker count, after any resume and on any rank.
 import gc
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,6 +64,11 @@ def build_dataset(split, config, value_range=None):
     for option, data_sets in ONLY_FOR.items():
         if name not in data_sets and getattr(config, option) != getattr(DEFAULTS, option):
             raise UserError(f"{option} is for {', '.join(data_sets)}, not for {name}; leave it out")
+    if spec.section and not Path(config.train_data_dir).exists():
+        raise UserError(
+            f"{config.train_data_dir}: no such file or folder; data/README.md, section {spec.section}, says where to get the "
+            "data, and --train_data_dir names them"
+        )
     find = pkgutil.resolve_name(spec.find)
     return find(split, config, value_range)
 

@@ -376,6 +376,7 @@ def test_nothing_is_loaded_whole(own, tmp_path):
         (dict(dataset="human36m", input_channels=3), {}, "data: no frames of subjects"),
         (dict(dataset="taxibj", input_channels=2), {}, r"dataset\.npz: no such file"),
         (dict(dataset="video", train_data_dir="nowhere"), {}, "nowhere: no such file or folder"),
+        (dict(dataset="kth", train_data_dir="nowhere"), {}, r"nowhere: .* data/README\.md, section KTH"),
         (dict(dataset="array", train_data_dir="nowhere.npy"), {}, "nowhere.npy: no such file"),
         (dict(dataset="video", input_channels=2), {}, "read as 1 .grey. or 3"),
         (dict(dataset="kth", input_channels=3), {}, "kth has 1"),

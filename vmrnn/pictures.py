@@ -73,7 +73,8 @@ def save_strip(path, inputs, targets, forecast, title="", leads=None, look=None)
     width = inputs.shape[2]
     gap = max(2, width // 32)
     figure = Figure((1.6 + 1.05 * columns, 1.1 * len(rows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(rows))
+    grid = figure.add_gridspec(len(rows), 2, width_ratios=(columns, 0.12))
+    axes = [figure.add_subplot(grid[row, 0]) for row in range(len(rows))]
     for axis, (name, frames) in zip(axes, rows.items()):
         interpolation = "nearest" if max(frames.shape[1:3]) <= TILE else "hanning"
         axis.imshow(side_by_side(frames, columns, gap), interpolation=interpolation, vmin=0, vmax=1)
@@ -89,11 +90,12 @@ def save_strip(path, inputs, targets, forecast, title="", leads=None, look=None)
     if look.label:
         ticks = look.edges or None
         scale = ScalarMappable(look.norm(), look.colour_map())
-        bar = figure.colorbar(scale, ax=axes[:3], shrink=0.7, aspect=16, ticks=ticks, format="%g" if ticks else None)
+        place = figure.add_subplot(grid[:3, 1])
+        bar = figure.colorbar(scale, cax=place, ticks=ticks, format="%g" if ticks else None)
         bar.set_label(look.label, fontsize=8)
         bar.ax.tick_params(labelsize=7)
     scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
-    bar = figure.colorbar(scale, ax=axes[3:], shrink=0.9, aspect=6, ticks=[-limit, 0, limit], format="%.2g")
+    bar = figure.colorbar(scale, cax=figure.add_subplot(grid[3, 1]), ticks=[-limit, 0, limit], format="%.2g")
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=9)
     save(figure, path)

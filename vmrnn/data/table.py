@@ -27,6 +27,7 @@ class Spec:
     field         whether the values have a unit: they are drawn with a scale of colours, not in grey
     antialias     whether resizing smooths what it shrinks
     data_range    (low, high), the stored values that become 0 and 1; None: data_range says, or the data
+    section       the section of data/README.md that says where to get data that nothing fetches by itself
     """
 
     description: str
@@ -39,6 +40,7 @@ class Spec:
     field: bool = False
     antialias: bool = True
     data_range: tuple | None = None
+    section: str = ""
 
 
 DATASETS = {
@@ -57,6 +59,7 @@ DATASETS = {
         antialias=False,  # cv2.resize, as in the literature
         channels=1,
         data_range=(0.0, 255.0),
+        section="KTH",
     ),
     "taxibj": Spec(
         description="inflow and outflow of taxis in Beijing, every 30 minutes (Zhang et al. 2017)",
@@ -66,6 +69,7 @@ DATASETS = {
         field=True,
         channels=2,
         data_range=(-1.0, 1.0),
+        section="TaxiBJ",
     ),
     "human36m": Spec(
         description="people in 15 scenarios, colour video (Ionescu et al. 2014), every fifth frame",
@@ -75,6 +79,7 @@ DATASETS = {
         pictures=True,
         channels=3,
         data_range=(0.0, 255.0),
+        section="Human3.6M",
     ),
     "video": Spec(
         description="your own: a video or a folder of videos",
