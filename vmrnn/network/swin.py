@@ -1,4 +1,4 @@
-"""A cell of Swin blocks with the gate of VMRNN's cell (SwinLSTM, arXiv 2304.09891)."""
+"""A cell of Swin blocks with the gate of VMRNN's cell (SwinLSTM, arXiv 2308.09891)."""
 
 import torch
 import torch.nn as nn
