@@ -28,7 +28,7 @@ SPRITE_WIDTH = 4096  # pixels; some browsers refuse wider images
 PLAYER_SIDE = 320  # pixels, the longest side of a frame in the player; larger frames are averaged
 
 # Published figures by data set. "setting": options that must be equal for a comparison. "metrics": what is compared.
-# "rows": {network: (parameters in millions or None, source, figures)}. The parameters of VMRNN are counted in the published
+# "rows": {network: (parameters in millions, source, figures)}. The parameters of VMRNN are counted in the published
 # weights and in our network.
 OPENSTL = "OpenSTL, video_benchmarks.md"
 PUBLISHED = {
@@ -39,10 +39,10 @@ PUBLISHED = {
         "metrics": ["mse", "ssim_dr2"],
         "rows": {
             "VMRNN-D": (15.3, "arXiv 2403.16536", [16.46, 0.9645]),
-            "SwinLSTM-D": (None, "arXiv 2308.09891", [17.7, 0.962]),
+            "SwinLSTM-D": (20.2, "arXiv 2308.09891; 2410.04733, table 2", [17.7, 0.962]),
             "SimVPv2": (46.8, f"arXiv 2211.12509; {OPENSTL}", [15.05, 0.9675]),
             "PredRNN++ (2000 epochs)": (38.6, OPENSTL, [14.07, 0.9698]),
-            "PredFormer": (None, "arXiv 2410.04733", [11.7, 0.975]),
+            "PredFormer": (25.3, "arXiv 2410.04733, table 2", [12.4, 0.973]),
         },
     },
     "taxibj": {
@@ -92,7 +92,7 @@ def published(config, mean):
     rows = sorted(table["rows"].items(), key=lambda row: row[1][2][0])
     return {
         "metrics": table["metrics"],
-        "rows": [[name, size and f"{size} M", source, *figures] for name, (size, source, figures) in rows],
+        "rows": [[name, f"{size} M", source, *figures] for name, (size, source, figures) in rows],
         "own": [mean.get(name, math.nan) for name in table["metrics"]],
         "note": note,
     }
