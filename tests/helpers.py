@@ -166,6 +166,30 @@ def write_images(folder, frames, name="frame_{}.png"):
         Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(folder / name.format(i))
 
 
+def read_frames(path, channels=None, **options):
+    """All frames of a file, an array (T, H, W, C) in the file's own type and units.
+
+    channels   of a video, an image or a folder of images: 1, 3, or None for those that are stored
+    options    options of Config on how an array is read
+    """
+    import numpy as np
+
+    from vmrnn.config import Config
+    from vmrnn.data.images import IMAGES, image_frames
+    from vmrnn.data.inputs import open_input
+    from vmrnn.data.media import images_in
+    from vmrnn.data.videos import VIDEOS, video_frames
+
+    ending = path.suffix.lower()
+    if ending in VIDEOS and not path.is_dir():
+        frames = video_frames(path, channels)
+    elif ending in IMAGES or path.is_dir():
+        frames = image_frames(images_in(path) if path.is_dir() else [path], channels)
+    else:
+        frames = open_input(path, Config(dataset="array", **options)).sequences[0].frames()
+    return np.stack(list(frames))
+
+
 # A run that takes a second
 TINY = [
     "--model", "VMRNN-B", "--patch_size", "4", "--embed_dim", "16", "--depths", "1", "--d_state", "4",

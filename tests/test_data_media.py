@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from helpers import shared, write_images, write_video
+from helpers import read_frames, shared, write_images, write_video
 
-from vmrnn.data.arrays import npz_member
+from vmrnn.data.arrays import npz_member, open_npy
 from vmrnn.data.images import image_frames
-from vmrnn.data.media import files_in, read_frames
+from vmrnn.data.media import files_in
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 
@@ -40,14 +40,14 @@ def test_arrays_come_back_with_a_channel_axis(tmp_path):
     np.save(tmp_path / "a.npy", values)
     np.savez_compressed(tmp_path / "b.npz", time=np.arange(4), rain=values)
     np.savez(tmp_path / "c.npz", one=values, two=COLOUR)
-    assert isinstance(read_frames(tmp_path / "a.npy"), np.memmap)
+    assert isinstance(open_npy(tmp_path / "a.npy"), np.memmap)
     for frames in (
         read_frames(tmp_path / "a.npy"),
         read_frames(tmp_path / "b.npz"),
-        read_frames(tmp_path / "c.npz", "one"),
+        read_frames(tmp_path / "c.npz", array_key="one"),
     ):
         assert np.array_equal(frames, values[..., None])
-    assert np.array_equal(read_frames(tmp_path / "c.npz", "two"), COLOUR)
+    assert np.array_equal(read_frames(tmp_path / "c.npz", array_key="two", input_channels=3), COLOUR)
     assert npz_member(tmp_path / "b.npz") == ("rain", (4, 5, 6), np.float64)
 
 
@@ -142,7 +142,7 @@ def test_broken_files_say_so_in_one_line(tmp_path, name, write, says):
 def test_an_array_that_is_not_there(tmp_path):
     np.savez(tmp_path / "a.npz", rain=GREY)
     with pytest.raises(UserError, match="no array 'snow'.*rain"):
-        read_frames(tmp_path / "a.npz", "snow")
+        read_frames(tmp_path / "a.npz", array_key="snow")
 
 
 def test_a_half_written_kth_clip(tmp_path):

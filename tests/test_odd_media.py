@@ -9,12 +9,12 @@ import av
 import numpy as np
 import pytest
 import tifffile
-from helpers import ROOT, data_set, shared, write_images, write_video
+from helpers import ROOT, data_set, read_frames, shared, write_images, write_video
 from PIL import Image
 
 from vmrnn.data.arrays import find_axes
 from vmrnn.data.images import image_frames
-from vmrnn.data.media import files_in, read_frames
+from vmrnn.data.media import files_in
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 
@@ -321,8 +321,8 @@ def test_no_program_is_started_and_no_address_opened(tmp_path):
         "import sys, subprocess, os\n"
         "def never(*a, **k): sys.exit('started a program')\n"
         "subprocess.Popen = subprocess.check_call = subprocess.run = os.system = never\n"
-        "from vmrnn.data.media import read_frames\n"
-        f"try: read_frames({str(tmp_path / '0001.png')!r})\nexcept ValueError: pass\n"
+        "from vmrnn.data.images import image_frames\n"
+        f"try: list(image_frames([{str(tmp_path / '0001.png')!r}]))\nexcept ValueError: pass\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

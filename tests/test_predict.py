@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from helpers import read_frames
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -11,7 +12,6 @@ import predict
 import vmrnn
 from vmrnn import config as configuration
 from vmrnn.checkpoint import save_checkpoint, save_weights
-from vmrnn.data.media import read_frames
 from vmrnn.data.prepare import as_channels, as_type
 from vmrnn.errors import UserError
 from vmrnn.network import build_model

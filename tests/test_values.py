@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import data_set, write_images, write_video
+from helpers import data_set, read_frames, write_images, write_video
 from hypothesis import given, settings, strategies as st
 
 from vmrnn.config import Config
-from vmrnn.data.media import read_frames
 from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
 from vmrnn.values import ValueRange
