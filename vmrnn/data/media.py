@@ -1,50 +1,16 @@
-"""Which files a path names, in which order, and their frames. Values stay in the file's own type and units."""
+"""Which files a path names, and in which order."""
 
 import os
 import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
-from vmrnn.data.arrays import ARRAYS, read_array
-from vmrnn.data.images import IMAGES, image_frames
-from vmrnn.data.videos import VIDEOS, video_frames
+from vmrnn.data.images import IMAGES
 from vmrnn.errors import UserError
 
 # A whole number, or a decimal number, with an exponent or a sign where it cannot be a part of a word, a date or a version
 SIGN = r"(?:(?<![^\s_=(,/])[-+])?"
 NUMBER = re.compile(rf"({SIGN}(?<![A-Za-z0-9.])[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![A-Za-z0-9]|\.[0-9])|[0-9]+)")
-
-
-def read_frames(path, array_key="", channels=None):
-    """All frames of a file, an array (T, H, W, C) in the file's own type and units.
-
-    path        a video, an image of several pages, a folder of images in the order of the numbers in their names, or a
-                .npy or .npz file (T, H, W[, C]), which is memory-mapped where possible
-    array_key   as in npz_member
-    channels    of videos and images, as in video_frames: 1, 3 or None
-
-    UserError: a missing, damaged or foreign file, frames of different sizes or channel counts.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        return np.stack(list(image_frames(images_in(path), channels)))
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; name a video, a folder of images, a .npy or a .npz")
-    if suffix in VIDEOS:
-        return np.stack(list(video_frames(path, channels)))
-    if suffix in IMAGES:
-        return np.stack(list(image_frames([path], channels)))
-    if suffix not in ARRAYS:
-        raise UserError(
-            f"{path}: its name does not end as one of {' '.join(VIDEOS + ARRAYS)}; name such a file or a folder of images"
-        )
-    frames = read_array(path, array_key)
-    if frames.ndim not in (3, 4) or frames.dtype.kind not in "buif" or frames.size == 0:
-        raise UserError(f"{path}: holds {frames.dtype} {frames.shape}; it must hold numbers (T, H, W) or (T, H, W, C)")
-    return frames[..., None] if frames.ndim == 3 else frames
 
 
 def natural_key(name):
