@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.footprint import fake_footprint
-from benchmarks.recipes import TASKS, judge, small_updates
+from benchmarks.recipes import TASKS, judge, small_updates, with_sequences
 from benchmarks.record import record
 from functions import RolloutLoss, Step
 from vmrnn import config as configuration
@@ -52,10 +52,7 @@ ROUNDS, UPDATES = 5, 4  # of the measurement of CPU time
 
 def options_of(task, cell, rate, share=1.0):
     """The options of a training run. share: of the task's sequences."""
-    options = TASKS[task] | SIZES[task][cell] | small_updates(BATCH, rate) | {"cell": cell}
-    sequences = round(options["train_sequences"] * share / BATCH) * BATCH
-    updates = options["epochs"] * sequences // BATCH
-    return options | {"train_sequences": sequences, "curriculum": updates * 6 // 10}
+    return with_sequences(TASKS[task] | SIZES[task][cell] | small_updates(BATCH, rate) | {"cell": cell}, share)
 
 
 def config_of(task, cell):

@@ -3,13 +3,17 @@
     python -m benchmarks.recipes --digits mnist                     about 2 minutes a run on one core
     python -m benchmarks.recipes --digits mnist --only published 'onecycle 6e-3, curriculum' --seeds 2
     python -m benchmarks.recipes --digits mnist --task full --only published 'muon 3e-3, curriculum, little L1' --seeds 1
+    python -m benchmarks.recipes --digits mnist --equal_time --only 'muon 6e-3, curriculum, little L1' 'batch 8, 6e-3'
 
 The small task: one digit of 14 pixels on a 32x32 canvas, 5 -> 5 frames, network B (patch 4, width 48,
 2 blocks). The full one: Moving MNIST, two digits on 64x64, 10 -> 10, network B (patch 8, width 128, 3
-blocks), half an hour a run. Both 6,400 sequences in updates of 16. Every run is a process of `python train.py`, whose run
-folders stay under --folder: started again, the benchmark goes on where it was. The figures are `python test.py`'s
-on the same sequences of held-out digits for every recipe (1,000 of the small task, 200 of the full one): MSE and ssim,
-means over the seeds, then each seed's MSE.
+blocks), half an hour a run. Both 6,400 sequences, in updates of 16 if the recipe's name does not say otherwise. Every run is
+a process of `python train.py`, whose run folders stay under --folder: started again, the benchmark goes on where it was.
+The figures are `python test.py`'s on the same sequences of held-out digits for every recipe (1,000 of the small task, 200 of
+the full one): MSE and ssim, means over the seeds, then each seed's MSE. CPU seconds are those of the training processes.
+
+--equal_time adds a second table: every recipe with as many sequences as it trains on in the CPU time that the first recipe
+took for 6,400.
 """
 
 import argparse
@@ -55,6 +59,14 @@ def small_updates(batch, lr):
     return recipe("onecycle", lr, **MUON, **LITTLE_L1) | {"train_batch_size": batch, "curriculum": 240 * 16 // batch}
 
 
+def with_sequences(options, share):
+    """The options of a run on `share` times the sequences, with the curriculum over the same share of its updates."""
+    batch = options["train_batch_size"]
+    sequences = round(options["train_sequences"] * share / batch) * batch
+    curriculum = options.get("curriculum", 0) * sequences // options["train_sequences"]
+    return options | {"train_sequences": sequences, "curriculum": curriculum}
+
+
 def recipe(schedule, lr, **others):
     decay = {"optimizer": "adamw", "weight_decay": 0.01, "clip_grad": 1.0, "drop_path_rate": 0.0}
     return decay | {"schedule": schedule, "lr": lr} | others
@@ -88,20 +100,35 @@ RECIPES = {
 
 
 def judge(folder, digits, options, sequences):
-    """{metric: mean} of one run, made or continued or found finished in `folder`."""
-    report = folder / "test" / "metrics.json"
+    """{metric: mean, "black": MSE of a black frame, "cpu": CPU seconds of the training} of one run.
+
+    The run is made, continued, or found finished in `folder`.
+    """
+    report, cost = folder / "test" / "metrics.json", folder / "cpu_seconds"
     if not report.exists():
         command = [sys.executable, "train.py", "--resume", "auto", "--res_dir", str(folder), "--train_data_dir", digits]
         for key, value in options.items():
             command += [f"--{key}", str(value)]
+        before = children_seconds()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        spent = float(cost.read_text()) if cost.exists() else 0.0  # by a start that was stopped during the test
+        cost.write_text(f"{spent + children_seconds() - before:.2f}")
         # digits_split: no recipe has trained on the last 10,000 of all
         test = ["--digits_split", "all", "--test_sequences", str(sequences), "--train_data_dir", digits]
         command = [sys.executable, "test.py", "--checkpoint", str(folder / "best.safetensors"), *test]
         command += ["--res_dir", str(report.parent)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     results = json.loads(report.read_text())["results"]
-    return results["forecast"]["mean"] | {"black": results["black frame"]["mean"]["mse"]}
+    return results["forecast"]["mean"] | {
+        "black": results["black frame"]["mean"]["mse"],
+        "cpu": float(cost.read_text()),
+    }
+
+
+def children_seconds():
+    """CPU seconds of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def main():
@@ -110,26 +137,43 @@ def main():
     parser.add_argument("--task", choices=TASKS, default="small")
     parser.add_argument("--folder", type=Path, default=Path("exps/recipes"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--equal_time", action="store_true", help="a second table, at equal CPU time")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     task, sequences = TASKS[args.task], {"small": 1000, "full": 200}[args.task]
-    print(
-        f"{cpu_name()}, torch {torch.__version__}; the {args.task} task, "
-        f"{task['epochs'] * task['train_sequences']:,} sequences a run"
-    )
-    print(f"{'recipe':34}{'MSE':>8}{'ssim':>8}   MSE of each seed")
     results = {}
-    for name in args.only:
-        folder = args.folder / args.task / name.replace(", ", "-").replace(" ", "_")
-        runs = [
-            judge(folder / str(seed), args.digits, task | RECIPES[name] | {"seed": seed}, sequences)
-            for seed in range(args.seeds)
-        ]
-        results[name] = [{metric: run[metric] for metric in ("mse", "mae", "ssim", "black")} for run in runs]
-        mse, ssim = (statistics.mean(run[metric] for run in runs) for metric in ("mse", "ssim"))
-        print(f"{name:34}{mse:8.2f}{ssim:8.3f}   " + "".join(f"{run['mse']:8.2f}" for run in runs), flush=True)
-    print(f"{'a black frame':34}{runs[0]['black']:8.2f}")
+
+    def table(title, shares):
+        """Train and print the recipes, each on its share of the task's sequences. Returns their mean CPU seconds."""
+        print(f"{title}\n{'recipe':34}{'sequences':>10}{'CPU s':>8}{'MSE':>8}{'ssim':>8}   MSE of each seed")
+        rows, seconds = results.setdefault(title, {}), {}
+        for name in args.only:
+            share = shares.get(name, 1.0)
+            options = with_sequences(task | RECIPES[name], share)
+            folder = args.folder / args.task / name.replace(", ", "-").replace(" ", "_")
+            if share != 1:
+                folder = folder.with_name(f"{folder.name}_share_{share:.3f}")
+            runs = [
+                judge(folder / str(seed), args.digits, options | {"seed": seed}, sequences)
+                for seed in range(args.seeds)
+            ]
+            rows[name] = [{key: run[key] for key in ("mse", "mae", "ssim", "black", "cpu")} for run in runs]
+            mse, ssim, seconds[name] = (statistics.mean(run[key] for run in runs) for key in ("mse", "ssim", "cpu"))
+            trained = options["epochs"] * options["train_sequences"]
+            print(
+                f"{name:34}{trained:>10,}{seconds[name]:8.0f}{mse:8.2f}{ssim:8.3f}   "
+                + "".join(f"{run['mse']:8.2f}" for run in runs),
+                flush=True,
+            )
+        print(f"{'a black frame':52}{runs[0]['black']:8.2f}")
+        return seconds
+
+    print(f"{cpu_name()}, torch {torch.__version__}; the {args.task} task")
+    seconds = table("equal samples", {})
+    if args.equal_time:
+        first = seconds[args.only[0]]
+        table(f"equal CPU time, that of {args.only[0]}", {name: first / spent for name, spent in seconds.items()})
     record("recipes", {"task": task, "recipes": RECIPES, "results": results})
 
 
