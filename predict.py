@@ -118,7 +118,8 @@ def main(argv=None):
     config = replace(forecaster.config, **options)
     source = open_input(args.input, config)
     if source.info and forecaster.value_range:
-        source.info.check_same_fields(forecaster.value_range, config, args.input)
+        source.notes += source.info.unit_notes(forecaster.value_range)
+        forecaster.value_range = source.info.named(forecaster.value_range, config, args.input)
     for note in source.notes:
         log.info("input      %s", note)
     for path in args.output:

@@ -1,5 +1,7 @@
 """Gridded fields: values, times and coordinates are those of the files, and what has two readings is refused."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -497,3 +499,12 @@ def test_a_network_is_given_the_fields_of_its_training(tmp_path):
             )
     named = options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / "name.nc"), variables=["sst"])
     assert len(build_dataset("test", named, trained)) == 5
+
+
+def test_fields_name_themselves_to_a_network_that_was_trained_on_arrays(tmp_path):
+    path = write(field(), tmp_path / "a.nc")
+    trained = ValueRange(250.0, 310.0)
+    test_set = build_dataset("test", options(path, tmp_path, test_data_dir=path), trained)
+    assert (test_set.value_range.names, test_set.value_range.units) == (("t2m",), ("K",))
+    assert "whether they were t2m in K is not checked" in test_set.notes[-1]
+    assert replace(test_set.value_range, names=(), units=()) == trained

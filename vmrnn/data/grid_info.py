@@ -1,7 +1,7 @@
 """What is known of a gridded field beside its values, and how a forecast becomes a field of the same kind."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +80,17 @@ class GridInfo:
     def all_units(self):
         return [self.units(channel) for channel in range(len(self.channels))]
 
-    def check_same_fields(self, value_range, options, path):
-        """UserError where these fields are not those of the training, by unit or, if no variables are named, by name.
+    def named(self, value_range, options, path):
+        """The ValueRange with names and units of the fields: those of the training, or these where it has none.
 
-        value_range   of the training, with the names and units of its fields
+        value_range   of the training; it has no names if the network was trained on arrays
         options       Config
+        path          of these fields, for messages
+
+        UserError: the fields are not those of the training, by unit or, if no variables are named, by name.
         """
+        if not value_range.names:
+            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units))
         fields = zip(self.names, self.all_units, value_range.names, value_range.units)
         for name, unit, trained_name, trained_unit in fields:
             if unit != trained_unit:
@@ -94,6 +99,14 @@ class GridInfo:
             if name != trained_name and not options.variables:
                 raise UserError(f"{path}: holds {name}, but the network was trained on {trained_name}; name it with "
                                 "variables if it is the same")  # fmt: skip
+        return value_range
+
+    def unit_notes(self, value_range):
+        """A list with one line if the training named no fields, so that no unit can be compared, or an empty list."""
+        if value_range.names:
+            return []
+        fields = ", ".join(f"{name} in {unit or 'no unit'}" for name, unit in zip(self.names, self.all_units))
+        return [f"the network was trained on data without units: whether they were {fields} is not checked"]
 
     @property
     def latitude(self):

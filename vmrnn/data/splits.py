@@ -235,10 +235,9 @@ def grid(split, options, value_range=None):
     """
     data = own(split, options, value_range, grid_clips)
     info = GridInfo.load(Path(data.clips[0].path).parent)
-    if value_range is None:
-        data.value_range = replace(data.value_range, names=tuple(info.names), units=tuple(info.all_units))
-    else:
-        info.check_same_fields(value_range, options, split_path(split, options))
+    if value_range is not None:
+        data.notes = [*data.notes, *info.unit_notes(value_range)]
+    data.value_range = info.named(data.value_range, options, split_path(split, options))
     return data
 
 
