@@ -25,6 +25,7 @@ def main():
     mean = {key: torch.stack([state[key] for state in states]).mean(0) for key in states[0]}
     first.model.load_state_dict(mean)
     save_weights(args.output, first.model, first.config.to_dict(), first.value_range)
+    print(f"the mean of {len(args.files)} files is in {args.output}")
 
 
 if __name__ == "__main__":
