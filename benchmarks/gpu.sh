@@ -7,6 +7,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 folder=${1:-benchmarks/results}
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
+    echo "error: torch finds no CUDA GPU on this machine: run it on one that has a GPU and torch's CUDA build" >&2
+    exit 2
+}
 mkdir -p "$folder"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--' | tr '[:upper:]' '[:lower:]')
 result=$folder/gpu_${gpu}_$(date +%F).txt
