@@ -5,6 +5,7 @@
 Every figure is a median over `SECONDS` seconds. Prints a table, and a line of JSON in exps/benchmarks/data.jsonl.
 """
 
+import argparse
 import platform
 
 import numpy as np
@@ -39,6 +40,7 @@ def rate(work):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     digits = select_digits(load_digits("builtin"), "train")
     rates = {}
