@@ -65,7 +65,10 @@ def kth(split, options, value_range=None):
     folder = split_path(split, options)
     sources = [s for s in video_sources(folder) or frame_sources(folder) if KTH_NAME.search(s.name)]
     if not sources:
-        raise UserError(f"{folder}: no KTH clip in it (person01_boxing_d1_uncomp.avi, or folders of frames so named)")
+        raise UserError(
+            f"{folder}: no KTH clip in it (person01_boxing_d1_uncomp.avi, or folders of frames so named); data/README.md, "
+            "section KTH, says where to get them"
+        )
     persons = KTH_PERSONS[split]
     sources = [s for s in sources if int(KTH_NAME.search(s.name)[2]) in persons]
     if not sources:
@@ -124,7 +127,8 @@ def human36m(split, options, value_range=None):
     if not sources:
         raise UserError(
             f"{folder}: no frames of subjects {', '.join(map(str, subjects))}, the {split} part "
-            "(S1_Directions.54138969_000001.jpg or S1_Directions.54138969/000001.jpg); add their files"
+            "(S1_Directions.54138969_000001.jpg or S1_Directions.54138969/000001.jpg); add their files, see data/README.md, "
+            "section Human3.6M"
         )
     clips = decode(sources, options.cache_dir, "human36m", 3, options.frame_size)
     runs = [run for s, clip in zip(sources, clips) for run in consecutive(clip, s.files, HUMAN_STEP)]
@@ -143,6 +147,8 @@ def taxibj(split, options, value_range=None):
     """
     path = Path(split_path(split, options))
     path = path / "dataset.npz" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path}: no such file; data/README.md, section TaxiBJ, says where to get it")
     set_name = "test" if split == "test" else "train"
     inputs, outputs = frames_wanted(options)
 
@@ -361,7 +367,7 @@ def decoded(sources, endings, path, options, notes):
 
 def array_clips(path, options):
     """Clips of a .npy or .npz file, or of a folder of them: one per file, or one per entry of its axis N."""
-    path, channels, notes, said = Path(path), options.input_channels, [], []
+    path, channels, notes, said = checked_path(path), options.input_channels, [], []
     files = files_in(path, ARRAYS, notes) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no .npy or .npz in it; name another path")
