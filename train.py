@@ -242,7 +242,7 @@ def log_plan(state, train_loader, valid_loader, parts):
     )  # fmt: skip
     for note in train_set.notes:
         log.info("           %s", note)
-    log.info("validation %d sequences: %s", len(valid_loader.dataset), DATASETS[config.dataset].selects)
+    log.info("validation %d sequences: %s", len(valid_loader.dataset), DATASETS[config.dataset].selection(config))
     if progress.epoch > config.epochs:
         log.info("%d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
     log.info(

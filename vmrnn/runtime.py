@@ -252,7 +252,8 @@ def describe_device(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     return f"{device} ({name}), torch {torch.__version__}, Python {platform.python_version()}"
 
 

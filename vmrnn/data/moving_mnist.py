@@ -231,7 +231,7 @@ class MovingMNIST(Dataset):
         frames = f"{self.num_frames_input}+{self.num_frames_output} frames"
         return (
             f"{self.length} generated sequences of {frames}, {self.canvas[0]}x{self.canvas[1]}, "
-            f"{self.num_objects} of {len(self.digits)} digits, seed {self.seed}"
+            f"{self.num_objects} digit{'s' * (self.num_objects > 1)} each, drawn from {len(self.digits)}, seed {self.seed}"
         )
 
     @property

@@ -9,7 +9,6 @@ SPLITS = ("train", "valid", "test")
 
 IMAGE_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8")
 FIELD_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "psnr")
-OWN_SELECTS = "valid_data_dir, or the split of train_data_dir that split_by and valid_fraction hold out"
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,9 @@ class Spec:
 
     description   one line for reports
     metrics       names from vmrnn.metrics, in the order of the tables
-    selects       the sequences that select the best checkpoint; never the test set
     find          "module:function" that makes the data set of one split: find(split, options, value_range), where
                   options is a vmrnn.config.Config, and value_range is the ValueRange of the training data or None
+    selects       the sequences that select the best checkpoint, never the test set; "" for the user's own data
     own           whether the data are the user's own, so that their range, size and missing values are options
     channels      the value that input_channels must have; None: the network refuses frames that do not fit it
     pictures      whether the data are pictures, which are resized when they are decoded into the cache
@@ -32,8 +31,8 @@ class Spec:
 
     description: str
     metrics: tuple
-    selects: str
     find: str
+    selects: str = ""
     own: bool = False
     channels: int | None = None
     pictures: bool = False
@@ -41,6 +40,17 @@ class Spec:
     antialias: bool = True
     data_range: tuple | None = None
     section: str = ""
+
+    def selection(self, config):
+        """The sequences that select the best checkpoint of a run with this Config, in words."""
+        if not self.own:
+            return self.selects
+        if config.valid_data_dir:
+            return config.valid_data_dir
+        test = 0 if config.test_data_dir else config.test_fraction
+        last = f"before the last {100 * test:g} %" if test else "at the end"
+        part = "each clip's time" if config.split_by == "time" else "the clips"
+        return f"the {100 * config.valid_fraction:g} % of {part} {last}"
 
 
 DATASETS = {
@@ -84,7 +94,6 @@ DATASETS = {
     "video": Spec(
         description="your own: a video or a folder of videos",
         metrics=FIELD_METRICS,
-        selects=OWN_SELECTS,
         find="vmrnn.data.splits:video",
         pictures=True,
         own=True,
@@ -92,7 +101,6 @@ DATASETS = {
     "frames": Spec(
         description="your own: a folder of folders of images",
         metrics=FIELD_METRICS,
-        selects=OWN_SELECTS,
         find="vmrnn.data.splits:frames",
         pictures=True,
         own=True,
@@ -100,7 +108,6 @@ DATASETS = {
     "array": Spec(
         description="your own: .npy or .npz, (T, H, W[, C]) or (N, T, H, W[, C])",
         metrics=FIELD_METRICS,
-        selects=OWN_SELECTS,
         find="vmrnn.data.splits:array",
         field=True,
         own=True,
@@ -108,7 +115,6 @@ DATASETS = {
     "grid": Spec(
         description="your own: gridded fields in NetCDF, HDF5, Zarr, GRIB, GeoTIFF or TIFF",
         metrics=FIELD_METRICS,
-        selects=OWN_SELECTS,
         find="vmrnn.data.splits:grid",
         field=True,
         own=True,

@@ -97,9 +97,12 @@ class ClipDataset(Dataset):
         return self.length
 
     def __str__(self):
+        clips = f"{len(self.clips)} clips ({self.clips[0].name}, ...)"
+        if len(self.clips) == 1:
+            clips = f"one clip ({self.clips[0].name})"
         return (
             f"{self.length} sequences of {self.num_frames_input}+{self.num_frames_output} frames, of {len(self.windows)} "
-            f"in {len(self.clips)} clips ({self.clips[0].name}, ...), {self.size[0]}x{self.size[1]}, "
+            f"in {clips}, {self.size[0]}x{self.size[1]}, "
             f"values {self.value_range}"
         )
 
