@@ -9,7 +9,6 @@ from vmrnn.network.patch import (
     check_frame,
     check_network,
     check_options,
-    forecast_of,
     patch_embed,
 )
 
@@ -44,7 +43,6 @@ class VMRNN(nn.Module):
         super().__init__()
         self.in_chans = in_chans
         self.out_chans = out_chans or in_chans
-        self.base = base
         self.stride = patch_size  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
         check_depths(depths=depths)
@@ -56,7 +54,7 @@ class VMRNN(nn.Module):
             cell(embed_dim, drop_path=[drop_path_rate] * depth, dropout=attn_drop_rate, d_state=d_state, scan=scan)
             for depth in depths
         )
-        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, self.out_chans, silent=base != "none")
+        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, self.out_chans, base)
 
     @classmethod
     def from_options(cls, depths, depths_down=None, depths_up=None, **options):
@@ -78,7 +76,7 @@ class VMRNN(nn.Module):
 
     def decode(self, features, frame=None):
         """Features -> the next frame in [0, 1]. frame: the network's input, which a base needs."""
-        return forecast_of(self.ST.patch_inflated(features), frame, self.base)
+        return self.ST.patch_inflated(features, frame)
 
     def forward(self, frame, states=None):
         features, states = self.advance(self.encode(frame), states)

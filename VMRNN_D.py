@@ -16,7 +16,6 @@ from vmrnn.network.patch import (
     check_frame,
     check_network,
     check_options,
-    forecast_of,
     patch_embed,
 )
 
@@ -47,7 +46,6 @@ class VMRNN(nn.Module):
         check_options(d_state, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
         self.out_chans = out_chans or in_chans
-        self.base = base
         self.stride = patch_size * 2**levels  # pixels of a frame per position of the coarsest map
         check_network(img_size, patch_size, in_chans, embed_dim, self.stride)
 
@@ -73,7 +71,7 @@ class VMRNN(nn.Module):
         self.Upsample = nn.Module()
         self.Upsample.layers = cells(up_widths, drop_path_rates(depths_upsample)[::-1])
         self.Upsample.upsample = nn.ModuleList(PatchExpanding(width) for width in up_widths)
-        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, self.out_chans, silent=base != "none")
+        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, self.out_chans, base)
 
     @classmethod
     def from_options(cls, depths_down, depths_up, depths=None, **options):
@@ -98,7 +96,7 @@ class VMRNN(nn.Module):
 
     def decode(self, features, frame=None):
         """Features -> the next frame in [0, 1]. frame: the network's input, which a base needs."""
-        return forecast_of(self.Upsample.Unembed(features), frame, self.base)
+        return self.Upsample.Unembed(features, frame)
 
     def forward(self, frame, states=None):
         features, states = self.advance(self.encode(frame), states)

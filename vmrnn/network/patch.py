@@ -104,38 +104,40 @@ def doubling_convolution(in_chans, out_chans):
 
 
 class PatchInflated(nn.Module):
-    """The head: (B, H/p, W/p, C) -> (B, out_chans, H, W) before the sigmoid. It doubles the map log2(p) times.
+    """The head: features (B, H/p, W/p, C) and the network's input -> the forecast (B, out_chans, H, W) in [0, 1].
 
-    The published code doubles it p // 4 + 1 times. That is the same for p = 2, 4 and 8, and 32-fold for p = 16.
-    silent: the last layer starts at zero, so that an untrained network does not change its base.
+    patch_size   p, side of a patch in pixels
+    dim          width C
+    out_chans    channels of the forecast
+    base         "none": a forecast is the sigmoid of the logits. "motion": their tanh is added to the base, the last
+                 out_chans channels of the input; the last layer starts at zero, so that an untrained network does not
+                 change its base
+
+    It doubles the map log2(p) times. The published code doubles it p // 4 + 1 times. That is the same for p = 2, 4 and
+    8, and 32-fold for p = 16.
     """
 
-    def __init__(self, patch_size, dim, out_chans, silent=False):
+    def __init__(self, patch_size, dim, out_chans, base="none"):
         super().__init__()
+        self.base = base
         inner = []
         for _ in range(patch_size.bit_length() - 2):
             inner += [doubling_convolution(dim, dim), nn.GroupNorm(16, dim), nn.LeakyReLU(0.2)]
         self.Conv_ = nn.Sequential(*inner)
         self.Conv = doubling_convolution(dim, out_chans)
-        if silent:
+        if base != "none":
             nn.init.zeros_(self.Conv.weight)
             nn.init.zeros_(self.Conv.bias)
 
-    def forward(self, x):
-        x = self.Conv(self.Conv_(rearrange(x, "b h w c -> b c h w")))
+    def logits(self, features):
+        x = self.Conv(self.Conv_(rearrange(features, "b h w c -> b c h w")))
         return x.to(torch.promote_types(x.dtype, torch.float32))  # the 8 bits of bf16 are too few for a frame
 
-
-def forecast_of(logits, frame, base):
-    """The forecast of the next frame, in [0, 1], from the output of the head.
-
-    logits   (B, C, H, W)
-    frame    (B, C + F, H, W): the network's input, whose last C channels are the base if there is one
-    base     option of that name: with "none" a forecast is the sigmoid of the logits, with "motion" their tanh is added
-             to the base
-    """
-    if base == "none":
-        return torch.sigmoid(logits)
-    corrected = frame[:, -logits.shape[1] :] + torch.tanh(logits)
-    # Clipped, but with the gradient of the unclipped sum: dry pixels would learn nothing otherwise.
-    return corrected + (corrected.clamp(0, 1) - corrected).detach()
+    def forward(self, features, frame=None):
+        """frame: the network's input (B, in_chans, H, W), which a base needs."""
+        logits = self.logits(features)
+        if self.base == "none":
+            return torch.sigmoid(logits)
+        corrected = frame[:, -logits.shape[1] :] + torch.tanh(logits)
+        # Clipped, but with the gradient of the unclipped sum: dry pixels would learn nothing otherwise.
+        return corrected + (corrected.clamp(0, 1) - corrected).detach()
