@@ -31,6 +31,7 @@ class VMRNN(nn.Module):
                     never forecast. None: all
     base            "motion": the last out_chans channels of a frame are a forecast of the next frame, which the network
                     corrects; "none": it forecasts from nothing
+    head            class of the head, with the arguments and the result of PatchInflated
 
     Frames are (B, in_chans, H, W) in [0, 1], forecasts (B, out_chans, H, W). `states` holds what is kept of the past:
     pass it on unchanged.
@@ -39,7 +40,7 @@ class VMRNN(nn.Module):
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths=(6,), drop_rate=0.0,
                  attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell=VMRNNCell,
-                 out_chans=None, base="none"):  # fmt: skip
+                 out_chans=None, base="none", head=PatchInflated):  # fmt: skip
         super().__init__()
         self.in_chans = in_chans
         self.out_chans = out_chans or in_chans
@@ -54,7 +55,7 @@ class VMRNN(nn.Module):
             cell(embed_dim, drop_path=[drop_path_rate] * depth, dropout=attn_drop_rate, d_state=d_state, scan=scan)
             for depth in depths
         )
-        self.ST.patch_inflated = PatchInflated(patch_size, embed_dim, self.out_chans, base)
+        self.ST.patch_inflated = head(patch_size, embed_dim, self.out_chans, base)
 
     @classmethod
     def from_options(cls, depths, depths_down=None, depths_up=None, **options):

@@ -36,7 +36,7 @@ class VMRNN(nn.Module):
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths_downsample=(2, 6),
                  depths_upsample=(6, 2), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16,
-                 scan="auto", cell=VMRNNCell, out_chans=None, base="none"):  # fmt: skip
+                 scan="auto", cell=VMRNNCell, out_chans=None, base="none", head=PatchInflated):  # fmt: skip
         super().__init__()
         # Refuse sizes that cannot work.
         check_depths(depths_downsample=depths_downsample, depths_upsample=depths_upsample)
@@ -71,7 +71,7 @@ class VMRNN(nn.Module):
         self.Upsample = nn.Module()
         self.Upsample.layers = cells(up_widths, drop_path_rates(depths_upsample)[::-1])
         self.Upsample.upsample = nn.ModuleList(PatchExpanding(width) for width in up_widths)
-        self.Upsample.Unembed = PatchInflated(patch_size, embed_dim, self.out_chans, base)
+        self.Upsample.Unembed = head(patch_size, embed_dim, self.out_chans, base)
 
     @classmethod
     def from_options(cls, depths_down, depths_up, depths=None, **options):

@@ -46,7 +46,7 @@ def option(scope, default, help, *, choices=None, at_least=None, below=None, rul
 
 
 def key_of(table):
-    """The rule of model and cell: a key of a table of vmrnn.network."""
+    """The rule of model, cell and head: a key of a table of vmrnn.network."""
 
     def rule(name):
         from vmrnn import network  # imports torch, which --help can do without
@@ -120,6 +120,9 @@ class Config:
     base: str = option("network", "none",
         "what a forecast starts from; none: nothing; motion: the last frame moved along the optical flow, which the "
         "network is given and corrects", choices=["none", "motion"])
+    head: str = option("network", "plain",
+        "how a frame is made of features; plain: drawn from nothing, as published; advection: a mixture of copies of the "
+        "last frame, which the network moves, and of a frame that it draws", rule=key_of("HEADS"))
     d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
     drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
     attn_drop_rate: float = option("network", 0.0, "dropout rate in every block", at_least=0, below=1)

@@ -6,9 +6,11 @@ import torch
 
 from vmrnn.compiler import find_compiler
 from vmrnn.errors import UserError
+from vmrnn.network.advection import AdvectionHead
 from vmrnn.network.cell import VMRNNCell
 from vmrnn.network.conv import ConvLSTMCell
 from vmrnn.network.kernels import choose_kernels
+from vmrnn.network.patch import PatchInflated
 from vmrnn.network.swin import SwinLSTMCell
 
 # A network is the class VMRNN of a module beside this package. The module is imported when the network is built.
@@ -18,16 +20,20 @@ NETWORKS = {"VMRNN-B": "VMRNN_B", "VMRNN-D": "VMRNN_D"}
 # the width and, by keyword, drop_path (one rate per block), dropout, d_state and scan.
 CELLS = {"vss": VMRNNCell, "swin": SwinLSTMCell, "conv": ConvLSTMCell}
 
+# A head is a module head(features, frame) -> forecast, see PatchInflated, whose arguments its class takes.
+HEADS = {"plain": PatchInflated, "advection": AdvectionHead}
+
 
 def build_model(model, *, patch_size, in_chans, embed_dim, depths, depths_down, depths_up, drop_rate=0.0,
                 attn_drop_rate=0.0, drop_path_rate=0.1, d_state=16, scan="auto", cell="vss",
-                out_chans=None, base="none"):  # fmt: skip
+                out_chans=None, base="none", head="plain"):  # fmt: skip
     """The network called `model` on the CPU.
 
     depths       blocks per cell of "VMRNN-B"
     depths_down  blocks per cell on the way down of "VMRNN-D"
     depths_up    blocks per cell on the way up of "VMRNN-D"
     cell         a key of CELLS
+    head         a key of HEADS
     The others are those of VMRNN_B.py and VMRNN_D.py.
 
     Raises UserError for sizes that cannot work.
@@ -35,7 +41,7 @@ def build_model(model, *, patch_size, in_chans, embed_dim, depths, depths_down, 
     return import_module(NETWORKS[model]).VMRNN.from_options(
         patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depths=depths, depths_down=depths_down,
         depths_up=depths_up, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate,
-        d_state=d_state, scan=scan, cell=CELLS[cell], out_chans=out_chans, base=base,
+        d_state=d_state, scan=scan, cell=CELLS[cell], out_chans=out_chans, base=base, head=HEADS[head],
     )  # fmt: skip
 
 
