@@ -1,7 +1,8 @@
-"""The cells of --cell in network B: trained at equal parameters, then at equal CPU time.
+"""The cells of --cell in network B: trained at equal parameters, then at equal CPU time. Also the head of --head.
 
     python -m benchmarks.cells --digits mnist                       the small task of benchmarks.recipes, three seeds
     python -m benchmarks.cells --digits mnist --task full --seeds 1
+    python -m benchmarks.cells --digits mnist --cells vss vss-advection --rates 3e-3
 
 Each cell has its own width and depth, chosen so that the networks have equally many parameters (within 5 %). Everything else
 is the same: task, recipe (Muon, a tenth of the L1, a curriculum) and sequences. The first table trains every cell on the same
@@ -35,14 +36,16 @@ from vmrnn.runtime import cpu_name, run_program
 
 SIZES = {
     "small": {
-        "vss": {"embed_dim": 80, "depths": [2]},
-        "swin": {"embed_dim": 80, "depths": [2]},
-        "conv": {"embed_dim": 32, "depths": [3]},
+        "vss": {"cell": "vss", "embed_dim": 80, "depths": [2]},
+        "swin": {"cell": "swin", "embed_dim": 80, "depths": [2]},
+        "conv": {"cell": "conv", "embed_dim": 32, "depths": [3]},
+        "vss-advection": {"cell": "vss", "embed_dim": 80, "depths": [2], "head": "advection"},
     },
     "full": {
-        "vss": {"embed_dim": 128, "depths": [4]},
-        "swin": {"embed_dim": 112, "depths": [5]},
-        "conv": {"embed_dim": 80, "depths": [2]},
+        "vss": {"cell": "vss", "embed_dim": 128, "depths": [4]},
+        "swin": {"cell": "swin", "embed_dim": 112, "depths": [5]},
+        "conv": {"cell": "conv", "embed_dim": 80, "depths": [2]},
+        "vss-advection": {"cell": "vss", "embed_dim": 128, "depths": [4], "head": "advection"},
     },
 }
 SEQUENCES = {"small": 1000, "full": 200}  # of the test
@@ -52,7 +55,7 @@ ROUNDS, UPDATES = 5, 4  # of the measurement of CPU time
 
 def options_of(task, cell, rate, share=1.0):
     """The options of a training run. share: of the task's sequences."""
-    return with_sequences(TASKS[task] | SIZES[task][cell] | small_updates(BATCH, rate) | {"cell": cell}, share)
+    return with_sequences(TASKS[task] | SIZES[task][cell] | small_updates(BATCH, rate), share)
 
 
 def config_of(task, cell):
@@ -119,7 +122,7 @@ def text(value):
 def print_row(cell, runs, rate, sequences, cost):
     mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
     print(
-        f"{cell:6}{cost['parameters']:>10,}{rate:>9g}{sequences:>11,}{mean['mse']:8.2f}{mean['ssim']:8.3f}{mean['last']:8.2f}"
+        f"{cell:14}{cost['parameters']:>10,}{rate:>9g}{sequences:>11,}{mean['mse']:8.2f}{mean['ssim']:8.3f}{mean['last']:8.2f}"
         f"{1e3 * cost['forecast']:10.2f}{1e3 * cost['train']:9.2f}{cost['memory'] / 2**20:8.2f}   "
         + "".join(f"{run['mse']:8.2f}" for run in runs),
         flush=True,
@@ -130,7 +133,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", default="mnist", help="as train.py's --train_data_dir")
     parser.add_argument("--task", choices=TASKS, default="small")
-    parser.add_argument("--cells", nargs="+", default=list(SIZES["small"]), choices=list(SIZES["small"]))
+    parser.add_argument("--cells", nargs="+", default=["vss", "swin", "conv"], choices=list(SIZES["small"]))
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 6e-3, 1.2e-2])
     parser.add_argument("--folder", type=Path, default=Path("exps/cells"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -139,10 +142,8 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     root, sequences = args.folder / args.task, SEQUENCES[args.task]
-    cost = once(root / "costs.json", lambda: costs(args.task, list(SIZES[args.task])))
-    header = (
-        "cell  parameters     rate  sequences     MSE    ssim    last  forecast    train  memory   MSE of each seed"
-    )
+    cost = once(root / f"costs_{'_'.join(args.cells)}.json", lambda: costs(args.task, args.cells))
+    header = "cell          parameters     rate  sequences     MSE    ssim    last  forecast    train  memory   MSE of each seed"
 
     def run(cell, rate, seed, share=1.0):
         options = options_of(args.task, cell, rate, share) | {"seed": seed}
