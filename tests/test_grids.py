@@ -14,6 +14,7 @@ from dataset import build_dataset
 from vmrnn.config import Config
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import open_grid
+from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
 from vmrnn.values import ValueRange
@@ -499,6 +500,14 @@ def test_a_network_is_given_the_fields_of_its_training(tmp_path):
             )
     named = options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / "name.nc"), variables=["sst"])
     assert len(build_dataset("test", named, trained)) == 5
+
+
+def test_predict_reads_a_folder_of_fields_for_a_network_that_was_trained_on_arrays(tmp_path):
+    for i in range(2):
+        write(field(SIX_HOURS[4 * i : 4 * i + 4], seed=i), tmp_path / f"{i}.nc")
+    (tmp_path / "readme.txt").write_text("of the provider")
+    source = open_input(tmp_path, Config(dataset="array"))
+    assert source.info.names == ["t2m"] and sum(1 for _ in source.sequences[0].frames()) == 8
 
 
 def test_fields_name_themselves_to_a_network_that_was_trained_on_arrays(tmp_path):

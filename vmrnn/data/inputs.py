@@ -71,7 +71,7 @@ class Input:
 def open_input(path, config):
     """The frames of a file or folder, as an Input.
 
-    path     a video, a folder of images, .npy, .npz, or a gridded field
+    path     a video, a folder of images, .npy, .npz, or a gridded field: a file, a folder of files, a Zarr store or a glob
     config   Config of the network; its options on how files are read count
 
     UserError: a missing, damaged or foreign file.
@@ -80,7 +80,7 @@ def open_input(path, config):
     suffix = file.suffix.lower()
     if suffix in IMAGES and (suffix not in GRIDS or DATASETS[config.dataset].pictures) and file.is_file():
         return Input([Sequence(lambda: image_frames([file], picture_channels(config)))])
-    if config.dataset == "grid" or suffix in GRIDS or is_zarr(file):
+    if config.dataset == "grid" or suffix in GRIDS or is_zarr(file) or holds_grids(file):
         return grid_input(path, config)
     if file.is_dir():
         return image_input(images_in(file), config)
@@ -96,6 +96,12 @@ def open_input(path, config):
         f"{path}: its name does not end as one of {' '.join((*VIDEOS, *ARRAYS, *GRIDS))}; name such a file or a folder of "
         "images"
     )
+
+
+def holds_grids(folder):
+    """Whether this is a folder with files of gridded fields and no images."""
+    endings = {file.suffix.lower() for file in folder.iterdir()} if folder.is_dir() else set()
+    return not endings.isdisjoint(GRIDS) and endings.isdisjoint(IMAGES)
 
 
 def image_input(images, config):
