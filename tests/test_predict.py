@@ -62,6 +62,7 @@ def test_a_stream_is_a_rollout(trained, model, size):
         close(got, expected.permute(0, 2, 3, 1))
         close(stream.forecast(1), got[:1])
     assert np.abs(got[0] - got[2]).max() > 1e-3  # the test could not fail on frames that stand still
+    assert repr(stream) == f"<Forecaster: {model} on cpu, frames of {size[0]}x{size[1]}x2, 5 observed>"
 
 
 @pytest.mark.gpu

@@ -68,6 +68,10 @@ class Forecaster:
         self._advance = GraphedForward(self.model) if cuda_graph else self.model
         self.reset()
 
+    def __repr__(self):
+        size = "any size" if self.shape is None else "x".join(map(str, self.shape))
+        return f"<Forecaster: {self.config.model} on {self.device}, frames of {size}, {self.count} observed>"
+
     def reset(self):
         """Forget every frame, to begin another stream."""
         self.shape = None  # of the stream's frames, as given
