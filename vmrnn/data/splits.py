@@ -478,7 +478,9 @@ def frame_sources(path, by_prefix=False, notes=None):
 def checked_path(path):
     """`path` as a Path. UserError: it does not exist."""
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file or folder; name the data with --train_data_dir")
+        raise UserError(
+            f"{path}: no such file or folder; name the data with --train_data_dir (test.py: --test_data_dir)"
+        )
     return Path(path)
 
 
