@@ -65,7 +65,7 @@ def complain(message, code=2, head="error: "):
     try:
         print(f"{head}{line}", file=sys.stderr, flush=True)
     except OSError:
-        flush_or_give_up(sys.stderr)
+        give_up(sys.stderr)
     return code
 
 
@@ -81,10 +81,15 @@ def flush_or_give_up(stream):
     try:
         stream.flush()
     except (OSError, ValueError):
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError):
-            pass
+        give_up(stream)
+
+
+def give_up(stream):
+    """Let a standard stream go nowhere from now on. With PYTHONUNBUFFERED a failed write leaves nothing to flush."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):
+        pass
 
 
 class StandardOutput(logging.StreamHandler):
@@ -95,7 +100,7 @@ class StandardOutput(logging.StreamHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
             return
-        flush_or_give_up(self.stream)
+        give_up(self.stream)
         complain(f"the standard output cannot be written ({error.strerror}); the program goes on", head="warning: ")
 
 
