@@ -11,6 +11,7 @@ worker count, after any resume and on any rank.
 
 import gc
 import pkgutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,8 @@ def make_loader(
         num_workers=num_workers,
         drop_last=drop_last,
         pin_memory=pin_memory,
+        # Since Python 3.14 a server would fork them. It imports everything again, and a signal to all processes ends it.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_stop_signals,
         # Without a generator of its own every pass would advance the global one, and a run that is resumed in the
