@@ -217,11 +217,11 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_stays
         processes.append(subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE))
         assert processes[-1].stdout.readline() == b"1\n"
         os.utime(tmp_path / "cache" / f".making-{name}", (1, 1))
-    processes[0].kill(), processes[0].wait()
+    processes[0].kill(), processes[0].communicate()  # which closes the pipe, too
     write_video(tmp_path / "data" / "a.avi", RNG.integers(0, 255, (30, 8, 10, 1), dtype=np.uint8))
     own("train", dataset="video")
     assert [path.name for path in (tmp_path / "cache").glob(".making*")] == [".making-living"]
-    processes[1].kill(), processes[1].wait()
+    processes[1].kill(), processes[1].communicate()
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "video"])

@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import time
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -228,7 +229,9 @@ def read_checkpoint(path):
             return content
         if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
             raise Damaged(f"checkpoint {path}: damaged ({broken}); get it again")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as one about the pickle protocol of a file by another program
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
