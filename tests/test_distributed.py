@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from vmrnn.checkpoint import read_checkpoint
 from vmrnn.run_folder import read_log
 
 # Dropout differs between ranks, as it should; without it the sums are those of one process.
-PLAIN = [*OPTIONS, "--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]
+ALIKE = ["--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]
+PLAIN = [*OPTIONS, *ALIKE]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,35 @@ def torchrun():
             process.wait()
 
 
+# Python that goes on in two processes, with the environment that torchrun gives them. The first process waits for both.
+FORK = """
+others = []
+for rank in "01":
+    others.append(os.fork())
+    if not others[-1]:
+        signal.alarm(300)
+        os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+        break
+else:
+    os._exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])) for other in others))
+"""
+
+
+@pytest.fixture
+def two(start, tmp_path):
+    """two(*options, first="") -> exit code of two processes of train.py in tmp_path / "run".
+
+    Forked, so that they do not import everything again. `first` is Python that they run before.
+    """
+
+    def run(*options, first=""):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            fork = FORK.format(port=server.getsockname()[1])
+        return start(tmp_path / "run", f"{fork}\narguments += {[*ALIKE, *options]}\n{first}")[1]()
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def pair(torchrun, tmp_path_factory):
     """A run folder of two processes that nothing interrupted."""
@@ -66,11 +97,9 @@ def test_two_processes_have_the_loss_curve_of_one(pair, tmp_path):
             assert b[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_a_run_of_two_processes_goes_on_with_one(torchrun, tmp_path):
+def test_a_run_of_two_processes_goes_on_with_one(two, tmp_path):
     """Stopped after its first epoch; at another world size the data and the batch stay the same."""
-    process = torchrun(tmp_path / "run", *PLAIN, "--epochs", "1", "--schedule", "constant")
-    printed = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, printed
+    assert two("--epochs", "1", "--schedule", "constant") == 0
     train.main([*PLAIN, "--schedule", "constant", "--res_dir", str(tmp_path / "run")])
     train.main([*PLAIN, "--schedule", "constant", "--res_dir", str(tmp_path / "one")])
     a, b = (read_log(tmp_path / name / "log.jsonl")[-1] for name in ("run", "one"))
@@ -94,26 +123,21 @@ def test_a_killed_process_is_started_again_to_the_same_result(pair, torchrun, tm
 
 
 FIRST = """
-import sys, time
+import time
 from pathlib import Path
-import torch
 from vmrnn import distributed
+found = Path("{found}")
 with distributed.processes(torch.device("cpu")), distributed.rank_zero_first():
     if distributed.rank() == 0:
         time.sleep(0.5)
-        Path(sys.argv[1]).touch()
-    assert Path(sys.argv[1]).exists()
+        found.touch()
+    seen = found.exists()
+os._exit(0 if seen else 3)
 """
 
 
-def test_the_first_process_prepares_what_the_others_find(tmp_path):
-    (tmp_path / "first.py").write_text(FIRST)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, tmp_path / "first.py", tmp_path / "found"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_first_process_prepares_what_the_others_find(two, tmp_path):
+    assert two(first=FIRST.format(found=tmp_path / "found")) == 0
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
@@ -123,8 +147,8 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
         assert distributed.all_sum(1, 2.5) == (1, 2.5) and distributed.all_gather("x") == ["x"]
 
 
-def test_a_batch_that_does_not_divide(torchrun, tmp_path):
-    process = torchrun(tmp_path / "run", *PLAIN, "--train_batch_size", "5")
-    printed = process.communicate(timeout=200)[0]
-    assert process.returncode != 0 and "error: train_batch_size 5 does not divide among 2 processes" in printed
+def test_a_batch_that_does_not_divide(two, tmp_path):
+    into_file = f"os.dup2(os.open({str(tmp_path / 'error')!r}, os.O_WRONLY | os.O_CREAT), 2)"
+    assert two("--train_batch_size", "5", first=into_file) == 2
+    assert "error: train_batch_size 5 does not divide among 2 processes" in (tmp_path / "error").read_text()
     assert not (tmp_path / "run").exists()
