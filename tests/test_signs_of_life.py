@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import OPTIONS, ROOT, TINY
+from helpers import ROOT, TINY
 
 import train
 from vmrnn import progress
@@ -53,50 +53,84 @@ def test_times_as_a_person_writes_them(seconds, text):
     assert progress.duration(seconds) == text
 
 
+class Run:
+    """A training run, forked from a process that has imported everything. `first` is Python that it runs before."""
+
+    def __init__(self, start, folder, first):
+        self.folder, self.code = folder, None
+        streams = (f"os.dup2(os.open({str(folder / name)!r}, os.O_WRONLY | os.O_CREAT), {number})"
+                   for number, name in ((1, "printed"), (2, "errors")))  # fmt: skip
+        self.pid, self.ended = start(folder / "run", "\n".join([*streams, first]))
+
+    @property
+    def printed(self):
+        return (self.folder / "printed").read_text()
+
+    @property
+    def errors(self):
+        return (self.folder / "errors").read_text()
+
+    def wait(self):
+        """The exit code."""
+        if self.code is None:
+            self.code = self.ended()
+        return self.code
+
+    def until(self, condition):
+        deadline = time.monotonic() + 240
+        while not condition():
+            os.kill(self.pid, 0)  # it has not ended
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 @pytest.fixture
-def process(tmp_path):
-    """process(*options, **popen) -> a training run in a real process that has logged its first updates."""
+def forked(start, tmp_path):
+    """forked(*options, first="") -> a Run."""
     started = []
 
-    def start(*options, until_it_trains=True, **popen):
-        command = [sys.executable, "train.py", *OPTIONS, "--epochs", "1000", "--res_dir", tmp_path / "run", *options]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
-        started.append(subprocess.Popen(command, cwd=ROOT, text=True, **streams))
-        log_file, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 240
-        while not (log_file.exists() and log_file.stat().st_size):
-            assert started[-1].poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+    def fork(*options, first=""):
+        started.append(Run(start, tmp_path, f"arguments += {list(options)}\n{first}"))
         return started[-1]
 
-    yield start
-    for each in started:
-        if each.poll() is None:
-            each.kill()
-            each.wait()
+    yield fork
+    for run in started:
+        if run.code is None:
+            os.kill(run.pid, signal.SIGKILL)
+            run.wait()
+
+
+@pytest.fixture
+def process(forked, tmp_path):
+    """process(*options, first="") -> a Run that has logged its first updates and would go on for long."""
+
+    def start(*options, first=""):
+        run, log_file = forked("--epochs", "1000", *options, first=first), tmp_path / "run" / "log.jsonl"
+        run.until(lambda: log_file.exists() and log_file.stat().st_size)
+        return run
+
+    return start
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_signals_of_terminals_and_job_systems_save(process, tmp_path, number):
     run = process()
-    run.send_signal(number)
-    printed, error = run.communicate(timeout=120)
-    assert run.returncode == EXIT_STOPPED and f"stopped by {number.name}" in error
-    assert f"{number.name}: finishing this update, then saving; about " in printed
+    os.kill(run.pid, number)
+    assert run.wait() == EXIT_STOPPED and f"stopped by {number.name}" in run.errors
+    assert f"{number.name}: finishing this update, then saving; about " in run.printed
     assert read_checkpoint(tmp_path / "run" / "last.pt")["position"]
 
 
 def test_nohup_is_left_alone(process):
-    run = process(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    run.send_signal(signal.SIGHUP)
+    run = process(first="signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    os.kill(run.pid, signal.SIGHUP)
     time.sleep(1)
-    assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=120) == EXIT_STOPPED
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == EXIT_STOPPED and "stopped by SIGTERM" in run.errors
 
 
 SLOW_SAVE = """
-import time, torch
-from vmrnn import checkpoint
+import time
 whole = torch.save
 def save(*arguments, **options):
     print("saving", flush=True)
@@ -107,29 +141,19 @@ torch.save = save
 
 
 @pytest.mark.parametrize("presses", [2, 3])
-def test_a_second_ctrl_c_while_saving_loses_nothing_and_a_third_ends_at_once(presses, tmp_path):
-    code = f"{SLOW_SAVE}\nimport train\nfrom vmrnn.runtime import run_program\nrun_program(lambda: train.main({[*OPTIONS, '--epochs', '1000', '--save_every', '60m', '--res_dir', str(tmp_path / 'run')]}))"
-    run = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    log_file, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 240
-    while not (log_file.exists() and log_file.stat().st_size):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
-    while "finishing this update" not in (line := run.stdout.readline()):
-        assert line
-    while "saving\n" != (line := run.stdout.readline()):
-        assert line
+def test_a_second_ctrl_c_while_saving_loses_nothing_and_a_third_ends_at_once(presses, process, tmp_path):
+    run = process("--save_every", "60m", first=SLOW_SAVE)
+    os.kill(run.pid, signal.SIGINT)
+    run.until(lambda: "finishing this update" in run.printed and "saving\n" in run.printed)
     for _ in range(presses - 1):
         time.sleep(0.3)
-        run.send_signal(signal.SIGINT)
-    printed, error = run.communicate(timeout=120)
-    assert "SIGINT again: the save is on its way" in printed
+        os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == (EXIT_STOPPED if presses == 2 else 130)
+    assert "SIGINT again: the save is on its way" in run.printed
     if presses == 2:
-        assert run.returncode == EXIT_STOPPED and read_checkpoint(tmp_path / "run" / "last.pt")["position"]
+        assert read_checkpoint(tmp_path / "run" / "last.pt")["position"]
     else:
-        assert run.returncode == 130 and error.endswith("interrupted\n") and "Traceback" not in error
+        assert run.errors.endswith("interrupted\n") and "Traceback" not in run.errors
         assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
 
 
@@ -138,26 +162,37 @@ def test_a_worker_that_the_system_kills(process, tmp_path):
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
-    error = run.communicate(timeout=120)[1]
-    assert run.returncode == EXIT_STOPPED, error
-    assert "a process that prepares batches was killed" in error and "Traceback" not in error
+    assert run.wait() == EXIT_STOPPED, run.errors
+    assert "a process that prepares batches was killed" in run.errors and "Traceback" not in run.errors
     assert read_checkpoint(tmp_path / "run" / "last.pt")["position"]["epoch"] >= 1
 
 
-TRAIN = [sys.executable, "train.py", *TINY, "--epochs", "1"]
+FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
 
 
-@pytest.mark.parametrize("where", ["2>&-", ">&- 2>&-", ">/dev/full", ">/dev/full 2>/dev/full", "| true"])
-def test_streams_that_are_missing_or_full_end_nothing(where, tmp_path):
-    command = " ".join([*TRAIN, "--res_dir", str(tmp_path / "x")])
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command} {where}"], cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "x" / "best.safetensors").exists() and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "first",
+    [
+        FULL.format(1),
+        f"{FULL.format(1)}; {FULL.format(2)}",
+        "a, b = os.pipe(); os.dup2(b, 1); os.close(a); os.close(b)",
+    ],
+    ids=["full", "both full", "pipe that nobody reads"],
+)
+def test_streams_that_fail_end_nothing(first, forked, tmp_path):
+    run = forked("--epochs", "1", first=first)
+    assert run.wait() == 0, run.errors
+    assert (tmp_path / "run" / "best.safetensors").exists() and "Traceback" not in run.errors
+    assert run.errors.count("the standard output cannot be written") == (0 if "2)" in first else 1)
 
 
-@pytest.mark.parametrize("where, code", [("2>&-", 2), ("2>/dev/full", 2)])
-def test_an_error_without_a_place_to_say_it(where, code):
-    done = subprocess.run(["bash", "-c", f"{sys.executable} train.py --scan fast --device cpu {where}"], cwd=ROOT)
-    assert done.returncode == code
+def test_streams_that_are_missing_end_nothing(tmp_path):
+    """In a real process, since Python then starts without them."""
+    command = " ".join([sys.executable, "train.py", *TINY, "--epochs", "1", "--res_dir", str(tmp_path / "x")])
+    assert subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], cwd=ROOT).returncode == 0
+    assert (tmp_path / "x" / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("first", ["os.close(2); sys.stderr = None", FULL.format(2)], ids=["missing", "full"])
+def test_an_error_without_a_place_to_say_it(first, forked):
+    assert forked("--scan", "fast", first=first).wait() == 2
