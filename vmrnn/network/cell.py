@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import DropPath
 
 from vmrnn.network.kernels import UsesKernels
+from vmrnn.network.linear import linear
 from vmrnn.network.ss2d import SS2D
 
 
@@ -40,7 +40,7 @@ class VSB(UsesKernels):
         if h is not None:
             # Linear([u, LN(h)]) as two products: the concatenation is never written to memory.
             from_x, from_h = self.linear.weight.chunk(2, dim=1)
-            u = F.linear(u, from_x, self.linear.bias) + F.linear(self.norm(h), from_h)
+            u = linear(u, from_x, self.linear.bias) + linear(self.norm(h), from_h)
         return x + self.drop_path(self.self_attention(u))
 
 

@@ -8,6 +8,8 @@ Triton kernels. Letters: C is the width of a block, Di the inner width. (...) st
 import torch
 import torch.nn.functional as F
 
+from vmrnn.network.linear import gradient_of_input, gradient_of_weight, linear
+
 aten = torch.ops.aten
 once_differentiable = torch.autograd.function.once_differentiable
 
@@ -32,7 +34,7 @@ def in_proj(u, weight):
     """The two halves of a linear layer: u (..., C), weight (2 Di, C) -> x, z, both (..., Di)."""
     # Two products instead of one that is split: both halves are contiguous, so nothing after them copies.
     to_x, to_z = weight.chunk(2)
-    return F.linear(u, to_x), F.linear(u, to_z)
+    return linear(u, to_x), linear(u, to_z)
 
 
 def conv_silu(x, weight, bias):
@@ -83,7 +85,7 @@ class NormGateLinear(torch.autograd.Function):
         ctx.save_for_backward(y, z, norm_weight, norm_bias, weight)
         ctx.eps = eps
         normed = F.layer_norm(y.to(norm_weight.dtype), y.shape[-1:], norm_weight, norm_bias, eps)
-        return F.linear(normed.mul_(F.silu(z)), weight)
+        return linear(normed.mul_(F.silu(z)), weight)
 
     @staticmethod
     @once_differentiable
@@ -93,8 +95,8 @@ class NormGateLinear(torch.autograd.Function):
         normed, mean, rstd = aten.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, ctx.eps)
         gate = F.silu(z).to(y.dtype)
         product = (normed * gate).to(grad.dtype)
-        dweight = (grad.flatten(0, -2).mT @ product.flatten(0, -2)).to(weight.dtype)
-        grad = (grad @ weight.to(grad.dtype)).to(y.dtype)
+        dweight = gradient_of_weight(grad, product).to(weight.dtype)
+        grad = gradient_of_input(grad, weight.to(grad.dtype)).to(y.dtype)
         dz = aten.silu_backward(normed.mul_(grad).to(z.dtype), z)
         dy, dnorm_weight, dnorm_bias = aten.native_layer_norm_backward(
             gate.mul_(grad), y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, [True] * 3

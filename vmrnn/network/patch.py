@@ -6,6 +6,7 @@ from einops import rearrange
 from timm.layers import PatchEmbed
 
 from vmrnn.errors import UserError, range_complaint
+from vmrnn.network.linear import Linear
 
 
 def check_network(img_size, patch_size, in_chans, embed_dim, stride):
@@ -81,7 +82,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
         return self.reduction(self.norm(rearrange(x, "b (h p1) (w p2) c -> b h w (p2 p1 c)", p1=2, p2=2)))
@@ -92,7 +93,7 @@ class PatchExpanding(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.expand = nn.Linear(dim, 2 * dim, bias=False)
+        self.expand = Linear(dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(dim // 2)
 
     def forward(self, x):

@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from vmrnn.network.kernels import UsesKernels
+from vmrnn.network.linear import linear
 from vmrnn.scan import DIRECTIONS
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step sizes at initialisation
@@ -50,7 +50,7 @@ class SS2D(UsesKernels):
         x, z = kernels.in_proj(u, self.in_proj.weight)
         x = kernels.conv_silu(x, self.conv2d.weight, self.conv2d.bias)
         # x_proj is linear per position: one product in row-major order serves all four directions.
-        dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))
+        dbl = linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))
         y = kernels.scan(
             x,
             dbl,

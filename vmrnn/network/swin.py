@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 
 from vmrnn.network.fused import cell_gate
+from vmrnn.network.linear import linear
 
 WINDOW = 4  # side of an attention window, as SwinLSTM has it for Moving MNIST
 HEAD = 16  # smallest number of channels per attention head
@@ -81,7 +82,7 @@ class SwinBlock(SwinTransformerBlock):
         u = self.norm1(x)
         if h is not None:
             from_x, from_h = self.linear.weight.chunk(2, dim=1)
-            u = F.linear(u, from_x, self.linear.bias) + F.linear(self.norm1(h), from_h)
+            u = linear(u, from_x, self.linear.bias) + linear(self.norm1(h), from_h)
         x = x + self.drop_path1(self._attn(u))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
