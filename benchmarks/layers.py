@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.record import record
 from benchmarks.timing import kernel_seconds
 from vmrnn.errors import UserError
-from vmrnn.network import fused, fused_triton
+from vmrnn.network import fused, fused_triton, linear
 from vmrnn.runtime import describe_device, run_program
 from vmrnn.scan import triton_scan
 
@@ -83,6 +83,15 @@ def cell_gate(batch, side, channels):
     return ways, (o, c)
 
 
+def product(batch, side, channels):
+    """A linear layer from Di to C channels: by F.linear, and by oneDNN whether or not this machine would choose it."""
+    x, weight = leaf(batch, side, side, channels), leaf(channels // 2, channels)
+    ways = {"plain": lambda: F.linear(x, weight)}
+    if not x.is_cuda and linear.onednn_multiplies():
+        ways["oneDNN"] = lambda: linear.LinearFunction.apply(x, weight, None)
+    return ways, (x, weight)
+
+
 def measure(ways, leaves):
     """{way: (forward, forward + backward)} in ms; AssertionError if two ways differ."""
     first = next(iter(ways.values()))()
@@ -125,7 +134,7 @@ def main():
     unit, scale = ("us", 1e3) if args.device == "cuda" else ("ms", 1)
     print(f"{'layer':11}{'batch':>6}{'side':>5}{'channels':>9}  {'way':18}{'forward':>9}{'both':>9}   {unit}")
     results = []
-    for layer in (depthwise, gate, norm, cell_gate):
+    for layer in (depthwise, gate, norm, cell_gate, product):
         for shape in maps:
             with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
                 measured = measure(*layer(*shape))

@@ -1,6 +1,8 @@
 """How long a function takes, and how much memory a process takes."""
 
+import statistics
 import sys
+import time
 
 import torch
 from torch.utils.benchmark import Timer
@@ -13,6 +15,19 @@ def wall_seconds(function, at_least=0.2):
     """
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=at_least).median
+
+
+def cpu_seconds(function, at_least=0.2):
+    """Median seconds of CPU time of one call, of all threads: what other programs do on the machine matters less.
+
+    at_least  the function is called for this many seconds in all, and twice at least
+    """
+    times = []
+    while len(times) < 2 or sum(times) < at_least:
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
 
 
 def kernel_seconds(function, device, at_least=0.2):

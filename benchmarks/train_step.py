@@ -4,9 +4,12 @@
     python -m benchmarks.train_step --cases D:1 D:1:checkpoint D:1:torch --rounds 5
     python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:graph
 
-A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), and a scan back
-end (default: auto; mamba is the published path, with its stacked and flipped copies). Sizes are the published ones
-(64x64, patch 2, width 128) with 10 + 10 frames. "frame" is one frame of a stream, batch 1, as vmrnn.Forecaster runs it.
+A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), mkl (products by
+MKL where vmrnn/network/linear.py would take oneDNN), and a scan back end (default: auto; mamba is the published path, with
+its stacked and flipped copies). Networks B and D are the published ones (64x64, patch 2, width 128); B4, B8 and D4 are
+networks for a CPU: NETWORKS below. All have 10 + 10 frames. "CPU" is the CPU time of a training step, of all threads: on
+a busy machine it is steadier than the time that passes. "frame" is one frame of a stream, batch 1, as vmrnn.Forecaster
+runs it.
 
 Each case runs in a process of its own, so that its peak memory is its own. Every round runs all cases in turn, so that a
 machine whose speed drifts treats them alike. Medians over rounds: a table, and a line of JSON
@@ -23,40 +26,55 @@ import sys
 import torch
 
 from benchmarks.record import record
-from benchmarks.timing import peak_mib, wall_seconds
+from benchmarks.timing import cpu_seconds, peak_mib, wall_seconds
 from functions import RolloutLoss, Step, mixed_precision
 from vmrnn import scan
+from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward, GraphedStep
-from vmrnn.network import build_model, compile_model
+from vmrnn.network import build_model, compile_model, linear
 from vmrnn.optim import make_optimizer
 from vmrnn.rollout import Rollout
 from vmrnn.runtime import describe_device, pick_device, run_program
 
 FRAMES = 10  # given, and to forecast
 
-OPTIONS = {"checkpoint", "bf16", "compile", "graph", "muon"}
+OPTIONS = {"checkpoint", "bf16", "compile", "graph", "muon", "mkl"}
+
+# name: network, patch size, width, blocks of B or blocks down and up of D, side of the frames
+NETWORKS = {
+    "B": ("VMRNN-B", 2, 128, [6], 64),
+    "D": ("VMRNN-D", 2, 128, ([2, 6], [6, 2]), 64),
+    "B4": ("VMRNN-B", 4, 48, [2], 32),  # configs/quickstart.toml
+    "B8": ("VMRNN-B", 8, 128, [3], 64),  # configs/moving_mnist_small.toml
+    "D4": ("VMRNN-D", 4, 64, ([2], [3]), 64),
+}
 
 
 def back_end_of(case, device):
-    """The scan back end of a case, resolved. Raises UserError for a word that is neither an option nor a back end."""
+    """The scan back end of a case, resolved. Raises UserError for a case of unknown words."""
+    if case.split(":")[0] not in NETWORKS:
+        raise UserError(f"case {case}: the network must be one of {', '.join(NETWORKS)}")
     words = set(case.split(":")[2:]) - OPTIONS
     return scan.resolve(words.pop() if words else "auto", device.type)
 
 
 def measure(case, device, frames=True):
-    """{"step": s, "peak": MiB, and if frames "frame": s} of one case, in this process."""
+    """{"step": s, "cpu": s, "peak": MiB, and if frames "frame": s} of one case, in this process."""
     network, batch, *rest = case.split(":")
     back_end = back_end_of(case, device)
     precision = "bf16" if "bf16" in rest else "fp32"
     torch.manual_seed(0)
+    name, patch_size, embed_dim, depths, side = NETWORKS[network]
     model = build_model(
-        f"VMRNN-{network}", patch_size=2, in_chans=1, embed_dim=128, depths=[6], depths_down=[2, 6],
-        depths_up=[6, 2], scan=back_end,
+        name, patch_size=patch_size, in_chans=1, embed_dim=embed_dim, depths=depths, depths_down=depths[0],
+        depths_up=depths[-1], scan=back_end,
     ).to(device)  # fmt: skip
+    if "mkl" in rest:
+        linear.onednn_is_faster = lambda: False
     if "compile" in rest:
         compile_model(model, device)
     optimizer = make_optimizer(model, "muon" if "muon" in rest else "adam", 1e-4, 0.0, device)
-    inputs, targets = torch.rand(2, int(batch), FRAMES, 1, 64, 64, device=device).unbind(0)
+    inputs, targets = torch.rand(2, int(batch), FRAMES, 1, side, side, device=device).unbind(0)
 
     one_step = Step(Rollout(model, "checkpoint" in rest), RolloutLoss(), device, precision)
     if "graph" in rest:
@@ -68,7 +86,7 @@ def measure(case, device, frames=True):
         optimizer.step()
 
     step()
-    result = {"step": wall_seconds(step), "peak": peak_mib(device)}
+    result = {"step": wall_seconds(step), "cpu": cpu_seconds(step), "peak": peak_mib(device)}
     if not frames:
         return result
     model.eval()
@@ -116,7 +134,10 @@ def main():
     if subprocess.run(gate, capture_output=True).returncode:
         sys.exit(f"{' '.join(gate[1:])} fails: no figure from a step that computes something else")
     print(f"{describe_device(device)}; {args.rounds} rounds, medians; {FRAMES} + {FRAMES} frames")
-    print(f"{'case':30}{'step [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}", flush=True)
+    print(
+        f"{'case':30}{'step [s]':>10}{'CPU [s]':>10}{'frames/s':>10}{'peak [MiB]':>12}{'frame forward [ms]':>20}",
+        flush=True,
+    )
     results, failed = {case: [] for case in args.cases}, {}
     for last in (n == args.rounds - 1 for n in range(args.rounds)):
         for case, rounds in results.items():
@@ -140,7 +161,7 @@ def medians_of(rounds):
 
 def row(case, medians):
     rate = int(case.split(":")[1]) * 2 * FRAMES / medians["step"]
-    figures = f"{medians['step']:10.3f}{rate:10.1f}{medians['peak']:12.0f}{1e3 * medians['frame']:20.2f}"
+    figures = f"{medians['step']:10.3f}{medians['cpu']:10.3f}{rate:10.1f}{medians['peak']:12.0f}{1e3 * medians['frame']:20.2f}"
     return f"{case:30}{figures}"
 
 
