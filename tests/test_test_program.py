@@ -60,6 +60,15 @@ def expected_arrays(options, model):
     return [(250 + 60 * frames).numpy() for frames in (inputs, targets, forecast)]
 
 
+def test_an_old_zarr_is_refused(field, tmp_path, monkeypatch):
+    """zarr 2, which pip chooses beside an old NumPy."""
+    monkeypatch.delattr(pytest.importorskip("zarr").Group, "create_array")
+    arguments = ["--checkpoint", field[0] / "w.safetensors", "--save_forecasts", tmp_path / "all.zarr"]
+    with pytest.raises(UserError, match="needs zarr 3, not"):
+        run(tmp_path / "out", *arguments)
+    assert not (tmp_path / "all.zarr").exists()
+
+
 @pytest.mark.parametrize("ending", [".npz", ".nc", ".zarr"])
 def test_the_forecasts_of_the_whole_test_set(field, tmp_path, ending):
     folder, options, model = field

@@ -70,6 +70,8 @@ class ForecastWriter:
                 import zarr
             except ImportError as error:
                 raise UserError(f"{self.path}: needs the package zarr; pip install zarr, or name a .nc file") from error
+            if not hasattr(zarr.Group, "create_array"):
+                raise UserError(f"{self.path}: needs zarr 3, not {zarr.__version__}; pip install --upgrade zarr")
             store = self.folder / "store"
             header.to_zarr(store, mode="w", consolidated=False)
             group = zarr.open_group(store, mode="a")
