@@ -12,6 +12,8 @@ from vmrnn.errors import UserError
 VIDEOS = (".avi", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg", ".ts", ".gif")
 # The demuxers of these endings. Others open further files or addresses that a file names.
 DEMUXERS = "avi,mov,matroska,asf,mpeg,mpegvideo,mpegts,m4v,gif"
+# For a title that is not UTF-8. PyAV 19 has no such argument and reads every title.
+LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def video_frames(path, channels=None, times=None):
@@ -33,7 +35,7 @@ def video_frames(path, channels=None, times=None):
             check_size(path, *struct.unpack("<2H", head[6:]))
         with av.open(
             f"file:{local_path(path)}",
-            metadata_errors="replace",
+            **LENIENT,
             options={"protocol_whitelist": "file", "format_whitelist": DEMUXERS},
         ) as container:
             if not container.streams.video:
