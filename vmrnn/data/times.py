@@ -228,7 +228,7 @@ def calendar_features(dates):
     if dates.dtype.kind == "M":
         days, years = dates.astype("datetime64[D]"), dates.astype("datetime64[Y]")
         day = (dates - days) / np.timedelta64(1, "D")
-        first, next_first = years.astype("datetime64[D]"), (years + 1).astype("datetime64[D]")
+        first, next_first = years.astype("datetime64[D]"), (years + np.timedelta64(1, "Y")).astype("datetime64[D]")
         year = ((days - first) / np.timedelta64(1, "D") + day) / ((next_first - first) / np.timedelta64(1, "D"))
     else:
         day = np.array([(date.hour + date.minute / 60 + date.second / 3600) / 24 for date in dates])
