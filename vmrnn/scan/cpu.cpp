@@ -25,7 +25,7 @@
 #define VECS 2  // vectors of channels computed together: halves the cost of the sums over channels
 #elif defined(__AVX2__)
 #define LANES 8
-#define VECS 1  // more do not fit into 16 registers
+#define VECS 2  // does not fit into 16 registers, and is faster all the same
 #else
 #define LANES 4
 #define VECS 1
@@ -201,8 +201,12 @@ struct Chunk {
       at[l] = p.channel_of(batch, position);
       const float* from = p.dbl + ((batch * p.L() + position) * K + k) * p.row();
       float* to = &rows[l * width];
-      std::memcpy(to, from, (p.R + p.N) * 4);
-      std::memcpy(to + p.R + p.states(), from + p.R + p.N, p.N * 4);
+      if (p.N == p.states()) {
+        std::memcpy(to, from, width * 4);
+      } else {
+        std::memcpy(to, from, (p.R + p.N) * 4);
+        std::memcpy(to + p.R + p.states(), from + p.R + p.N, p.N * 4);
+      }
     }
   }
 
@@ -210,10 +214,12 @@ struct Chunk {
     for (i64 l = 0; l < n; l++, to += p.row()) {
       std::memcpy(to, &dlow[l * p.low_vectors()], p.R * 4);
       const float* from = (const float*)&dbc[l * groups * 2 * G / M];
-      for (i64 s = 0; s < p.N; s++) {
-        to[p.R + s] = from[s / G * 2 * G + s % G];
-        to[p.R + p.N + s] = from[s / G * 2 * G + G + s % G];
+      i64 s = 0;
+      for (; s + G <= p.N; s += G, from += 2 * G) {  // whole groups: copies of a constant size
+        std::memcpy(to + p.R + s, from, G * 4);
+        std::memcpy(to + p.R + p.N + s, from + G, G * 4);
       }
+      for (i64 j = 0; s < p.N; s++, j++) to[p.R + s] = from[j], to[p.R + p.N + s] = from[G + j];
     }
   }
 };
