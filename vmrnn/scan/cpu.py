@@ -63,9 +63,14 @@ def attempt(isa):
     if isa not in isas():
         return None, f"VMRNN_CPU_ISA={isa} does not run here; choose from {', '.join(isas())}"
     try:
-        library = ctypes.CDLL(str(build(isa)))
+        return open_library(build(isa)), ""
     except (UserError, OSError, RuntimeError) as error:  # RuntimeError: no home folder
         return None, str(error)
+
+
+def open_library(path):
+    """A compiled cpu.cpp."""
+    library = ctypes.CDLL(str(path))
     # ctypes lets go of the interpreter lock during a call.
     pointer = ctypes.c_void_p
     library.vmrnn_scan_forward.argtypes = (ctypes.POINTER(Problem), ctypes.c_int, pointer, pointer)
@@ -73,7 +78,7 @@ def attempt(isa):
         ctypes.POINTER(Problem), ctypes.c_int, ctypes.c_int64, pointer, pointer, ctypes.POINTER(Gradients),
     )  # fmt: skip
     library.vmrnn_scan_forward.restype = library.vmrnn_scan_backward.restype = None
-    return library, ""
+    return library
 
 
 def wanted_isa():
