@@ -28,6 +28,10 @@ SLOW = (
     "test_baselines::test_motion_beats_the_last_frame_on_real_radar",
     "test_cache::test_a_run_goes_on_with_data_that_moved_and_not_with_data_that_changed",
     "test_checked::test_a_run_does_not_resume_from_crafted_contents",
+    "test_predict::test_a_real_process_and_its_default_output", "test_advection::test_training_and_test",
+    "test_data_sets::test_a_program_ends_while_its_loader_has_workers", "test_data_sets::test_nothing_is_loaded_whole",
+    "test_fetch::test_a_killed_download_leaves_nothing_that_looks_whole", "test_fetch::test_the_command_says_what_went_wrong",
+    "test_base::test_training_test_and_forecast",
 )  # fmt: skip
 
 SCAN_NAMES = ("x", "dbl", "dt_weight", "dt_bias", "A_log", "D")
