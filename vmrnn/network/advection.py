@@ -1,11 +1,11 @@
 """A head that moves the last frame instead of drawing the next one from nothing (CDNA, arXiv 1605.07157)."""
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
 from vmrnn.errors import UserError
+from vmrnn.network.linear import Linear
 from vmrnn.network.patch import PatchInflated
 
 MOVES = 2  # copies of the last frame, so that two things can cross in one patch
@@ -15,11 +15,11 @@ REACH = 4  # pixels that a copy can move in a step, in either direction: the dig
 class AdvectionHead(PatchInflated):
     """head(features (B, H/p, W/p, C), frame (B, in_chans, H, W)) -> the forecast (B, out_chans, H, W) in [0, 1].
 
-    A pixel of the forecast is a weighted mean of MOVES copies of the last frame and of a frame of the network's own. The
-    weights are chosen for every pixel. Each patch moves its copies with filters of its own (see advect), which are a
-    softmax, so that a filter can be a shift by a whole number of pixels or blur where the motion is not certain.
+    A pixel of the forecast is a weighted mean of MOVES copies of the last frame and of one frame that the network draws.
+    The network chooses the weights for every pixel, and the filters that move the copies for every patch (see advect). A
+    filter is a softmax: one large tap shifts the patch by whole pixels, several taps blur it.
 
-    The paper has ten filters for a whole frame, which are not separable. Filters per patch need no objects to be found.
+    This differs from the paper, which has ten filters for the whole frame. Those are not separable; these are.
 
     The parameters are those of PatchInflated. Only the first out_chans channels of the frame are moved.
     Raises UserError for a base: this head has its own.
@@ -30,7 +30,7 @@ class AdvectionHead(PatchInflated):
             raise UserError(f"base {base}, head advection: both start from the last frame; leave one out")
         super().__init__(patch_size, dim, out_chans + MOVES + 1)
         self.patch_size, self.out_chans = patch_size, out_chans
-        self.filters = nn.Linear(dim, MOVES * 2 * (2 * REACH + 1))
+        self.filters = Linear(dim, MOVES * 2 * (2 * REACH + 1))
 
     def forward(self, features, frame):
         own, weights = self.logits(features).split((self.out_chans, MOVES + 1), dim=1)
