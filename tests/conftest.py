@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every p
 pytest.register_assert_rewrite("helpers")  # before its first import: a failed assertion there shows its values
 
 import torch  # noqa: E402
-from helpers import FORKS, OPTIONS, ROOT, SLOW, nan_filled_memory  # noqa: E402
+from helpers import AS_PYTHON, FORKS, OPTIONS, ROOT, SLOW, nan_filled_memory  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -84,3 +84,24 @@ def start():
 
         yield start_one
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def run_forked(request, run, tmp_path_factory):
+    """As `run`, without the seconds of the imports: a process of its own, forked from one that has imported everything.
+
+    It runs the program or the code as Python would, as __main__ and to the end of the process. `run` is for what the
+    imports themselves do.
+    """
+    if not hasattr(os, "fork"):
+        return run
+    start = request.getfixturevalue("start")
+
+    def start_one(*arguments, **environment):
+        folder = tmp_path_factory.mktemp("streams")
+        first = AS_PYTHON.format(arguments=[*map(str, arguments)], environment=environment, folder=str(folder))
+        code = start(folder, first)[1]()
+        printed, errors = ((folder / name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(arguments, code, printed, errors)
+
+    return start_one

@@ -238,6 +238,40 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
+# Python for a forked process, which then does what Python does with these arguments.
+AS_PYTHON = """
+import runpy
+signal.alarm(300)
+os.environ.update({environment!r})
+for number, name in (1, "out"), (2, "err"):
+    os.dup2(os.open(os.path.join({folder!r}, name), os.O_WRONLY | os.O_CREAT), number)
+program, *sys.argv[:] = {arguments!r}
+if program == "-c":
+    exec(sys.argv.pop(0), {{"__name__": "__main__"}})
+elif program == "-m":
+    sys.modules.pop(sys.argv[0], None)  # runpy would warn that it is imported already
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv.insert(0, program)
+    runpy.run_path(program, run_name="__main__")
+sys.exit()
+"""
+
+# Python that runs `code` in several processes at the same time and fails if one of them does.
+AT_ONCE = """
+import os, subprocess, sys
+code, others = {code!r}, []
+if not hasattr(os, "fork"):
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range({count})]
+    sys.exit(any([other.wait() for other in others]))
+for _ in range({count}):
+    others.append(os.fork())
+    if not others[-1]:
+        exec(code, {{}})
+        sys.exit()
+sys.exit(any([os.waitpid(other, 0)[1] for other in others]))
+"""
+
 
 def without_time(entries):
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]

@@ -4,12 +4,10 @@ import os
 import pickle
 import random
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
 from safetensors.torch import save_file
 
 import vmrnn
@@ -198,7 +196,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
 @pytest.mark.parametrize("writer", ["save_checkpoint(path, dict(model=state))", "save_weights(path, model, {})"])
-def test_a_full_disk(tmp_path, writer):
+def test_a_full_disk(tmp_path, writer, run_forked):
     """In a process that may write 4,096 bytes to a file and no more."""
     code = f"""
 import resource, signal
@@ -214,7 +212,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 run_program(lambda: {writer})
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_forked("-c", code)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and "last: cannot be written" in done.stderr
     assert (tmp_path / "last").read_text() == "the old file"

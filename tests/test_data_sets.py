@@ -333,12 +333,12 @@ def test_an_epoch_is_drawn_without_replacement(own, tmp_path):
 
 def test_nothing_is_loaded_whole(own, tmp_path):
     """An array of 20 GB on disk (of holes) makes a data set and its items at once, and travels to a worker as names."""
-    big = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (2_000_000, 100, 100))
-    big[1_234_567] = 9
+    big = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (20_000, 1000, 1000))
+    big[12_345] = 9
     del big
     data = own("train", dataset="array", train_data_dir=tmp_path / "a.npy", data_range=[0.0, 9.0])
     copy = pickle.loads(pickle.dumps(data.clips))
-    assert copy[0].frames()[1_234_567, 0, 0, 0] == 9 and len(pickle.dumps(data.clips)) < 1000
+    assert copy[0].frames()[12_345, 0, 0, 0] == 9 and len(pickle.dumps(data.clips)) < 1000
     assert data[0][0].shape == (2, 1, 8, 10)
 
 
@@ -562,7 +562,7 @@ def test_a_value_at_the_threshold_is_an_event(low, high):
     assert tiny.name == "csi_0.001" and "a value of 0.001 or more in" in str(tiny)
 
 
-def test_a_program_ends_while_its_loader_has_workers(run):
+def test_a_program_ends_while_its_loader_has_workers(run_forked):
     """The workers ignore SIGTERM, with which Python would end them."""
     code = """
 import numpy as np
@@ -571,5 +571,5 @@ from vmrnn.data.moving_mnist import MovingMNIST
 loader = make_loader(MovingMNIST(np.full((3, 8, 8), 9, np.uint8), 4, canvas=(16, 16), digit_size=8), 2, num_workers=1)
 print(len(list(loader)))
 """
-    done = run("-c", code)
+    done = run_forked("-c", code)
     assert (done.stdout, done.stderr) == ("2\n", "")

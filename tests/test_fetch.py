@@ -3,15 +3,15 @@
 import functools
 import hashlib
 import http.server
-import subprocess
-import sys
+import os
+import signal
 import threading
 import time
 import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, data_set, write_video
+from helpers import data_set, write_video
 
 from vmrnn.data import fetch
 from vmrnn.errors import UserError
@@ -113,19 +113,19 @@ def test_a_failed_download_of_the_standard_file(published, server, tmp_path, mon
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_killed_download_leaves_nothing_that_looks_whole(published, server, tmp_path):
+def test_a_killed_download_leaves_nothing_that_looks_whole(published, server, tmp_path, start):
     server.stalled = threading.Event()
     code = f"""
 from vmrnn.data import fetch
 fetch.STANDARD_URL, fetch.STANDARD_MD5 = {fetch.STANDARD_URL!r}, {fetch.STANDARD_MD5!r}
 fetch.fetch_standard({str(tmp_path / "data")!r})
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    pid, wait = start(tmp_path / "run", code)
     end = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob(f"data/.fetch-*/{NPY}")) and time.monotonic() < end:
         time.sleep(0.05)
-    process.kill()
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    assert wait() == -signal.SIGKILL
     server.stalled.set()
     left = list((tmp_path / "data").iterdir())
     assert [path.name[:7] for path in left] == [".fetch-"]  # it was killed in the middle
@@ -230,7 +230,7 @@ def test_the_published_video_that_is_cut_off_is_left_out(kth, server, tmp_path, 
     assert f"{fetch.KTH_CUT_OFF} is left out" in caplog.text
 
 
-def test_the_command_says_what_went_wrong(run, tmp_path):
-    done = run("-m", "vmrnn.data.fetch", "kth", tmp_path / "kth", https_proxy="http://127.0.0.1:1")
+def test_the_command_says_what_went_wrong(run_forked, tmp_path):
+    done = run_forked("-m", "vmrnn.data.fetch", "kth", tmp_path / "kth", https_proxy="http://127.0.0.1:1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "00sequences.txt could not be fetched" in done.stderr

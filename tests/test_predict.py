@@ -261,7 +261,7 @@ def test_colours_become_grey_for_a_network_of_one_channel():
     assert as_channels(frame, 3) is frame
 
 
-def test_a_real_process_and_its_default_output(trained, tmp_path, run):
+def test_a_real_process_and_its_default_output(trained, tmp_path, run, run_forked):
     _, path = trained()
     folder = tmp_path / "frames"
     folder.mkdir()
@@ -271,7 +271,7 @@ def test_a_real_process_and_its_default_output(trained, tmp_path, run):
     done = run("predict.py", "--checkpoint", path, "--input", folder)
     assert done.returncode == 0 and "3 frames of 16x16, uint8" in done.stdout, done.stderr
     assert str(output) in done.stdout and np.load(output)["forecast"].shape == (10, 16, 16)  # as in the training
-    done = run("predict.py", "--checkpoint", path, "--input", tmp_path / "absent.mp4", "--horizon", 2)
+    done = run_forked("predict.py", "--checkpoint", path, "--input", tmp_path / "absent.mp4", "--horizon", 2)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "absent.mp4" in done.stderr
 
 

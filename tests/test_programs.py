@@ -36,10 +36,10 @@ def fails(program, arguments, capsys):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, run):
+def trained(tmp_path_factory, run_forked):
     """A run folder made by a real process."""
     folder = tmp_path_factory.mktemp("run") / "x"
-    done = run("train.py", *TINY, "--epochs", 2, "--res_dir", folder, "--tensorboard", "--log_train", 3)
+    done = run_forked("train.py", *TINY, "--epochs", 2, "--res_dir", folder, "--tensorboard", "--log_train", 3)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -61,9 +61,9 @@ def test_training_says_what_runs_and_leaves_a_whole_run_folder(trained):
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_testing_a_checkpoint_with_its_own_configuration(trained, run):
+def test_testing_a_checkpoint_with_its_own_configuration(trained, run_forked):
     folder, _ = trained
-    done = run("test.py", "--checkpoint", folder / "best.safetensors", "--strips", 2)
+    done = run_forked("test.py", "--checkpoint", folder / "best.safetensors", "--strips", 2)
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "test_moving_mnist_2" / "metrics.json").read_text())
     results = report["results"]
@@ -285,8 +285,8 @@ def test_test_needs_a_checkpoint_that_can_be_read(trained, tmp_path, capsys):
     assert "unknown key 'surprise'" in fails(test_program, ["--checkpoint", tmp_path / "odd.safetensors"], capsys)
 
 
-def test_exit_code_and_one_line_of_a_real_process(run, tmp_path):
-    done = run("train.py", *TINY, "--res_dir", tmp_path / "x", "--scan", "mamba")
+def test_exit_code_and_one_line_of_a_real_process(run_forked, tmp_path):
+    done = run_forked("train.py", *TINY, "--res_dir", tmp_path / "x", "--scan", "mamba")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and os.linesep in done.stderr
 

@@ -4,13 +4,11 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import OPTIONS, ROOT, without_time
+from helpers import AS_PYTHON, OPTIONS, without_time
 
 import train
 from vmrnn.checkpoint import previous_of, read_checkpoint, save_checkpoint
@@ -124,17 +122,16 @@ def test_a_crash_while_a_picture_is_drawn_costs_no_epoch(whole, start, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_update_and_saves(whole, start, tmp_path, number):
     """To the process and its workers together, as schedulers and terminals send it."""
-    command = [sys.executable, "train.py", *OPTIONS, "--num_workers", "1", "--res_dir", tmp_path / "run"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    command = ["train.py", *OPTIONS, "--num_workers", "1", "--res_dir", str(tmp_path / "run")]
+    as_python = AS_PYTHON.format(arguments=command, environment={}, folder=str(tmp_path))
+    pid, wait = start(tmp_path, f"os.setsid()\n{as_python}")
     log_file = tmp_path / "run" / "log.jsonl"
     while not (log_file.exists() and log_file.stat().st_size):
-        assert process.poll() is None, process.stderr.read()
+        os.kill(pid, 0)  # it has not ended
         time.sleep(0.01)
-    os.killpg(process.pid, number)
-    error = process.communicate()[1]
-    assert process.returncode == EXIT_STOPPED, error
+    os.killpg(pid, number)
+    code, error = wait(), (tmp_path / "err").read_text()
+    assert code == EXIT_STOPPED, error
     assert re.fullmatch(rf"stopped by {number.name} in epoch \d after update \d; .*--resume auto goes on\n", error)
     assert start(tmp_path / "run")[1]() == 0
     assert_same(whole[0], tmp_path / "run")
@@ -288,7 +285,7 @@ def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_sigterm_does_not_change_the_exit_code(run):
+def test_a_second_sigterm_does_not_change_the_exit_code(run_forked):
     code = """
 import os, signal, time
 from vmrnn.runtime import Stopped, StopSignals, run_program
@@ -302,7 +299,7 @@ try:
 finally:
     signal.raise_signal(signal.SIGTERM)
 """
-    assert run("-c", code).returncode == EXIT_STOPPED
+    assert run_forked("-c", code).returncode == EXIT_STOPPED
 
 
 def test_a_checkpoint_goes_on_in_its_own_folder_unless_another_is_named(stopped, tmp_path):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import (
+    AT_ONCE,
     ROOT,
     SCAN_NAMES,
     assert_close,
@@ -327,12 +328,8 @@ def test_a_compiler_of_several_words(empty_cache, monkeypatch):
 
 
 @needs_build
-def test_concurrent_builds(tmp_path):
+def test_concurrent_builds(tmp_path, run_forked):
     code = "from vmrnn.scan import cpu; cpu.load(); print('loaded')"
-    environment = dict(os.environ, VMRNN_CACHE=str(tmp_path), PYTHONPATH=str(ROOT))
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    assert [p.communicate(timeout=120)[0] for p in processes] == ["loaded\n"] * 3
+    done = run_forked("-c", AT_ONCE.format(code=code, count=3), VMRNN_CACHE=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "loaded\n" * 3), done.stderr
     assert {path.suffix for path in tmp_path.iterdir()} == {".lib"}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import AT_ONCE
 from triton_helpers import needs_triton, run_interpreter
 
 from vmrnn import cache, scan, selfcheck
@@ -178,11 +178,14 @@ def test_a_planted_result_is_not_used(checks, tmp_path):
     assert len(checks) == 2
 
 
-def test_a_process_that_fails_crashes_or_hangs(monkeypatch):
+def test_a_process_that_fails_crashes_or_hangs(monkeypatch, run_forked):
     """Kernels cannot be launched on a CPU outside of the interpreter: the real check says so."""
     complaint = selfcheck.in_own_process("triton", "cpu", 4)
     assert complaint and "\n" not in complaint
+    if hasattr(os, "fork"):
+        monkeypatch.setattr(subprocess, "run", lambda command, **_: run_forked(*command[1:]))
     assert selfcheck.in_own_process("cpu", "cpu", 4) is None or scan.cpu.attempt(scan.cpu.wanted_isa())[0] is None
+    monkeypatch.undo()
     monkeypatch.setattr(selfcheck, "SECONDS", 0.01)
     assert "did not end" in selfcheck.in_own_process("cpu", "cpu", 4)
     monkeypatch.undo()
@@ -199,21 +202,20 @@ def test_a_gpu_without_room_for_a_second_process_is_checked_in_this_one(monkeypa
     assert selfcheck.in_own_process("torch", "cpu", 4) is None
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_at_once(tmp_path, run_forked):
     code = """
 from vmrnn import selfcheck
 selfcheck.in_own_process = lambda *arguments: print("checked") and None
 assert selfcheck.first_use("triton", "cpu") is None
 """
-    environment = os.environ | {"VMRNN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    done = run_forked("-c", AT_ONCE.format(code=code, count=2), VMRNN_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
     (result,) = (tmp_path / "cache").iterdir()
     assert json.loads(result.read_text())["passed"]
 
 
-def test_the_table(run):
-    done = run("-m", "vmrnn.selfcheck")
+def test_the_table(run_forked):
+    done = run_forked("-m", "vmrnn.selfcheck")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "all checks passed" and "torch" in lines[0]

@@ -343,11 +343,11 @@ def test_tensorboard_gets_curves_lead_times_and_pictures(tmp_path):
     assert animation == (tmp_path / "x" / "forecast.gif").read_bytes() and animation.startswith(b"GIF")
 
 
-def test_curves_of_several_runs(tmp_path, run):
+def test_curves_of_several_runs(tmp_path, run_forked):
     for name in ("a", "b"):
         train.main([*TINY, "--epochs", "2", "--res_dir", str(tmp_path / name)])
     assert curves.points(tmp_path / "a", "mse")[0] == [16, 32]
-    done = run("-m", "benchmarks.curves", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c.png")
+    done = run_forked("-m", "benchmarks.curves", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c.png")
     assert done.returncode == 0 and "32 samples" in done.stdout, done.stderr
     assert (tmp_path / "c.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="not a run folder"):
