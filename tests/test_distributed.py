@@ -1,5 +1,6 @@
 """torchrun on a CPU: several gloo processes train as one does, and survive the death of one."""
 
+import functools
 import os
 import signal
 import socket
@@ -21,9 +22,9 @@ ALIKE = ["--drop_path_rate", "0", "--attn_drop_rate", "0", "--log_train", "1"]
 PLAIN = [*OPTIONS, *ALIKE]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def torchrun():
-    """torchrun(folder, *options) -> Popen of two processes of train.py; none outlives the tests."""
+    """torchrun(folder, *options) -> Popen of two processes of train.py; none outlives the test."""
     started = []
 
     def start(folder, *options, restarts=0):
@@ -59,31 +60,40 @@ else:
 """
 
 
-@pytest.fixture
-def two(start, tmp_path):
-    """two(*options, first="") -> exit code of two processes of train.py in tmp_path / "run".
+@pytest.fixture(scope="module")
+def forked(start):
+    """forked(folder, *options, first="") -> exit code of two processes of train.py.
 
     Forked, so that they do not import everything again. `first` is Python that they run before.
     """
 
-    def run(*options, first=""):
+    def run(folder, *options, first=""):
         with socket.create_server(("127.0.0.1", 0)) as server:
             fork = FORK.format(port=server.getsockname()[1])
-        return start(tmp_path / "run", f"{fork}\narguments += {[*ALIKE, *options]}\n{first}")[1]()
+        return start(folder, f"{fork}\narguments += {[*ALIKE, *options]}\n{first}")[1]()
 
     return run
 
 
+@pytest.fixture
+def two(forked, tmp_path):
+    """two(*options, first="") -> forked(tmp_path / "run", ...)."""
+    return functools.partial(forked, tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
-def pair(torchrun, tmp_path_factory):
+def pair(forked, tmp_path_factory):
     """A run folder of two processes that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("pair") / "run"
-    process = torchrun(folder, *PLAIN)
-    printed = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, printed
+    folder = tmp_path_factory.mktemp("pair")
+    into_file = (
+        f"[os.dup2(os.open({str(folder / 'printed')!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), n) for n in (1, 2)]"
+    )
+    code = forked(folder / "run", first=into_file)
+    printed = (folder / "printed").read_text()
+    assert code == 0, printed
     assert "effective batch 4 = 2 x 1 parts x 2 processes" in printed
     assert printed.count("run folder") == 1 and "Warning" not in printed  # one of them speaks
-    return folder
+    return folder / "run"
 
 
 def test_two_processes_have_the_loss_curve_of_one(pair, tmp_path):
