@@ -69,15 +69,29 @@ def run(folder, *arguments):
     return done.stdout
 
 
+TRAIN_AND_TEST = """
+import runpy, sys
+import pytest
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+sys.exit(pytest.main(["-v", "tests/test_networks.py", "-k", "cpu-double"]))
+"""
+
+
 def test_a_run_with_everything_on_the_page(extended):
-    """The new data set, network, cell, loss, metric, option, logger and scan, in training and in a test."""
+    """The new data set, network, cell, loss, metric, option, logger and scan, in training and in a test.
+
+    The new back end is held to the reference by the tests of the project, which take every row of the table.
+    """
+    # Training and the test of the back end share a process, which spares the second its imports.
     printed = run(
-        extended, "train.py", "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--patch_size", 4, "--embed_dim", 16,
+        extended, "-c", TRAIN_AND_TEST, "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--patch_size", 4, "--embed_dim", 16,
         "--depths", 1, "--d_state", 4, "--input_size", 16, "--num_frames_input", 3, "--num_frames_output", 2,
         "--train_sequences", 16, "--valid_sequences", 4, "--train_batch_size", 4, "--epochs", 2, "--epoch_valid", 1,
         "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--wet_weight", 5, "--table", "--scan", "double",
         "--device", "cpu", "--log_train", 1, "--res_dir", "run",
     )  # fmt: skip
+    assert re.search(r"[1-9]\d* passed", printed)
     assert "double on cpu (plain torch in float64)" in printed and "waves in other directions" in printed
     entries = [json.loads(line) for line in (extended / "run" / "log.jsonl").read_text().splitlines()]
     assert min(entry["lr"] for entry in entries if "lr" in entry) == 9e-4
@@ -91,9 +105,3 @@ def test_a_run_with_everything_on_the_page(extended):
     results = json.loads(report.read_text())
     assert results["results"]["black frame"]["mean"]["bright"] == 0
     assert results["config"]["model"] == "VMRNN-G" and "closer to 1 is better" in results["conventions"]["bright"]
-
-
-def test_the_new_back_end_is_held_to_the_reference(extended):
-    """By the tests of the project, which take every row of the table."""
-    printed = run(extended, "-m", "pytest", "-v", "tests/test_networks.py", "-k", "cpu-double")
-    assert re.search(r"[1-9]\d* passed", printed)
