@@ -1,8 +1,9 @@
-"""The cells of --cell in network B: trained at equal parameters, then at equal CPU time. Also the head of --head.
+"""The cells of --cell in network B: trained at equal parameters, then at equal CPU time. Also --head and --d_state.
 
     python -m benchmarks.cells --digits mnist                       the small task of benchmarks.recipes, three seeds
     python -m benchmarks.cells --digits mnist --task full --seeds 1
     python -m benchmarks.cells --digits mnist --cells vss vss-advection --rates 3e-3
+    python -m benchmarks.cells --digits mnist --cells vss vss-4-states --rates 3e-3
 
 Each cell has its own width and depth, chosen so that the networks have equally many parameters (within 5 %). Everything else
 is the same: task, recipe (Muon, a tenth of the L1, a curriculum) and sequences. The first table trains every cell on the same
@@ -40,12 +41,16 @@ SIZES = {
         "swin": {"cell": "swin", "embed_dim": 80, "depths": [2]},
         "conv": {"cell": "conv", "embed_dim": 32, "depths": [3]},
         "vss-advection": {"cell": "vss", "embed_dim": 80, "depths": [2], "head": "advection"},
+        "vss-4-states": {"cell": "vss", "embed_dim": 80, "depths": [2], "d_state": 4},
+        "vss-1-state": {"cell": "vss", "embed_dim": 80, "depths": [2], "d_state": 1},
     },
     "full": {
         "vss": {"cell": "vss", "embed_dim": 128, "depths": [4]},
         "swin": {"cell": "swin", "embed_dim": 112, "depths": [5]},
         "conv": {"cell": "conv", "embed_dim": 80, "depths": [2]},
         "vss-advection": {"cell": "vss", "embed_dim": 128, "depths": [4], "head": "advection"},
+        "vss-4-states": {"cell": "vss", "embed_dim": 128, "depths": [4], "d_state": 4},
+        "vss-1-state": {"cell": "vss", "embed_dim": 128, "depths": [4], "d_state": 1},
     },
 }
 SEQUENCES = {"small": 1000, "full": 200}  # of the test
