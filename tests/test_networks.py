@@ -150,18 +150,6 @@ def test_checkpointed_gradients_are_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def compile_later_steps(model, device):
-    """Compile the steps that have states.
-
-    The first step is the same program without them, and the compiler would take as long again for it.
-    test_training.py::test_a_compiled_run_with_batches_of_several_sizes traces it into one graph.
-    """
-    plain = model.advance
-    compile_model(model, device)
-    compiled = model.advance
-    model.advance = lambda tokens, states: (plain if states is None else compiled)(tokens, states)
-
-
 @pytest.mark.parametrize("device, name", [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)])
 def test_compiled_steps_are_one_graph_and_the_same_numbers(device, name):
     ok, reason = scan.BACKENDS[name].can_run(device, torch.float32, 16)
@@ -173,7 +161,7 @@ def test_compiled_steps_are_one_graph_and_the_same_numbers(device, name):
     outputs, gradients = [], []
     for compiled in (False, True):
         if compiled:
-            compile_later_steps(model, device)  # fullgraph: a graph break raises
+            compile_model(model, device)  # fullgraph: a graph break raises
         model.zero_grad()
         outputs.append(rollout(model, inputs, 2))
         RolloutLoss()(outputs[-1], inputs, targets).backward()
