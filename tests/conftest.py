@@ -75,6 +75,8 @@ def run():
 @pytest.fixture(scope="session")
 def start():
     """start(folder, first) -> (pid, wait): a run in `folder` in a process of its own; wait() is its exit status."""
+    if not hasattr(os, "fork"):
+        pytest.skip("processes are forked here, which Windows cannot")
     command = [sys.executable, "-c", FORKS]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 

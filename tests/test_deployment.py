@@ -14,7 +14,7 @@ from vmrnn.rollout import rollout
 from vmrnn.values import ValueRange
 
 OPTIONS = dict(
-    model="VMRNN-D", patch_size=2, embed_dim=16, depths_down=[1, 1], depths_up=[1, 1], d_state=4, input_size=[16],
+    model="VMRNN-D", patch_size=2, embed_dim=16, depths_down=[1], depths_up=[1], d_state=4, input_size=[16],
     dataset="array", data_range=[0.0, 5.0],
 )  # fmt: skip
 
