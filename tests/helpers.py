@@ -220,7 +220,8 @@ import sklearn.datasets, torch
 torch.set_num_threads(1)
 import train
 from vmrnn.runtime import run_program
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup and a shell's & ignore these, and a program leaves them ignored then
+# nohup ignores SIGHUP, and a shell ignores SIGINT for a job in the background. Tests of signals need both.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for line in sys.stdin:
     arguments, first = json.loads(line)
