@@ -39,6 +39,20 @@ def write(dataset, path, **options):
     return str(path)
 
 
+def write_stored(path, stored, facts):
+    """A NetCDF file whose variable v holds these numbers (time, y, x) and attributes."""
+    with h5py.File(path, "w") as f:
+        f["v"] = stored
+        for i, (name, length) in enumerate(zip(("time", "y", "x"), stored.shape)):
+            f[name] = np.arange(length, dtype="f8")
+            f[name].make_scale(name)
+            f["v"].dims[i].attach_scale(f[name])
+        for key, value in facts.items():
+            typed = isinstance(value, str | bytes | np.generic)
+            own = stored.dtype if key not in ("scale_factor", "add_offset") else "f8"
+            f["v"].attrs[key] = value if typed else np.asarray(value, own)
+
+
 def read(grid):
     """All frames, (T, H, W, C)."""
     frames = np.stack(list(grid.frames()))
@@ -64,23 +78,36 @@ def seconds(times):
         (np.array([-5.5, 1e20, 0, np.nan, 1, 2], "f4"), {"_FillValue": 1e20}, [1, 3]),
         # A fill of 0 bounds nothing: negative values of a field are values
         (np.array([-5, 0, 9, -7, 100, 3], "i2"), {"_FillValue": 0}, [1]),
+        # Numbers of another type than the values, and numbers as text
+        (np.array([-999.9, 0, 9, 1, 2, 3], "f4"), {"missing_value": np.float64(-999.9)}, [0]),
+        (np.array([-999.9, 0, 9, 1, 2, 3], "f4"), {"missing_value": "-999.9", "valid_range": "1, 8"}, [0, 1, 2]),
+        (np.array([-5, 0, 9, 7, 100, 3], "i2"), {"missing_value": b"7", "scale_factor": "0.5"}, [3]),
     ],
-    ids=["flag beyond fill", "fill at the top", "valid range", "valid max and missing value", "float fill", "fill 0"],
-)
+    ids=["flag beyond fill", "fill at the top", "valid range", "valid max and missing value", "float fill", "fill 0",
+         "wide missing value", "text", "text of packed values"],
+)  # fmt: skip
 def test_values_are_unpacked_and_what_the_file_allows_not_is_missing(tmp_path, stored, facts, missing):
-    with h5py.File(tmp_path / "a.nc", "w") as f:
-        f["v"] = stored.reshape(1, 2, 3)
-        for name, length in (("time", 1), ("y", 2), ("x", 3)):
-            f[name] = np.arange(length, dtype="f8")
-            f[name].make_scale(name)
-        for i, name in enumerate(("time", "y", "x")):
-            f["v"].dims[i].attach_scale(f[name])
-        for key, value in facts.items():
-            f["v"].attrs[key] = np.asarray(value, stored.dtype if key not in ("scale_factor", "add_offset") else "f8")
+    write_stored(tmp_path / "a.nc", stored.reshape(1, 2, 3), facts)
     found = read(open_grid(tmp_path / "a.nc", ["v"])).ravel()
-    expected = stored.astype(np.float64) * facts.get("scale_factor", 1) + facts.get("add_offset", 0)
+    expected = stored.astype(np.float64) * float(facts.get("scale_factor", 1)) + facts.get("add_offset", 0)
     expected[missing] = np.nan
     np.testing.assert_array_equal(found, expected.astype(found.dtype))
+
+
+@pytest.mark.parametrize(
+    ("stored", "facts", "expected"),
+    [
+        (np.array([0, 127, -128, -2], "i1"), {"_Unsigned": "true"}, [0, 127, 128, 254]),
+        (np.array([0, 127, -128, -2], "i1"), {"_Unsigned": "true", "missing_value": -2}, [0, 127, 128, np.nan]),
+        (np.array([0, 4095, -6, -1], "i2"), {"_Unsigned": "true", "valid_range": [0, -6]}, [0, 4095, 65530, np.nan]),
+        (np.array([0, 127, 128, 254], "u1"), {"_Unsigned": "false"}, [0, 127, -128, -2]),
+    ],
+    ids=["unsigned", "missing value", "valid range of GOES", "signed"],
+)
+def test_signs_are_those_that_the_file_says(tmp_path, stored, facts, expected):
+    """NetCDF-3 has no unsigned numbers, and OPeNDAP no signed bytes."""
+    write_stored(tmp_path / "a.nc", stored.reshape(1, 2, 2), facts)
+    np.testing.assert_array_equal(read(open_grid(tmp_path / "a.nc", ["v"])).ravel(), expected)
 
 
 def test_wide_types_and_whole_numbers_keep_their_values(tmp_path):
@@ -304,6 +331,10 @@ def test_a_time_in_a_name_has_one_reading():
     assert time_from_text("26-AUG-2010;00:05:00.000") == 1282781100
     assert time_from_text("2020-10-31T01:10:00+01:00") == 1604103000
     assert time_from_text("03/04/2020") is None
+    for text, seconds in {"20201031": 0, "2020103112": 12 * 3600, "202010311230": 45000, "20201031T1230": 45000,
+                          "20201031 123005": 45005, "20201031123005": 45005}.items():  # fmt: skip
+        assert time_from_text(text) == 1604102400 + seconds, text
+    assert time_from_text("121512") is None and time_from_text("1604102400") is None  # a time of day, seconds since 1970
 
 
 def test_gaps_and_a_regular_step(tmp_path):

@@ -19,8 +19,7 @@ UNITS = {"": 1, "s": 1, "sec": 1, "second": 1,
 # The forms in which files write a time as text. No other form is guessed: 03/04/2020 has two readings.
 TEXT_FORMS = (
     "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S.%f", "%Y-%m-%d %H:%M:%S.%f", "%Y-%m-%dT%H:%M",
-    "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y%m%d%H%M%S", "%Y%m%d%H%M", "%Y%m%dT%H%M%S", "%Y%m%d %H%M%S", "%Y%m%d",
-    "%d-%b-%Y;%H:%M:%S.%f", "%d-%b-%Y %H:%M:%S",
+    "%Y-%m-%d %H:%M", "%Y-%m-%d", "%d-%b-%Y;%H:%M:%S.%f", "%d-%b-%Y %H:%M:%S",
 )  # fmt: skip
 # What each directive of a file name's form stands for
 DIRECTIVES = {"Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{2}", "d": r"\d{2}", "H": r"\d{2}", "M": r"\d{2}", "S": r"\d{2}",
@@ -28,7 +27,10 @@ DIRECTIVES = {"Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{2}", "d": r"\d{2}", "H": r
 
 
 def time_from_text(text):
-    """Seconds since 1970-01-01 of a text in one of TEXT_FORMS (UTC unless it says otherwise), or None."""
+    """Seconds since 1970-01-01 of a text (UTC unless it says otherwise), or None.
+
+    text   in one of TEXT_FORMS, or digits as in dates_of, with a T or a space before the hours or without
+    """
     text = str(text).strip().removesuffix("UTC").strip()
     if text.endswith("Z"):
         text = text[:-1]
@@ -37,6 +39,10 @@ def time_from_text(text):
     if zone:
         text = text[: zone.start(1)].strip()
         offset = (1 if zone[1] == "+" else -1) * (3600 * int(zone[2]) + 60 * int(zone[3]))
+    # strptime takes fewer digits than a form has letters: to it 1230 may be 12:03:00. The count of the digits decides.
+    if re.fullmatch(r"\d{8}([T ]?\d+)?", text):
+        found = dates_of([re.sub("[T ]", "", text)])
+        return found and found[0] - offset
     for form in TEXT_FORMS:
         try:
             return datetime.strptime(text, form).replace(tzinfo=UTC).timestamp() - offset
