@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.grid_axes import is_time, levels_of, read_roles
-from vmrnn.data.grid_files import format_of, is_field, opened, split_path
+from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
@@ -147,6 +147,10 @@ def describe_field(dataset, variable, level, path, array_axes):
     found = dataset.variables[name]
     if found.dtype.kind not in "buif":
         raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another")
+    for key in NUMBERS:
+        value = found.attrs.get(key)
+        if isinstance(value, str | bytes) or (key == "valid_range" and value is not None and np.size(value) != 2):
+            raise UserError(f"{path}: {variable} has {key} {str(value)[:40]!r}, which cannot be used; correct the attribute")
     # Dimensions and levels
     roles = read_roles(dataset, name, array_axes, path)
     sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}

@@ -4,6 +4,7 @@ The format is told by a file's content. The libraries are imported when they are
 """
 
 import glob
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def format_of(path):
     raise UserError(f"{path}: {known.get(head[:4], 'not a whole NetCDF, HDF5, Zarr, GRIB or TIFF file')}")
 
 
+# What open_groups understands. It decodes in spite of decode_cf=False.
+UNDECODED = {"mask_and_scale": False, "decode_times": False, "decode_timedelta": False, "concat_characters": False,
+             "decode_coords": False}  # fmt: skip
+# Attributes of packed values that are numbers, and that some programs write as text
+NUMBERS = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
+
+
 @contextmanager
 def opened(path, group="", variable=""):
     """One group of a file as an xarray.Dataset whose values are still packed and are read when they are asked for.
@@ -91,9 +99,29 @@ def opened(path, group="", variable=""):
     except Exception as error:  # each library has its own kinds
         raise UserError(cannot_open(path, kind, group, error)) from error
     try:
+        for variable in store.variables.values():
+            if variable.dtype.kind in "buif":
+                variable.attrs.update(as_numbers(variable.attrs))
         yield store
     finally:
         store.close()
+
+
+def as_numbers(attributes):
+    """Those of NUMBERS that are written as text and are numbers: {name: number, or an array of several}."""
+    found = {}
+    for name in NUMBERS:
+        text = attributes.get(name)
+        text = text.decode("latin-1") if isinstance(text, bytes) else text
+        words = re.split(r"[\s,]+", text.strip()) if isinstance(text, str) else ()
+        try:
+            # Python's int keeps whole numbers apart from others
+            numbers = [float(word) if re.search("[.eEnN]", word) else int(word) for word in words]
+        except ValueError:
+            continue
+        if numbers:
+            found[name] = np.array(numbers) if len(numbers) > 1 else np.array(numbers)[0]
+    return found
 
 
 def cannot_open(path, kind, group, error):
@@ -204,7 +232,7 @@ def open_groups(path):
     kind = format_of(path)
     options = {"engine": "h5netcdf", "phony_dims": "access"} if kind == "hdf5" else {"engine": "zarr"}
     try:
-        return import_xarray().open_groups(path, decode_cf=False, **options)
+        return import_xarray().open_groups(path, **UNDECODED, **options)
     except Exception as error:
         raise UserError(cannot_open(path, kind, "", error)) from error
 

@@ -4,13 +4,13 @@ import warnings
 
 import numpy as np
 
-from vmrnn.data.grid_files import format_of, opened, split_path
+from vmrnn.data.grid_files import NUMBERS, format_of, opened, split_path
 from vmrnn.data.grid_info import import_xarray, plain_attributes
 from vmrnn.errors import UserError
+from vmrnn.values import equals
 
 # Attributes that say how values are packed. Reading uses them up.
-PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range",
-           "_Unsigned", "flag_values", "flag_meanings", "coordinates")  # fmt: skip
+PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates")
 
 
 def missing_flags(path, variable, attributes):
@@ -39,6 +39,12 @@ def missing_flags(path, variable, attributes):
     return sorted(found), ", ".join(said)
 
 
+def counted_type(dtype, attributes):
+    """The type that whole numbers are stored as: _Unsigned names it where the form of the file has no such type."""
+    kind = {"true": "u", "false": "i"}.get(str(attributes.get("_Unsigned", "")).lower(), dtype.kind)
+    return np.dtype(dtype.str.replace(dtype.kind, kind)) if dtype.kind in "iu" else dtype
+
+
 def stored_type(dtype, attributes, flags):
     """The type that holds a variable's values once they are unpacked, with NaN where there may be missing ones.
 
@@ -47,8 +53,9 @@ def stored_type(dtype, attributes, flags):
     """
     if dtype.kind == "f":
         return np.dtype(np.float64 if dtype.itemsize > 4 else np.float32)
+    dtype = counted_type(dtype, attributes)
     packed = "scale_factor" in attributes or "add_offset" in attributes
-    holes = flags or any(key in attributes for key in PACKING[2:7])
+    holes = flags or any(key in attributes for key in NUMBERS[2:])
     if not packed and not holes:
         return np.dtype(dtype.str.lstrip("<>|=")) if dtype.kind != "b" else np.dtype(np.uint8)
     scale = abs(float(np.ravel(attributes.get("scale_factor", 1))[0]))
@@ -76,12 +83,13 @@ def decode(block, flags, dtype):
         facts = {key: value for key, value in attributes.items() if key not in ("units", "coordinates", "dtype")}
         dataset = xarray.Dataset({"v": xarray.Variable(block.dims, stored, facts)})
         values = xarray.decode_cf(dataset, decode_times=False, decode_coords=False)["v"].values
-    if str(attributes.get("_Unsigned", "")).lower() == "true" and stored.dtype.kind == "i":
-        stored = stored.view(stored.dtype.str.replace("i", "u"))
+    stored = stored.view(counted_type(stored.dtype, attributes))
     wrong = ~valid_values(stored, values, attributes)
     beyond = beyond_fill(stored, attributes)
-    for flag in flags:
-        wrong |= stored == flag
+    # xarray compares -999.9 of a type of 64 bits with values of 32, and -1 with values that _Unsigned makes 255
+    named = [value for key in ("_FillValue", "missing_value") for value in np.ravel(attributes.get(key, ()))]
+    for flag in (*flags, *named):
+        wrong |= equals(stored, counted(flag, stored.dtype, attributes).item())
     count = int((beyond & ~np.isnan(values)).sum()) if beyond.any() else 0
     wrong |= beyond
     values = values.astype(dtype)
@@ -100,19 +108,23 @@ def valid_values(stored, values, attributes):
     for bound, beyond in ((low, np.less), (high, np.greater)):
         if bound is None:
             continue
-        bound = np.ravel(bound)[0]
+        bound = counted(np.ravel(bound)[0], stored.dtype, attributes)
         # CF: the range is of the stored numbers, unless its type is that of the unpacked values
-        unpacked = packed and stored.dtype.kind in "iu" and np.asarray(bound).dtype.kind == "f"
+        unpacked = packed and stored.dtype.kind in "iu" and bound.dtype.kind == "f"
         fits &= ~beyond(values if unpacked else stored, bound)
     return fits
 
 
+def counted(value, dtype, attributes):
+    """A whole number of an attribute in the type of the stored ones. With _Unsigned, -6 stands for 65530."""
+    value = np.asarray(value)
+    return value.astype(dtype) if "_Unsigned" in attributes and value.dtype.kind in "iu" else value
+
+
 def beyond_fill(stored, attributes):
     """Which whole numbers lie beyond the fill value, where no valid range is named."""
-    fill = np.ravel(attributes.get("_FillValue", np.nan))[0]
+    fill = counted(np.ravel(attributes.get("_FillValue", np.nan))[0], stored.dtype, attributes)
     named = any(key in attributes for key in ("valid_min", "valid_max", "valid_range"))
     if named or stored.dtype.kind not in "iu" or not np.isfinite(fill) or fill == 0:
         return np.zeros(stored.shape, bool)
-    if str(attributes.get("_Unsigned", "")).lower() == "true":
-        fill = np.asarray(fill).astype(stored.dtype)
     return stored > fill if fill > 0 else stored < fill
