@@ -274,6 +274,13 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         open_grid(tmp_path / "*.grib")
 
 
+def test_a_file_without_frames_is_named(tmp_path):
+    write(field(SIX_HOURS[:2]), tmp_path / "a.nc")
+    write(field(SIX_HOURS[:0]), tmp_path / "b.nc")
+    with pytest.raises(UserError, match="b.nc: t2m is empty .time 0, latitude 9, longitude 12.; leave the file out"):
+        open_grid(tmp_path)
+
+
 def test_a_missing_library_is_named_with_its_installation(tmp_path):
     try:
         import cfgrib  # noqa: F401
@@ -317,6 +324,37 @@ def test_times_of_single_frames(tmp_path):
     assert sources["name"] == ("the file's name (%Y%m%d_%H%M)", seconds(SIX_HOURS)[3])
     grid = open_grid(tmp_path / "name")
     assert grid.info.times is None and "times: none" in grid.notes[1]
+
+
+HOURS = {"units": "hours since 2020-01-01"}
+
+
+@pytest.mark.parametrize(
+    ("values", "facts", "said"),
+    [
+        ([0, 2], HOURS | {"scale_factor": 0.5}, "2020-01-01 00:00:00 to 2020-01-01 01:00:00"),
+        ([0, 2], {"units": "Hours Since 2020-01-01"}, "2020-01-01 00:00:00 to 2020-01-01 02:00:00"),
+        ([0, 24], HOURS | {"calendar": "360_day"}, "2020-01-01 00:00:00 to 2020-01-02 00:00:00"),
+        (["2020-01-01T00:00:00", "2020-01-01T02:00"], {}, "2020-01-01 00:00:00 to 2020-01-01 02:00:00"),
+        ([0, np.nan], HOURS | {"calendar": "noleap"}, "a frame has no time"),
+        ([20200131, 20200201], {"units": "day as %Y%m%d.%f"}, "in the unit 'day as %Y%m%d.%f'; write them as days since"),
+    ],
+    ids=["packed", "capitals", "360 days", "text", "missing", "no unit since a date"],
+)
+def test_times_are_those_that_the_file_says(tmp_path, values, facts, said):
+    path = tmp_path / "a.nc"
+    write(field(range(2)).assign_coords(time=("time", values, facts)), path)
+    try:
+        found = open_grid(path).notes[1]
+    except UserError as error:
+        found = str(error)
+    assert said in found
+
+
+def test_calendars_of_two_names_are_one(tmp_path):
+    for i, calendar in enumerate(("gregorian", "standard", "proleptic_gregorian")):
+        write(field(SIX_HOURS[2 * i : 2 * i + 2]), tmp_path / f"{i}.nc", encoding={"time": {"calendar": calendar}})
+    assert np.array_equal(open_grid(tmp_path).info.times, seconds(SIX_HOURS[:6]))
 
 
 def test_a_time_in_a_name_has_one_reading():

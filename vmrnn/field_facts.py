@@ -34,7 +34,9 @@ class FieldFacts:
 
     def title(self, index):
         """A name of sequence `index`: its number and, where frames have times, the time of its last input frame."""
-        return f"sequence {index}" + ("" if self.times is None else f", last input frame {moment(self.times[index])}")
+        if self.times is None:
+            return f"sequence {index}"
+        return f"sequence {index}, last input frame {moment(self.times[index], self.info.calendar)}"
 
 
 def facts_of(test_set, config):

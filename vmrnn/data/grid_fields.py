@@ -147,6 +147,9 @@ def describe_field(dataset, variable, level, path, array_axes):
     found = dataset.variables[name]
     if found.dtype.kind not in "buif":
         raise UserError(f"{path}: {variable} holds {found.dtype}, no numbers; name another")
+    if 0 in found.shape:
+        shape = ", ".join(f"{dim} {size}" for dim, size in found.sizes.items())
+        raise UserError(f"{path}: {variable} is empty ({shape}); leave the file out")
     for key in NUMBERS:
         value = found.attrs.get(key)
         if isinstance(value, str | bytes) or (key == "valid_range" and value is not None and np.size(value) != 2):

@@ -1,12 +1,13 @@
 """The times of a file's frames: from a coordinate, a scalar variable, an attribute or the file's name."""
 
+import re
 import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vmrnn.data.grid_axes import T_NAMES, facts_of, is_time
-from vmrnn.data.grid_files import format_of, open_groups
+from vmrnn.data.grid_files import NUMBERS, format_of, open_groups
 from vmrnn.data.grid_info import import_xarray, plain_attributes
 from vmrnn.data.grid_values import PACKING
 from vmrnn.data.times import EPOCH, time_from_name, time_from_text
@@ -15,6 +16,8 @@ from vmrnn.errors import UserError
 # Attributes that hold a frame's time where a file has no variable for it
 TIME_ATTRIBUTES = ("valid_time", "time", "datetime", "date_time", "nominal_time", "product_datetime_end",
                    "time_coverage_start")  # fmt: skip
+# Names of CF for one calendar
+SAME_CALENDARS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
 
 
 def coded_times(values, attributes, path):
@@ -24,17 +27,30 @@ def coded_times(values, attributes, path):
     """
     xarray = import_xarray()
     values = np.asarray(values)
-    if " since " not in str(attributes.get("units", "")) and values.dtype.kind != "M":
-        if values.dtype.kind not in "iuf":
-            return None, ""
-        return values.astype(np.float64), ""
+    if values.dtype.kind in "SUOT":
+        seconds = [time_from_text(plain_attributes({"v": value})["v"]) for value in values.ravel()]
+        return (None, "") if None in seconds else (np.reshape(seconds, values.shape), "standard")
+    if values.dtype.kind not in "iufM":
+        return None, ""
+    # The values of other attributes, such as bounds, are of no use here
+    facts = {key: attributes[key] for key in ("calendar", "_Unsigned", *NUMBERS) if key in attributes}
+    stored = xarray.Dataset({"time": xarray.Variable([f"d{i}" for i in range(values.ndim)], values, facts)})
+    numbers = xarray.decode_cf(stored, decode_times=False)["time"].values
+    if (np.isnat(numbers) if numbers.dtype.kind == "M" else np.isnan(numbers)).any():
+        raise UserError(f"{path}: a frame has no time; leave it out or fill in its time")
+    unit = re.sub("(?i) since ", " since ", str(attributes.get("units", "")))
+    if " as %" in unit:
+        raise UserError(f"{path}: its times are in the unit {unit!r}; write them as days since a date (cdo -r copy)")
+    if " since " not in unit and values.dtype.kind != "M":
+        return numbers.astype(np.float64), ""
     calendar = str(attributes.get("calendar", "standard")).lower()
-    facts = {key: attributes[key] for key in ("units", "calendar", "_FillValue", "missing_value") if key in attributes}
+    calendar = SAME_CALENDARS.get(calendar, calendar)
+    if values.dtype.kind != "M":
+        stored["time"].attrs["units"] = unit
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = xarray.Dataset({"time": xarray.Variable([f"d{i}" for i in range(values.ndim)], values, facts)})
-            dates = xarray.decode_cf(dataset)["time"].values
+            dates = xarray.decode_cf(stored)["time"].values
         if dates.dtype.kind != "M":
             import cftime
 
@@ -43,9 +59,8 @@ def coded_times(values, attributes, path):
         raise UserError(f"{path}: its times are of the calendar {calendar}: pip install cftime") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: its times cannot be read ({' '.join(str(error).split())[:120]})") from error
-    if np.isnat(dates).any():
-        raise UserError(f"{path}: a frame has no time; leave it out or fill in its time")
-    return dates.astype("datetime64[ns]").astype(np.int64) / 1e9, calendar
+    # Such dates lie behind the reform of the calendar, so that the proleptic one is the same
+    return dates.astype("datetime64[ns]").astype(np.int64) / 1e9, "standard"
 
 
 @dataclass

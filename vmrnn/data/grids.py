@@ -274,7 +274,7 @@ def in_order(parts):
                 parts[order[int(np.searchsorted(ends, at, "right"))]].path for at in (back[0], back[0] + 1)
             )
             where = f"after {before}" if before != after else "in itself"
-            raise UserError(f"{after}: time {moment(times[back[0] + 1])} comes twice or goes back, {where}; "
+            raise UserError(f"{after}: time {moment(times[back[0] + 1], parts[0].times.calendar)} comes twice or goes back, {where}; "
                             "name files that follow one another")  # fmt: skip
     if not all(np.all(np.diff(times.reshape(part.sequences, part.count)) > 0) for part, times in zip(parts, rows)):
         raise UserError(f"{parts[0].path}: {parts[0].times.source} goes back in a sequence; leave it out of the file")
@@ -297,7 +297,7 @@ def notes_of(first, files, shape, breaks):
         notes.append(f"times: none, {order}")
     elif info.calendar:
         step = f", every {span(usual_step(times))}" if len(times) > 1 and not breaks else ""
-        span_of_all = f"{moment(times.min())} to {moment(times.max())}"
+        span_of_all = " to ".join(moment(time, info.calendar) for time in (times.min(), times.max()))
         notes.append(f"times: {span_of_all}{step}, from {first.part.times.source}")
     else:
         notes.append(f"times: the numbers {times.min():g} to {times.max():g}, from {first.part.times.source}")

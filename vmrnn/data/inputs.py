@@ -198,7 +198,7 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
         wide = np.abs(grid.info.times[numbers] - times[:count]) > 1e-3 * usual_step(times)
         if wide.any():
             raise UserError(
-                f"{path}: holds no {', '.join(names)} at {moment(times[int(wide.argmax())])}; the forecast needs it"
+                f"{path}: holds no {', '.join(names)} at {moment(times[int(wide.argmax())], grid.info.calendar)}; the forecast needs it"
             )
     elif grid.shape[0] < count:
         raise UserError(f"{path}: holds {grid.shape[0]} frames of {', '.join(names)}; the forecast needs {count}")

@@ -14,6 +14,7 @@ import numpy as np
 from vmrnn.errors import UserError
 
 EPOCH = "seconds since 1970-01-01"
+STANDARD = ("standard", "gregorian", "proleptic_gregorian")  # calendars that are numpy's from 1582 on
 UNITS = {"": 1, "s": 1, "sec": 1, "second": 1,
          "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}  # fmt: skip
 # The forms in which files write a time as text. No other form is guessed: 03/04/2020 has two readings.
@@ -214,7 +215,7 @@ def later_times(times, count, calendar=None):
         raise UserError(
             "one frame alone has no time step: the times of those that follow are not known; give two or more"
         )
-    if calendar in ("standard", "gregorian", "proleptic_gregorian"):
+    if calendar in STANDARD:
         stamps = np.round(np.asarray(times) * 1000).astype("datetime64[ms]")
         months = stamps.astype("datetime64[M]")
         into = stamps - months.astype("datetime64[ms]")
@@ -265,6 +266,15 @@ def lead_names(seconds):
     return [f"{round(time / UNITS[unit], 6):g} {unit}" for time in seconds]
 
 
-def moment(seconds):
-    """A time as text, to the second: 1604102400 -> 2020-10-31 00:00:00."""
-    return str(np.datetime64(round(seconds), "s")).replace("T", " ")
+def moment(time, calendar="standard"):
+    """A time as text, to the second: 1604102400 -> 2020-10-31 00:00:00.
+
+    calendar   CF name of its calendar; "": it is a number and no date
+    """
+    if not calendar:
+        return f"{time:g}"
+    if calendar in STANDARD:
+        return str(np.datetime64(round(time), "s")).replace("T", " ")
+    import cftime
+
+    return cftime.num2date(round(time), EPOCH, calendar=calendar).isoformat(" ", "seconds")
