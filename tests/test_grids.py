@@ -337,7 +337,11 @@ HOURS = {"units": "hours since 2020-01-01"}
         ([0, 24], HOURS | {"calendar": "360_day"}, "2020-01-01 00:00:00 to 2020-01-02 00:00:00"),
         (["2020-01-01T00:00:00", "2020-01-01T02:00"], {}, "2020-01-01 00:00:00 to 2020-01-01 02:00:00"),
         ([0, np.nan], HOURS | {"calendar": "noleap"}, "a frame has no time"),
-        ([20200131, 20200201], {"units": "day as %Y%m%d.%f"}, "in the unit 'day as %Y%m%d.%f'; write them as days since"),
+        (
+            [20200131, 20200201],
+            {"units": "day as %Y%m%d.%f"},
+            "in the unit 'day as %Y%m%d.%f'; write them as days since",
+        ),
     ],
     ids=["packed", "capitals", "360 days", "text", "missing", "no unit since a date"],
 )
@@ -372,7 +376,9 @@ def test_a_time_in_a_name_has_one_reading():
     for text, seconds in {"20201031": 0, "2020103112": 12 * 3600, "202010311230": 45000, "20201031T1230": 45000,
                           "20201031 123005": 45005, "20201031123005": 45005}.items():  # fmt: skip
         assert time_from_text(text) == 1604102400 + seconds, text
-    assert time_from_text("121512") is None and time_from_text("1604102400") is None  # a time of day, seconds since 1970
+    assert (
+        time_from_text("121512") is None and time_from_text("1604102400") is None
+    )  # a time of day, seconds since 1970
 
 
 def test_gaps_and_a_regular_step(tmp_path):

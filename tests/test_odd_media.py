@@ -13,7 +13,8 @@ from helpers import ROOT, data_set, read_frames, shared, write_images, write_vid
 from PIL import Image
 
 from vmrnn.data.arrays import find_axes
-from vmrnn.data.images import image_frames
+from vmrnn.data.grids import open_grid
+from vmrnn.data.images import image_frames, page_count
 from vmrnn.data.media import files_in
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
@@ -138,6 +139,25 @@ def test_all_pages_are_frames(tmp_path):
     images[0].save(tmp_path / "a.png", save_all=True, append_images=images[1:])
     for name in ("a.webp", "a.png"):
         assert np.array_equal(read_frames(tmp_path / name), COLOUR)
+
+
+def test_a_picture_before_an_animation_is_no_frame(tmp_path):
+    images = [Image.fromarray(frame) for frame in COLOUR]
+    images[0].save(tmp_path / "a.png", save_all=True, append_images=images[1:], default_image=True)
+    assert np.array_equal(read_frames(tmp_path / "a.png"), COLOUR[1:])
+    assert page_count(tmp_path / "a.png") == len(COLOUR) - 1
+
+
+@pytest.mark.parametrize(("name", "axes", "form"), [("a.tif", "TCYX", {"imagej": True}), ("a.ome.tif", "TCYX", {}),
+                                                    ("a.tif", "QQYX", {})])  # fmt: skip
+def test_pages_of_several_axes_are_not_one_clip(tmp_path, name, axes, form):
+    pages = np.arange(3 * 2 * 16 * 20, dtype=np.uint16).reshape(3, 2, 16, 20)
+    metadata = {} if axes == "QQYX" else {"axes": axes}
+    tifffile.imwrite(tmp_path / name, pages, photometric="minisblack", metadata=metadata, **form)
+    text = f"axes {axes[0]} 3, {axes[1]} 2, of which one alone can be frames; read it with dataset grid"
+    assert text in refusal(tmp_path / name)
+    frames = np.stack(list(open_grid(tmp_path / name, array_axes="TCHW").frames()))
+    assert np.array_equal(frames, pages.transpose(0, 2, 3, 1))
 
 
 def test_pages_of_a_pyramid_are_no_frames(tmp_path):

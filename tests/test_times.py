@@ -61,6 +61,12 @@ def test_images_with_missing_numbers_are_parted_and_others_are_not(tmp_path):
         (tmp_path / "numbers" / "clip" / f"frame_{missing}.png").unlink()
     found, notes = sequences(tmp_path / "numbers", tmp_path, dataset="frames")
     assert found == [[0, 1, 2], [5, 6, 7]] and any("1 gap in time" in note for note in notes)
+    for number in (6, 7, 8):  # the same images under other names have no gap
+        (tmp_path / "numbers" / "clip" / f"frame_{number}.png").rename(
+            tmp_path / "numbers" / "clip" / f"frame_{number - 2}.png"
+        )
+    found, notes = sequences(tmp_path / "numbers", tmp_path, dataset="frames")
+    assert len(found) == 4 and not any("gap" in note for note in notes)
     folder = tmp_path / "dates" / "clip"
     write_images(folder, grey_levels(5), "{}.png")
     for i, name in enumerate(["20231231_2350", "20240101_0000", "20240101_0010", "20240101_0020", "20240101_0030"], 1):

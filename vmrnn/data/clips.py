@@ -84,9 +84,14 @@ class Source:
             for frame in video_frames(self.files[0], channels, times):
                 yield frame, times[-1]
             return
-        times = times_from_names(self.files)
+        times = self.named_times()
         for i, frame in enumerate(image_frames(self.files, channels)):
-            yield frame, None if times is None else float(times[i])
+            yield frame, None if times is None else times[i]
+
+    def named_times(self):
+        """The times of the images by their names, a list of floats; None: a video, or names without times."""
+        times = None if self.video else times_from_names(self.files)
+        return None if times is None else times.tolist()
 
 
 def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_step=""):
@@ -102,7 +107,8 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
     UserError: a damaged source, one whose frames have another size or type than those before, or one without times if
     time_step is given.
     """
-    versions = [[source.name, *map(stamp, source.files)] for source in sources]
+    # The names of images tell their times: an image that gets another name is at another time
+    versions = [[source.name, source.named_times(), *map(stamp, source.files)] for source in sources]
 
     def write(folder):
         clips = []

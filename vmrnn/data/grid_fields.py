@@ -153,7 +153,9 @@ def describe_field(dataset, variable, level, path, array_axes):
     for key in NUMBERS:
         value = found.attrs.get(key)
         if isinstance(value, str | bytes) or (key == "valid_range" and value is not None and np.size(value) != 2):
-            raise UserError(f"{path}: {variable} has {key} {str(value)[:40]!r}, which cannot be used; correct the attribute")
+            raise UserError(
+                f"{path}: {variable} has {key} {str(value)[:40]!r}, which cannot be used; correct the attribute"
+            )
     # Dimensions and levels
     roles = read_roles(dataset, name, array_axes, path)
     sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}

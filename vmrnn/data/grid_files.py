@@ -158,6 +158,7 @@ def open_tiff(path):
     if len(leading) == 1:
         letters |= {leading[0]: "page"}
     dims = [letters.get(letter, f"axis_{letter.lower()}") for letter in whole.axes]
+    dims = [f"{dim}{i}" if dims.count(dim) > 1 else dim for i, dim in enumerate(dims)]  # several of unknown meaning, Q
     # Plain pages one behind the other are one array of the file; others are read page by page
     plain = whole.dataoffset is not None
     pages = tifffile.memmap(path, series=0, mode="r") if plain else lazy_pages(whole)

@@ -50,7 +50,16 @@ def page_count(path):
             with tifffile.TiffFile(path) as file:
                 return len(full_pages(file))
         with Image.open(path, formats=FORMATS) as image:
-            return image.n_frames if image.format in ANIMATED else 1
+            return len(frame_numbers(image))
+
+
+def frame_numbers(image):
+    """The numbers of the pages of an opened image that are its frames.
+
+    An animated PNG may begin with a picture for programs that show no animation, which is none of its frames.
+    """
+    count = image.n_frames if image.format in ANIMATED else 1
+    return range(1 if count > 1 and image.info.get("default_image") else 0, count)
 
 
 def has_palette(path):
@@ -70,7 +79,7 @@ def pages(path, channels):
             yield deep_png(path, image, channels)
             return
         check_depth(path, image)
-        for number in range(image.n_frames if image.format in ANIMATED else 1):
+        for number in frame_numbers(image):
             image.seek(number)
             yield pillow_frame(path, image, channels)
 
@@ -159,6 +168,12 @@ def tiff_pages(path, channels):
             raise UserError(f"{path}: a TIFF file without a page; fetch or write it again")
         if file.is_imagej and len(taken) == 1 and len(file.series) == 1 and file.series[0].ndim > taken[0].ndim:
             raise UserError(f"{path}: an ImageJ stack with one header for all pages; read it with dataset grid")
+        leading = [(axis, size) for axis, size in zip(file.series[0].axes, file.series[0].shape)
+                   if axis not in "YXS" and size > 1]  # fmt: skip
+        if len(leading) > 1:
+            axes = ", ".join(f"{axis} {size}" for axis, size in leading)
+            raise UserError(f"{path}: its pages have the axes {axes}, of which one alone can be frames; read it with "
+                            "dataset grid, and name its dimensions with array_axes, such as TCHW")  # fmt: skip
         for number, page in enumerate(taken):
             height, width = page.imagelength, page.imagewidth
             check_size(path, width, height)
