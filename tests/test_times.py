@@ -8,7 +8,7 @@ from helpers import write_images
 
 from dataset import build_dataset
 from vmrnn.config import Config
-from vmrnn.data.times import at_regular_step, nearest_frames, times_from_names
+from vmrnn.data.times import at_regular_step, nearest_frames, parse_step, times_from_names
 from vmrnn.errors import UserError
 
 
@@ -91,6 +91,13 @@ def test_images_with_missing_numbers_are_parted_and_others_are_not(tmp_path):
 def test_times_from_names(names, times):
     found = times_from_names([f"{name}.png" for name in names])
     assert found is None if times is None else list(found) == times
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10min", 600), ("10 minutes", 600), ("1 hour", 3600), ("2d", 172800), ("0.2s", 0.2), ("3", 3)]
+)
+def test_a_time_step_in_every_unit_and_without_one(text, seconds):
+    assert parse_step(text) == seconds
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -15,6 +15,7 @@ from vmrnn.errors import UserError
 
 EPOCH = "seconds since 1970-01-01"
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")  # calendars that are numpy's from 1582 on
+# The units that `parse_step` reads, in seconds; "" is the unit of the times themselves
 UNITS = {"": 1, "s": 1, "sec": 1, "second": 1,
          "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}  # fmt: skip
 # The forms in which files write a time as text. No other form is guessed: 03/04/2020 has two readings.
@@ -246,12 +247,12 @@ def calendar_features(dates):
     return (0.5 + 0.5 * waves).astype(np.float32)
 
 
-UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}  # seconds
+WRITTEN_UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}  # the units that `span` writes, in seconds
 
 
 def span(seconds):
     """A span of time as a person writes it: 300 -> 5 min."""
-    for name, size in UNITS.items():
+    for name, size in WRITTEN_UNITS.items():
         if seconds >= size and (seconds / size) % 0.5 == 0:
             return f"{seconds / size:g} {name}"
     return f"{seconds:g} s"
@@ -263,7 +264,7 @@ def lead_names(seconds):
     seconds   float (T,), increasing
     """
     unit = span(seconds[0]).partition(" ")[2]
-    return [f"{round(time / UNITS[unit], 6):g} {unit}" for time in seconds]
+    return [f"{round(time / WRITTEN_UNITS[unit], 6):g} {unit}" for time in seconds]
 
 
 def moment(time, calendar="standard"):
