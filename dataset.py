@@ -65,10 +65,12 @@ def build_dataset(split, config, value_range=None):
     for option, data_sets in ONLY_FOR.items():
         if name not in data_sets and getattr(config, option) != getattr(DEFAULTS, option):
             raise UserError(f"{option} is for {', '.join(data_sets)}, not for {name}; leave it out")
-    if spec.section and not Path(config.train_data_dir).exists():
+    option = f"{split}_data_dir" if getattr(config, f"{split}_data_dir") else "train_data_dir"
+    path = getattr(config, option)
+    if spec.section and not Path(path).exists():
         raise UserError(
-            f"{config.train_data_dir}: no such file or folder; data/README.md, section {spec.section}, says where to get the "
-            "data, and --train_data_dir names them"
+            f"{path}: no such file or folder; data/README.md, section {spec.section}, says where to get the data, and "
+            f"--{option} names them"
         )
     find = pkgutil.resolve_name(spec.find)
     return find(split, config, value_range)

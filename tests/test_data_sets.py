@@ -91,6 +91,14 @@ def test_kth_splits_persons_and_never_crosses_clips(kth):
     assert [ids(test[i])[0] for i in range(len(test))] == starts
 
 
+def test_a_test_set_of_its_own_needs_no_training_data(kth, tmp_path):
+    """A network is often tested on another machine than the one that it was trained on."""
+    test = kth("test", train_data_dir=tmp_path / "absent", test_data_dir=tmp_path / "data")
+    assert_same([test[0]], [kth("test")[0]])
+    with pytest.raises(UserError, match="absent: no such file .* section KTH, .* --test_data_dir names them"):
+        kth("test", test_data_dir=tmp_path / "absent")
+
+
 def test_kth_longer_forecasts_in_the_test(kth):
     """Jogging every third window, the others adjoining ones, as the published loaders have it, at any length."""
     test = kth("test", num_frames_output=4)
