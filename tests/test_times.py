@@ -94,7 +94,8 @@ def test_times_from_names(names, times):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("10min", 600), ("10 minutes", 600), ("1 hour", 3600), ("2d", 172800), ("0.2s", 0.2), ("3", 3)]
+    ("text", "seconds"),
+    [("10min", 600), ("10 minutes", 600), ("1 hour", 3600), ("2d", 172800), ("0.2s", 0.2), ("3", 3)],
 )
 def test_a_time_step_in_every_unit_and_without_one(text, seconds):
     assert parse_step(text) == seconds
