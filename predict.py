@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.checkpoint import find_checkpoint
-from vmrnn.data.grid_files import GRIDS
 from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.errors import UserError
 from vmrnn.forecast_files import FILMS, Forecast, check_output
@@ -47,13 +46,21 @@ def parse_arguments(argv=None):
     for name in ("horizon", "last", "fps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not args.output:
-        ending = ".nc" if args.input.lower().endswith(GRIDS) else ".npz"
-        folder = find_checkpoint(args.checkpoint).parent
-        args.output = [folder / f"{Path(args.input).resolve().stem}_forecast{ending}"]
-    for path in args.output:
+    for path in args.output or ():
         check_output(path, args.input)
     return args
+
+
+def default_output(args, source):
+    """The file to write if --output names none: beside the weights, named after the input.
+
+    args     arguments of this program
+    source   Input
+    """
+    path = Path(args.input).resolve()
+    while not path.exists():  # a glob is named after the folder that it looks into
+        path = path.parent
+    return find_checkpoint(args.checkpoint).parent / f"{path.stem}_forecast{'.nc' if source.info else '.npz'}"
 
 
 def frames_to_do(sequences, config, args):
@@ -122,6 +129,7 @@ def main(argv=None):
         forecaster.value_range = source.info.named(forecaster.value_range, config, args.input)
     for note in source.notes:
         log.info("input      %s", note)
+    args.output = args.output or [default_output(args, source)]
     for path in args.output:
         path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made fails before the work
 

@@ -1,5 +1,7 @@
 """Forecasting a stream and a file: the same as a rollout, in the units of the data, whatever the frame size."""
 
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import predict
 import vmrnn
 from vmrnn import config as configuration
 from vmrnn.checkpoint import save_checkpoint, save_weights
+from vmrnn.data.inputs import Input
 from vmrnn.data.prepare import as_channels, as_type
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
@@ -286,5 +289,11 @@ def test_a_real_process_and_its_default_output(trained, tmp_path, run, run_forke
 def test_what_the_program_refuses(arguments, complaint):
     with pytest.raises(UserError, match=complaint):
         predict.parse_arguments(["--checkpoint", "w", "--input", "x.npz", *arguments])
-    defaults = predict.parse_arguments(["--checkpoint", "w", "--input", "a/x.avi", "--horizon", "2"])
-    assert [str(path) for path in defaults.output] == ["x_forecast.npz"]
+
+
+@pytest.mark.parametrize("name", ["radar", "radar/", "radar/*.nc"])
+def test_a_field_in_any_form_of_its_name_becomes_a_field_by_default(tmp_path, name):
+    (tmp_path / "radar").mkdir()
+    args = predict.parse_arguments(["--checkpoint", "exps/w", "--input", f"{tmp_path}/{name}"])
+    assert predict.default_output(args, Input([], info=object())) == Path("exps/radar_forecast.nc")
+    assert predict.default_output(args, Input([])) == Path("exps/radar_forecast.npz")
