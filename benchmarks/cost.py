@@ -56,13 +56,13 @@ def count(model, size, given, horizon):
     given    frames that are known
     horizon  frames to forecast
     """
-    frames = torch.empty(1, given, model.in_chans, *size, device="meta")
+    frames = torch.empty(1, given + horizon, model.in_chans, *size, device="meta")
     scan = ScanCount()
     for module in model.modules():
         if isinstance(module, UsesKernels):
             module.kernels = kernels_of("torch")._replace(scan=scan)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        rollout(model.eval(), frames, horizon)
+        rollout(model.eval(), frames[:, :given], horizon, following=frames[:, given:])
     # The counter counts two operations per multiply-add.
     return {"multiply_adds": counter.get_total_flops() // 2 + scan.projection, "scan_operations": scan.operations}
 
@@ -85,15 +85,15 @@ def measure(config, device):
     model = build_model(**config.network_options).to(device).eval()
     if config.compile:
         compile_model(model, device)
-    shape = (config.test_batch_size, config.num_frames_input, config.input_channels, *config.frame_size)
-    inputs = torch.rand(shape, device=device)
+    given, horizon = config.num_frames_input, config.num_frames_output
+    frames = torch.rand(config.test_batch_size, given + horizon, model.in_chans, *config.frame_size, device=device)
     with torch.inference_mode(), mixed_precision(device, config.precision):
 
         def forecast():
-            rollout(model, inputs, config.num_frames_output)
+            rollout(model, frames[:, :given], horizon, following=frames[:, given:])
 
         elapsed = wall_seconds(forecast)
-    steps = config.test_batch_size * (config.num_frames_input - 1 + config.num_frames_output)
+    steps = config.test_batch_size * (given - 1 + horizon)
     return {"frames_per_second": steps / elapsed, "peak_mib": peak_mib(device)}
 
 

@@ -71,10 +71,11 @@ def footprint(model, shape, horizon, precision="fp32", grad_checkpoint=False):
     The model is a real one or, under FakeTensorMode, a fake one.
     """
     inputs, following = torch.zeros(shape), torch.zeros(shape[0], shape[1] - 1 + horizon, *shape[2:])
+    truth = following[:, :, : model.out_chans]  # without forcings
     with Ledger(*model.train().parameters(), inputs, following) as ledger:
         with mixed_precision(CPU, precision):
-            outputs = rollout(model, inputs, horizon, grad_checkpoint)
-        loss = (outputs - following).square().mean()
+            outputs = rollout(model, inputs, horizon, grad_checkpoint, following[:, shape[1] - 1 :])
+        loss = (outputs - truth).square().mean()
         kept = ledger.bytes
         loss.backward()
     return {"kept": kept, "peak": ledger.peak}
@@ -89,7 +90,7 @@ def fake_footprint(config):
             module.kernels = kernels_of("triton" if config.scan == "auto" else config.scan)
         for tensors in (module._parameters, module._buffers):
             tensors |= {name: mode.from_tensor(t) for name, t in tensors.items() if t is not None}
-    shape = (config.train_batch_size // config.accumulate, config.num_frames_input, config.input_channels)
+    shape = (config.train_batch_size // config.accumulate, config.num_frames_input, model.in_chans)
     with mode:
         return footprint(
             model, (*shape, *config.frame_size), config.num_frames_output, config.precision, config.grad_checkpoint

@@ -39,6 +39,14 @@ def test_network_b_of_taxibj():
     assert found["parameters"] == 2_218_114
 
 
+def test_a_base_costs_its_channels_in_the_patch_embedding():
+    plain, moved = (
+        cost.cost(configuration.resolve(None, TAXIBJ_B | dict(dataset="array", base=base)))["sequence"]
+        for base in ("none", "motion")
+    )
+    assert moved["multiply_adds"] - plain["multiply_adds"] == 7 * 64 * 16 * 2 * 128
+
+
 def test_network_d_of_moving_mnist():
     """Published: 13.4 M parameters that are trained, 46.6 G multiply-adds and 24.6 G of the scan in 19 steps."""
     found = cost.cost(configuration.resolve(None, {}))

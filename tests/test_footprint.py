@@ -22,6 +22,14 @@ def test_as_a_step_with_real_tensors():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_forcings_and_a_base_count():
+    """Their channels are inputs, and nothing that is forecast."""
+    both = dict(forcings=["height"], base="motion", dataset="grid")
+    model = build_model(**configuration.resolve(None, SMALL | both).network_options)
+    assert fake(**both) == footprint.footprint(model, (2, 3, 3, 8, 8), 2)
+    assert fake(**both)["kept"] > fake()["kept"]
+
+
 def test_memory_grows_with_the_batch_and_less_with_checkpoints():
     one, three = fake(train_batch_size=8), fake(train_batch_size=24)
     weights = sum(p.numel() for p in build_model(**configuration.resolve(None, SMALL).network_options).parameters()) * 4
