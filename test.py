@@ -5,9 +5,11 @@
     python test.py --checkpoint trained_model_state_dict --model VMRNN-D --test_data_dir data/mnist_test_seq.npy
                                                                         a published file plus flags
     python test.py --forecasts theirs.npy --config configs/radar.toml   another method's forecasts of the same test set
+
 Writes report.html (one file to open or to send: figures, curves, a player, how it was made), metrics.json,
-lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir (default: a folder beside the checkpoint
-or the forecasts that is named after the test set and the horizon, such as test_kth_20). --save_forecasts writes inputs, truths and forecasts of all sequences into one file.
+lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir. The default is a folder beside the
+checkpoint or the forecasts. It is named after the test set and the horizon, such as test_kth_20.
+--save_forecasts writes inputs, truths and forecasts of all sequences into one file.
 The baselines are a black frame, the last input frame repeated, and the last input frame moved along the optical flow.
 """
 
@@ -120,7 +122,7 @@ def training_facts(checkpoint):
 
 
 class Clock:
-    """A function of (inputs, targets) that returns what `outputs_of` does, and knows how fast it was.
+    """Calls outputs_of(inputs, targets) and measures how many frames per second it makes.
 
     outputs_of   see functions.compare
     device       where it runs
@@ -140,7 +142,7 @@ class Clock:
         return outputs
 
     def __str__(self):
-        return f"{self.frames / self.seconds:.3g} frames a second through the network"
+        return f"{self.frames / self.seconds:.3g} frames per second through the network"
 
 
 def default_folder(tested, config):
@@ -171,7 +173,7 @@ def data_description(config):
 
 
 class Pictures:
-    """Pictures of the first sequences, and the error of every sequence: a step of the pass over the test set.
+    """Called with every batch of the test set: draws the first sequences, and keeps the error of each sequence.
 
     folder   where pictures are saved
     count    sequences to picture
@@ -243,7 +245,7 @@ def main(argv=None):
     for note in test_set.notes:
         log.info("           %s", note)
     folder = make_folder(folder or default_folder(own.forecasts or own.checkpoint, config))
-    for old in folder.glob("forecast_*.png"):  # an earlier test may have drawn more sequences
+    for old in folder.glob("forecast_[0-9][0-9][0-9][0-9].png"):  # an earlier test may have drawn more sequences
         old.unlink()
 
     # One pass over the test set

@@ -200,7 +200,12 @@ def test_forecasts_that_do_not_fit_the_field_are_refused(field, tmp_path):
 
 def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):
     folder, options, model = field
+    (tmp_path / "out").mkdir()
+    for name in ("forecast_0099.png", "forecast_001.png"):  # of an earlier test, and of predict.py
+        (tmp_path / "out" / name).touch()
     plain = run(tmp_path / "out", "--checkpoint", folder / "w.safetensors", "--climatology", folder / "x.nc")
+    assert not (tmp_path / "out" / "forecast_0099.png").exists()
+    assert (tmp_path / "out" / "forecast_001.png").exists()
     weighted = run(tmp_path / "out2", "--checkpoint", folder / "w.safetensors", "--latitude_weights")
     _, truth, forecast = expected_arrays(options, model)
     error = forecast - truth
