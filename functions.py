@@ -15,7 +15,8 @@ from vmrnn.runtime import seed_update
 from vmrnn.values import ValueRange
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Smallest scale of fp16's gradients. Training needs no scale within six halvings of it.
+# An overflow of fp16's gradients at this scale or below ends the run: a smaller scale would not help. The scales that
+# training needs are at least 64 times as large.
 SMALLEST_SCALE = 2.0**-14
 
 
@@ -275,7 +276,7 @@ def compare(
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         horizon = targets.shape[1]
         outputs = outputs_of(inputs, targets)
-        inputs, targets = (frames[:, :, : outputs.shape[2]] for frames in (inputs, targets))  # without forcings
+        inputs, targets = (given[:, :, : outputs.shape[2]] for given in (inputs, targets))  # without forcings
         if loss:
             total += loss(outputs, inputs, targets).item() * len(inputs)
         forecast = outputs[:, -horizon:]

@@ -244,7 +244,8 @@ def log_plan(state, train_loader, valid_loader, parts):
         log.info("           %s", note)
     log.info("validation %d sequences: %s", len(valid_loader.dataset), DATASETS[config.dataset].selection(config))
     if progress.epoch > config.epochs:
-        log.info("%d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
+        log.info("training   %d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
+        return
     log.info(
         "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",
         progress.epoch, config.epochs, progress.updates_per_epoch, config.optimizer, config.lr, config.schedule,

@@ -100,11 +100,10 @@ class Look:
         return np.where(missing, np.float32(MISSING_FIELD), painted)
 
     def colour_map(self):
-        return (
-            ListedColormap(RAIN_COLOURS)
-            if self.colours == RAIN
-            else colormaps["gray" if self.colours == GREY else self.colours]
-        )
+        """matplotlib's colour map."""
+        if self.colours == RAIN:
+            return ListedColormap(RAIN_COLOURS)
+        return colormaps["gray" if self.colours == GREY else self.colours]
 
     def norm(self):
         """matplotlib's way from values to the colour map."""

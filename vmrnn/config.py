@@ -367,13 +367,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = [self.known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
         known, unknown = super().parse_known_args(args, namespace)
-        for flag in (word.split("=")[0] for word in unknown if word.startswith("--")):
+        if flags := [word.split("=")[0] for word in unknown if word.startswith("--")]:
             helps = {
                 action.option_strings[0]: action.help or ""
                 for action in self._actions
                 if action.option_strings and action.help != argparse.SUPPRESS
             }
-            raise UserError(f"unrecognized arguments: {flag}{did_you_mean(flag, helps) or '; see --help'}")
+            raise UserError(f"unrecognized arguments: {flags[0]}{did_you_mean(flags[0], helps) or '; see --help'}")
         return known, unknown
 
     def known_spelling(self, word):
@@ -417,8 +417,8 @@ def add_options(parser, only=None):
         group, choices = groups[f.metadata["scope"]], f.metadata["choices"]
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         is_list = f.type in LISTS
-        shown = " ".join(map(str, default)) if is_list else default
-        text = f"{f.metadata['help']} (default: {shown if shown != '' else 'none'})".replace("%", "%%")
+        written = " ".join(map(str, default)) if is_list else default
+        text = f"{f.metadata['help']} (default: {written if written != '' else 'none'})".replace("%", "%%")
         if f.type is bool:
             group.add_argument(
                 f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text

@@ -57,7 +57,7 @@ def check_environment():
     """UserError: LOCAL_RANK is set, but not all that torchrun sets beside it."""
     numbers = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")
     wrong = [name for name in numbers if not re.fullmatch(r"\d{1,9}", os.environ.get(name, ""))]
-    wrong += [name for name in ("MASTER_ADDR",) if not os.environ.get(name)]
+    wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
     if wrong:
         raise UserError(
             f"LOCAL_RANK is set, as torchrun does, but {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing "

@@ -1,4 +1,4 @@
-"""The one exception for what a user got wrong, and the one check of numbers."""
+"""The exceptions that end a program with one line, and the one check of numbers."""
 
 import math
 
@@ -17,7 +17,7 @@ def range_complaint(value, at_least=None, below=None):
         return "must be finite"
     if (at_least is None or value >= at_least) and (below is None or value < below):
         return None
-    if isinstance(below, float | int) and below == 1:
+    if below == 1:
         return f"must be in [{at_least}, {below})"
     if at_least is not None and value < at_least:
         return f"must be at least {at_least}" if at_least else "must be zero or more"

@@ -17,17 +17,13 @@ LINES = [("#1f66cf", "-"), ("#7b838c", (0, (2.5, 2))), ("#b9590c", (0, (1, 1.5))
 TRUTH = "#1b1e22"  # colour of lines of the truth
 TILE = 115  # pixels, about the side of a frame in a strip; larger frames are averaged, smaller ones keep sharp pixels
 LARGEST = 256  # pixels, the longest side of a frame in an animation or film; larger frames are averaged
-BAR = {
-    "done": (150, 158, 168),
-    "forecast": (31, 102, 207),
-    "ahead": (224, 228, 232),
-}  # colours of the bar of frames below an animation or film
+# Colours of the bar of frames below an animation or film
+BAR = {"done": (150, 158, 168), "forecast": (31, 102, 207), "ahead": (224, 228, 232)}
 LABEL_HEIGHT, BAR_HEIGHT, SCALE_WIDTH = 20, 10, 62  # pixels of an animation or film
 # Units of metrics on the axis of their curves, where there is one.
 UNITS = {"mse": "sum over a frame", "mae": "sum over a frame", "psnr": "dB", "psnr_uint8": "dB"}
-LEAST_LIMIT = (
-    0.01  # smallest error that gets the full colour, as a part of the scale, so that rounding errors stay pale
-)
+# Smallest error that gets the full colour, as a part of the scale, so that rounding errors stay pale
+LEAST_LIMIT = 0.01
 
 
 def frame_names(given, leads):

@@ -124,16 +124,16 @@ def headline(results):
 
     "" where no squared error of a baseline is known and above 0.
     """
-    mean, *baselines = ((label, result["mean"]) for label, result in results.items())
+    (_, own), *baselines = ((label, result["mean"]) for label, result in results.items())
     parts = []
     for label, other in baselines:
-        error, reference = mean[1].get("mse", math.nan), other.get("mse", math.nan)
+        error, reference = own.get("mse", math.nan), other.get("mse", math.nan)
         if math.isfinite(error) and math.isfinite(reference) and reference > 0:
             parts.append(f"{compared(error / reference)} {BASELINE_NAMES.get(label, label)}")
     if not parts:
         return ""
     text = "; ".join(parts)
-    ssim = mean[1].get("ssim", math.nan)
+    ssim = own.get("ssim", math.nan)
     return text + (f"; SSIM {ssim:.2f}." if math.isfinite(ssim) else ".")
 
 

@@ -50,11 +50,10 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
             return checkpoint(model.advance, tokens, states, use_reentrant=False)
         return model.advance(tokens, states)
 
-    # Embed the true frames.
+    # Embed the true frames in one call. Time is the first axis, so that the tokens of each frame are contiguous:
+    # torch.compile would compile a second program for another layout.
     B, T, _, H, W = inputs.shape
     inputs = network_input(inputs, model.stride)
-    # The true frames are embedded in one call. Time is the first axis, so that the tokens of each frame are contiguous:
-    # torch.compile would compile a second program for another layout.
     tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
     # All true frames but the last: their outputs are decoded in one call.
     warm_up, frames, states = [], [], None

@@ -32,7 +32,7 @@ def run_program(main):
     """
     open_missing_streams()
     logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[StandardOutput(sys.stdout)])
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # vmrnn.early: a Ctrl-C during the imports ends at once
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # command_line.answer left it so for the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 0
     try:
