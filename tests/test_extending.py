@@ -88,7 +88,7 @@ def test_a_run_with_everything_on_the_page(extended):
         extended, "-c", TRAIN_AND_TEST, "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--patch_size", 4, "--embed_dim", 16,
         "--depths", 1, "--d_state", 4, "--input_size", 16, "--num_frames_input", 3, "--num_frames_output", 2,
         "--train_sequences", 16, "--valid_sequences", 4, "--train_batch_size", 4, "--epochs", 2, "--epoch_valid", 1,
-        "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--wet_weight", 5, "--table", "--scan", "double",
+        "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--huber_delta", 0.1, "--table", "--scan", "double",
         "--device", "cpu", "--log_train", 1, "--res_dir", "run",
     )  # fmt: skip
     assert re.search(r"[1-9]\d* passed", printed)
@@ -100,7 +100,7 @@ def test_a_run_with_everything_on_the_page(extended):
     rows = (extended / "run" / "table.csv").read_text().splitlines()
     assert len(rows) == 3 and "bright" in rows[0] and rows[1].startswith("1,")
     printed = run(extended, "test.py", "--checkpoint", "run/best.safetensors", "--device", "cpu", "--strips", 1)
-    assert "MSE weighted by 1 + 5 value" in printed
+    assert "Huber loss with delta 0.1" in printed
     (report,) = (extended / "run").glob("test_*/metrics.json")
     results = json.loads(report.read_text())
     assert results["results"]["black frame"]["mean"]["bright"] == 0
