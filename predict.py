@@ -41,6 +41,7 @@ log = logging.getLogger("vmrnn")
 
 
 def parse_arguments(argv=None):
+    """The arguments of this program. UserError: a number below 1, or a file that no forecast can be written to."""
     parser = command_line.predict_parser(__doc__)
     args = parser.parse_args(argv)
     for name in ("horizon", "last", "fps"):

@@ -44,7 +44,7 @@ def _folder(named):
 
 
 def _prepare(folder, may_change):
-    """Make the folder, for this user alone; the reason if it cannot be trusted or written.
+    """Make the folder, for this user alone. Returns None, or the reason why it cannot be trusted or written.
 
     may_change  whether permissions of an existing folder may be changed: of ours, not of one that the user named
     """

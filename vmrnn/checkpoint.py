@@ -171,6 +171,7 @@ def weights_of(content):
 
 
 def shorten(keys, most=3):
+    """The first `most` of a list of names, as text."""
     return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
 
 
@@ -277,6 +278,7 @@ def save_checkpoint(path, content):
 
 
 def previous_of(path):
+    """The name under which the save before `path` is kept: previous_last.pt beside last.pt."""
     return Path(path).with_name(f"previous_{Path(path).name}")
 
 

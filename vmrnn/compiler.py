@@ -67,6 +67,7 @@ def system_flags(system, version):
 
 
 def digest(*parts):
+    """16 hexadecimal digits that identify these values."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 

@@ -489,7 +489,7 @@ def check_keys(values, where):
 
 
 def shown(value):
-    """A value as part of a message: at most 80 letters, whatever it is."""
+    """A value as a part of a message: at most 80 characters, of any value."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # thousands of digits, deep nesting

@@ -103,7 +103,7 @@ class Forecaster:
         value_range = self.range_of(values)
         if self.observed_range not in (None, value_range):
             raise UserError(f"a frame of {values.dtype} after others: uint8 and other types have different ranges here")
-        unit = self.prepare.with_range(value_range)(values)
+        unit = replace(self.prepare, value_range=value_range)(values)
         self._report_outside(unit, value_range)
         missing = value_range.is_missing(values[..., : self.model.out_chans]).all(axis=-1)
         if self.config.calendar:

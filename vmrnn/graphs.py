@@ -80,7 +80,7 @@ class GraphedStep:
         return self.recorded(inputs, targets)
 
     def record(self, inputs, targets):
-        """Recording runs the step, so gradients and the generator's state are put back afterwards."""
+        """Record the step for these shapes. That runs it, so gradients and the generator's state are put back afterwards."""
         parameters, device = self.step.parameters, self.step.device
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         random_state = torch.cuda.get_rng_state(device)

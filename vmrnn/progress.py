@@ -105,7 +105,11 @@ def counted(items, title, unit):
 
 @contextmanager
 def still_running(what, silent=False):
-    """While the block runs: a line per minute that says `what` is still going on, since nothing counts its parts."""
+    """While the block runs, write a line per minute that says that `what` is still going on.
+
+    what     work that cannot be counted in parts
+    silent   whether to write nothing
+    """
     begun, ended = time.monotonic(), threading.Event()
 
     def speak():

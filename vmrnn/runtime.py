@@ -242,6 +242,7 @@ def pick_device(name):
 
 
 def seed_everything(seed):
+    """Seed the generators of Python, numpy and torch. `seed` is a whole number, 0 or more."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

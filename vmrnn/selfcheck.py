@@ -202,9 +202,9 @@ def in_own_process(name, device, d_state):
 
 @functools.cache  # once per process
 def first_use(name, device, d_state=16):
-    """None if a back end may be used on a device, else the reason why not.
+    """Returns None if a back end may be used on a device, else the reason why not.
 
-    name     scan back end. All but "triton" are accepted unchecked
+    name     scan back end; all but "triton" are accepted unchecked
     device   type of the device; its current one is checked
     d_state  states per channel
 

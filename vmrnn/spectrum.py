@@ -19,7 +19,7 @@ class Spectrum:
 
     @torch.no_grad()
     def update(self, label, frames):
-        """Add frames (B, T, C, H, W). `label` says whose they are."""
+        """Add frames (B, T, C, H, W) to the sums of `label`, such as "truth"."""
         height, width = frames.shape[-2:]
         rings = rings_of(height, width).to(frames.device)
         whole = ~frames.isnan().flatten(2).any(-1)  # (B, T)

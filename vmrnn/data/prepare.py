@@ -3,7 +3,7 @@
 Training, test, Forecaster and predict.py go through this file, so that the network sees the same in use as in training.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,9 +76,6 @@ class Preparation:
         Returns a float32 array (N, H, W, C).
         """
         return resize(frames.detach().float().cpu(), size).permute(0, 2, 3, 1).contiguous().numpy()
-
-    def with_range(self, value_range):
-        return replace(self, value_range=value_range)
 
 
 def stored_size(config):

@@ -9,7 +9,7 @@ from vmrnn.network.linear import Linear
 from vmrnn.network.patch import PatchInflated
 
 MOVES = 2  # copies of the last frame, so that two things can cross in one patch
-REACH = 4  # pixels that a copy can move in a step, in either direction: the digits of Moving MNIST move 3.6
+REACH = 4  # pixels, the farthest that a copy can move per frame and axis; the digits of Moving MNIST move 3.6
 
 
 class AdvectionHead(PatchInflated):

@@ -12,6 +12,7 @@ from vmrnn.network import fused, fused_triton
 
 
 def first_use(name, device, d_state):
+    """See selfcheck.first_use."""
     from vmrnn import selfcheck  # not at the top: selfcheck imports this package
 
     return selfcheck.first_use(name, device, d_state)

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# A call of oneDNN takes longer to start than one of MKL. Smaller products, in multiply-adds, are not worth that.
+# multiply-adds. A call of oneDNN takes longer to start than one of MKL, which smaller products do not make up for.
 LEAST = 1 << 22
 CPUINFO = Path("/proc/cpuinfo")  # Linux
 
@@ -80,8 +80,8 @@ class LinearFunction(torch.autograd.Function):
 def fits(a, b):
     """Whether oneDNN should multiply a (..., K) and b, which has K columns or rows: fp32 on a CPU, and large enough.
 
-    Not where something follows the operations that would not know this one: a compiler, an exporter, autocast, the
-    transforms of torch.func, forward-mode differentiation.
+    False while torch traces or transforms the operations, since it would not know this one: under a compiler, an
+    exporter, autocast, torch.func or forward-mode differentiation.
     """
     return (
         not torch.compiler.is_compiling()  # first: a compiler cannot follow the next line

@@ -59,7 +59,7 @@ class Gradients(ctypes.Structure):
 
 @functools.cache
 def attempt(isa):
-    """(the library for one instruction set or None, why not): tried once a process."""
+    """(the library for one instruction set, ""), or (None, the reason why not). It is tried once per process."""
     if isa not in isas():
         return None, f"VMRNN_CPU_ISA={isa} does not run here; choose from {', '.join(isas())}"
     try:
