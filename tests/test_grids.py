@@ -196,6 +196,32 @@ def test_dimensions_are_found_in_any_order(tmp_path):
         np.testing.assert_array_equal(read(open_grid(tmp_path / f"{name}.nc"))[..., 0], expected)
 
 
+def test_latitudes_and_levels_are_those_that_the_file_says(tmp_path):
+    """Packed, in radians, or with rows and columns in another order than the field."""
+    expected = np.linspace(60, 50, 9)[:, None]
+    whole = field()
+    write(whole, tmp_path / "packed.nc", encoding={"latitude": {"dtype": "i2", "scale_factor": 0.25}})
+    angles = ("latitude", np.deg2rad(expected[:, 0]), {"units": "radian", "standard_name": "latitude"})
+    write(whole.assign_coords(latitude=angles), tmp_path / "radian.nc")
+    pixels = (("longitude", "latitude"), np.tile(expected, 12).T, {"units": "degrees_north"})
+    write(whole.drop_vars(["latitude", "longitude"]).assign_coords(lat=pixels), tmp_path / "turned.nc")
+    for name, rounding in (("packed", 0.125), ("radian", 1e-9), ("turned", 1e-9)):
+        latitude = open_grid(tmp_path / f"{name}.nc").info.latitude
+        np.testing.assert_allclose(latitude, np.broadcast_to(expected, latitude.shape), atol=rounding)
+    levels = whole.expand_dims(level=[500.0, 850.0], axis=1)
+    write(levels, tmp_path / "levels.nc", encoding={"level": {"dtype": "i2", "scale_factor": 50.0}})
+    assert open_grid(tmp_path / "levels.nc").info.names == ["t2m@500", "t2m@850"]
+
+
+def test_coordinates_of_pixels_are_no_fields(tmp_path):
+    pixels = (("latitude", "longitude"), np.ones((9, 12)))
+    whole = field().drop_vars(["latitude", "longitude"]).assign_coords(lat=pixels, lon=pixels)
+    whole.to_netcdf(tmp_path / "a.nc", engine="scipy")
+    write(whole, tmp_path / "b.nc")
+    for name in ("a.nc", "b.nc"):
+        assert open_grid(tmp_path / name).info.names == ["t2m"]
+
+
 def test_array_axes_name_the_dimensions(tmp_path):
     values = np.random.default_rng(0).random((3, 4, 5, 6, 2)).astype("f4")  # sequences, rows, columns, time, channels
     with h5py.File(tmp_path / "a.h5", "w") as f:

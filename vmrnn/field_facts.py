@@ -69,16 +69,15 @@ def latitude_weights(info, config):
         raise UserError(
             "--latitude_weights: the data have no coordinate of latitude (units degrees_north); leave it out"
         )
-    latitude = np.atleast_2d(latitude.T).T  # one per row: (H, 1)
     weights = torch.from_numpy(np.cos(np.deg2rad(latitude)))
     height, width = config.frame_size
     if config.frame_fit == "crop":  # the test takes the centre
         top, left = ((side - own) // 2 for side, own in zip(weights.shape, (height, width)))
-        weights = weights[top : top + height, max(left, 0) : max(left, 0) + width]
+        top, left = max(top, 0), max(left, 0)  # those of a row or a column alone are below
+        weights = weights[top : top + height, left : left + width]
     else:
-        weights = resize(weights[None, None], (height, weights.shape[1] if weights.shape[1] == 1 else width))[
-            0, 0
-        ].double()
+        size = [1 if own == 1 else side for side, own in zip((height, width), weights.shape)]
+        weights = resize(weights[None, None], size)[0, 0].double()
     weights = weights.expand(height, width)
     return weights / weights.mean()
 

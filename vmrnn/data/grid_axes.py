@@ -6,7 +6,7 @@ products.
 
 import numpy as np
 
-from vmrnn.data.grid_info import DEGREES_NORTH, plain_attributes
+from vmrnn.data.grid_info import DEGREES_NORTH, plain_attributes, unpacked
 from vmrnn.errors import UserError
 
 T_NAMES = ("time", "t", "valid_time", "date", "datetime", "month", "year", "day", "hour", "step", "lead_time", "frame",
@@ -94,7 +94,7 @@ def levels_of(dataset, name, roles, level, path):
     values = {}
     for dim, size in zip(dims, sizes):
         coordinate = dataset.variables.get(dim)
-        values[dim] = plain_attributes({"v": coordinate.values})["v"] if coordinate is not None else list(range(size))
+        values[dim] = plain_attributes({"v": unpacked(coordinate)})["v"] if coordinate is not None else list(range(size))
         if not isinstance(values[dim], list) or len(values[dim]) != size:
             values[dim] = list(range(size))
     wide = [dim for dim, size in zip(dims, sizes) if size > 1]

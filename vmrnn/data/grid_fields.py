@@ -9,7 +9,7 @@ import numpy as np
 
 from vmrnn.data.grid_axes import is_time, levels_of, read_roles
 from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
-from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes
+from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unlike_coordinate, unpacked
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
 from vmrnn.errors import UserError
@@ -243,9 +243,9 @@ def steady_coordinates(dataset, roles):
         # Bounds have a dimension of their own
         about = all(dim in names for dim in own) and (own or not coordinate.dims)
         if about and coordinate.dtype.kind in "buifSU" and not is_time(coordinate.variable):
-            facts = {k: v for k, v in dataset.variables[key].attrs.items() if k != "coordinates"}
+            facts = {k: v for k, v in dataset.variables[key].attrs.items() if k not in PACKING}
             dims = [names.get(dim, dim) for dim in coordinate.dims]
-            kept[str(key)] = (dims, coordinate.values, plain_attributes(facts))
+            kept[str(key)] = (dims, unpacked(dataset.variables[key]), plain_attributes(facts))
     return kept
 
 

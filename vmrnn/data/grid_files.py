@@ -196,11 +196,12 @@ def split_path(variable):
 
 
 def is_field(dataset, name):
-    """Whether a variable is a field: numbers over two dimensions or more that are no bounds of another."""
+    """Whether a variable is a field: numbers over two dimensions or more that are no bounds or coordinates of another."""
     variable = dataset.variables[name]
-    bounds = {v.attrs.get(key) for v in dataset.variables.values() for key in ("bounds", "climatology")}
+    keys = ("bounds", "climatology", "coordinates")
+    about = {word for v in dataset.variables.values() for key in keys for word in str(v.attrs.get(key, "")).split()}
     sizes = [size for size in variable.shape if size > 1]
-    return variable.dtype.kind in "buif" and len(sizes) >= 2 and name not in bounds and name not in variable.dims
+    return variable.dtype.kind in "buif" and len(sizes) >= 2 and name not in about and name not in variable.dims
 
 
 def find_variables(path):

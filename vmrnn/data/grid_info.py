@@ -21,6 +21,26 @@ def import_xarray():
     return xarray
 
 
+def unpacked(variable):
+    """The values of a coordinate, an xarray.Variable whose values are still packed."""
+    dataset = import_xarray().Dataset({"v": variable})
+    return import_xarray().decode_cf(dataset, decode_times=False, decode_coords=False)["v"].values
+
+
+def unlike_coordinate(ours, theirs, names):
+    """The first of some coordinates that two Datasets both have, with other values; None: there is none.
+
+    names   of the coordinates, of rows and columns. Numbers that differ by rounding to 32 bits are the same
+    """
+    for name in names:
+        if name in ours.variables and name in theirs.variables:
+            a, b = np.asarray(ours[name].values), np.asarray(theirs[name].values)
+            numbers = a.dtype.kind in "iuf" and b.dtype.kind in "iuf" and a.shape == b.shape
+            if not (np.allclose(a, b, rtol=1e-5, atol=1e-6) if numbers else np.array_equal(a, b)):
+                return name
+    return None
+
+
 @dataclass(frozen=True)
 class Channel:
     """One channel of the frames.
@@ -110,12 +130,15 @@ class GridInfo:
 
     @property
     def latitude(self):
-        """Latitude of each row (H,), or of each pixel (H, W), in degrees; None where the file has none."""
+        """Latitude of each row (H, 1), column (1, W) or pixel (H, W), in degrees; None where the file has none."""
         for coordinate in self.coordinates.variables.values():
-            facts = coordinate.attrs
-            if facts.get("standard_name") == "latitude" or str(facts.get("units", "")).lower() in DEGREES_NORTH:
-                if coordinate.dims and set(coordinate.dims) <= {self.y, self.x}:
-                    return np.asarray(coordinate.values, np.float64)
+            facts, dims = coordinate.attrs, coordinate.dims
+            unit = str(facts.get("units", "")).lower()
+            if facts.get("standard_name") == "latitude" or unit in DEGREES_NORTH:
+                if dims and set(dims) <= {self.y, self.x}:
+                    sizes = dict.fromkeys((self.y, self.x), 1) | dict(coordinate.sizes)
+                    values = np.asarray(coordinate.set_dims(sizes).transpose(self.y, self.x).values, np.float64)
+                    return np.rad2deg(values) if unit in ("rad", "radian", "radians") else values
         return None
 
     def next_times(self, times, count):
