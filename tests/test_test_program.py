@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +17,10 @@ import predict as predict_program
 import test as test_program
 from vmrnn import config as configuration
 from vmrnn.checkpoint import save_weights
+from vmrnn.data.grids import open_grid
 from vmrnn.errors import UserError
+from vmrnn.field_facts import FieldFacts
+from vmrnn.forecast_store import StoredFields
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 from vmrnn.spectrum import Spectrum
@@ -149,7 +153,7 @@ def test_forecasts_of_a_field_are_found_by_name_and_time(field, tmp_path, ending
     path = tmp_path / f"all{ending}"
     own = run(tmp_path / "own", "--checkpoint", folder / "w.safetensors", "--save_forecasts", path, draw=False)
     with xarray.open_dataset(path, decode_timedelta=True, **how_to_open(path)) as stored:
-        turned = stored.load().isel(sequence=slice(None, None, -1))
+        turned = stored.load().isel(sequence=slice(None, None, -1)).transpose(..., "lon", "lat")
     turned.to_netcdf(tmp_path / "turned.nc", engine="h5netcdf")
     for name in (path.name, "turned.nc"):
         other = run(tmp_path / "other", "--forecasts", tmp_path / name, "--config", tmp_path / "c.toml", draw=False)
@@ -183,12 +187,14 @@ def test_forecasts_that_do_not_fit_the_field_are_refused(field, tmp_path):
     lead = np.timedelta64(10, "m") * np.arange(1, 3)
     right = xarray.Dataset(
         {"t2m": (("sequence", "time", "lat", "lon"), np.full((8, 2, 16, 20), 280, np.float32))},
-        {"forecast_reference_time": ("sequence", times), "lead_time": ("time", lead)},
+        {"forecast_reference_time": ("sequence", times), "lead_time": ("time", lead), "lat": np.linspace(85, 10, 16)},
     )
     for number, (wrong, message) in enumerate((
         (right.isel(sequence=slice(1, None)), "has no forecast from 2024-01-31T02:20:00"),
         (right.isel(lat=slice(1, None)), "holds 8 forecasts of 2 frames, 15x20, but the test set has 2 frames"),
         (right.assign_coords(lead_time=right.lead_time * 2), r"its lead times are \[1200.0, 2400.0\] s"),
+        (right.assign(t2m=right.t2m.assign_attrs(units="degC")), "t2m is in degC, but in K in the test set"),
+        (right.isel(lat=slice(None, None, -1)), "its coordinate lat is not that of the test set"),
         (right.rename(t2m="rain"), "holds rain, but the test set needs t2m"),
         (right.drop_vars("forecast_reference_time").isel(sequence=[0]), "holds 1 forecasts without times"),
         (right.rename(time="step"), r"has the dimensions .*; they must be"),
@@ -196,6 +202,22 @@ def test_forecasts_that_do_not_fit_the_field_are_refused(field, tmp_path):
         wrong.to_netcdf(tmp_path / f"{number}.nc", engine="h5netcdf")
         with pytest.raises(UserError, match=message):
             run(tmp_path / "x", "--forecasts", tmp_path / f"{number}.nc", "--config", tmp_path / "c.toml")
+
+
+def test_channels_of_forecasts_are_found_by_their_names(tmp_path):
+    dims, values = ("time", "lat", "lon"), np.arange(2 * 8 * 9, dtype=np.float32).reshape(2, 8, 9)
+    field = xarray.Dataset({"hours": (dims, values, {"units": "hours"}), "rain": (dims, values + 1000)})
+    field.to_netcdf(tmp_path / "field.nc", engine="h5netcdf")
+    facts = FieldFacts(open_grid(tmp_path / "field.nc", ["hours", "rain"]).info)
+    field.drop_attrs().to_dataarray("channel", name="forecast").sel(channel=["rain", "hours"]).to_netcdf(
+        tmp_path / "swapped.nc"
+    )
+    for name in ("field.nc", "swapped.nc"):
+        found = StoredFields(tmp_path / name, 1, (2, 2, 8, 9), facts).row(0)
+        np.testing.assert_array_equal(found, np.stack((values, values + 1000), axis=1))
+    with pytest.raises(UserError, match="its channels are rain, hours, but those of the test set are hours, snow"):
+        facts.info.channels[1] = replace(facts.info.channels[1], name="snow")
+        StoredFields(tmp_path / "swapped.nc", 1, (2, 2, 8, 9), facts)
 
 
 def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vmrnn.data.arrays import npz_member, npz_rows, open_npy
-from vmrnn.data.grid_info import import_xarray
+from vmrnn.data.grid_info import import_xarray, unlike_coordinate
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 
@@ -248,22 +248,25 @@ class StoredFields:
     """The forecasts of a NetCDF or Zarr file, read one at a time.
 
     path    .nc or .zarr with the variable `forecast`, as test.py --save_forecasts writes it, or with the variables of the
-            data, as predict.py does. Dimensions are told by their names: sequence, time, channel; the other two are rows
-            and columns
+            data, as predict.py does. Dimensions are told by their names: sequence, time, channel, and those of the test set's
+            rows and columns; others are rows and columns in this order
     count   sequences of the test set
     shape   (T, C, H, W) of the targets
     facts   FieldFacts of the test set
 
     Where both have times, the forecasts are found by their reference time, and the file may hold more of them than the
     test set. Otherwise they are taken in order.
-    UserError: a variable, a forecast or a lead time that is not there, another size, or another number of forecasts.
+    UserError: a variable, a forecast or a lead time that is not there, another size, unit or place, or another number of
+    forecasts.
     """
 
     def __init__(self, path, count, shape, facts):
         self.path = path
         steps, channels, height, width = shape
         dataset = self.opened()
-        self.channels = [self.in_axes(array, facts) for array in self.arrays(dataset, channels, facts.info)]
+        arrays = self.arrays(dataset, channels, facts.info)
+        self.check_alike(dataset, arrays, facts.info)
+        self.channels = [self.in_axes(array, facts) for array in arrays]
         found = self.channels[0].shape[0], *self.channels[0].shape[1:]
         if found[1:] != (steps, height, width):
             raise UserError(
@@ -278,7 +281,7 @@ class StoredFields:
             raise UserError(f"--forecasts {self.path}: no such file")
         how = {"engine": "zarr", "consolidated": False} if self.path.is_dir() else {"engine": "h5netcdf"}
         try:
-            return import_xarray().open_dataset(self.path, decode_timedelta=True, **how)
+            return import_xarray().open_dataset(self.path, decode_timedelta=False, **how)
         except Exception as error:  # each library has its own kinds
             reason = " ".join(str(error).split())[:160]
             raise UserError(
@@ -295,7 +298,15 @@ class StoredFields:
                 raise UserError(
                     f"--forecasts {self.path}: holds {whole.sizes['channel']} channels, but the test set {count}"
                 )
-            return [whole.isel(channel=i) for i in range(count)]
+            names = [str(name) for name in whole["channel"].values]
+            if not info or whole["channel"].dtype.kind not in "SUOT" or "channel" not in whole.coords:
+                return [whole.isel(channel=i) for i in range(count)]
+            if sorted(names) != sorted(info.names):
+                raise UserError(
+                    f"--forecasts {self.path}: its channels are {', '.join(names)}, but those of the test set are "
+                    f"{', '.join(info.names)}; give them the same names"
+                )
+            return [whole.isel(channel=names.index(name)) for name in info.names]
         arrays = []
         for channel in info.channels if info else []:
             label, name = (text.replace("/", "_") for text in (channel.name, channel.variable))
@@ -311,12 +322,33 @@ class StoredFields:
             )
         return arrays
 
+    def check_alike(self, dataset, arrays, info):
+        """UserError: forecasts in other units than the test set, or at other places."""
+        if info is None:
+            return
+        for i, array in enumerate(arrays):
+            unit, wanted = str(array.attrs.get("units", "")), info.units(i)
+            if unit and wanted and unit != wanted:
+                raise UserError(
+                    f"--forecasts {self.path}: {info.names[i]} is in {unit}, but in {wanted} in the test set; write it in "
+                    f"{wanted}"
+                )
+        place = info.coordinates
+        names = [name for name in (info.y, info.x) if dataset.sizes.get(name) == place.sizes.get(name)]  # no crops
+        if name := unlike_coordinate(dataset, place, names):
+            raise UserError(
+                f"--forecasts {self.path}: its coordinate {name} is not that of the test set; write forecasts of the same "
+                "places in the same order"
+            )
+
     def in_axes(self, array, facts):
         """A DataArray with the dimensions sequence, time, rows, columns."""
         time = facts.info.time if facts.info and facts.info.time in array.dims else "time"
         if "sequence" not in array.dims:
             array = array.expand_dims("sequence")
         plane = [dim for dim in array.dims if dim not in ("sequence", time)]
+        if facts.info and set(plane) == {facts.info.y, facts.info.x}:
+            plane = [facts.info.y, facts.info.x]
         if time not in array.dims or len(plane) != 2:
             raise UserError(
                 f"--forecasts {self.path}: {array.name} has the dimensions {', '.join(map(str, array.dims))}; they must be "
@@ -332,7 +364,8 @@ class StoredFields:
                     f"--forecasts {self.path}: holds {held} forecasts without times, but the test set has {count} sequences"
                 )
             return list(range(count))
-        leads = dataset.get("lead_time")
+        # Not when the file was opened: a field in hours would become a span of time as well
+        leads = import_xarray().decode_cf(dataset[[*dataset.coords]], decode_timedelta=True).get("lead_time")
         if leads is not None and leads.dtype.kind == "m":
             seconds = leads.values / np.timedelta64(1, "s")
             if not np.allclose(seconds, facts.leads, atol=0.5):
