@@ -156,6 +156,34 @@ def test_predict_refuses_an_input_that_lacks_a_forcing(trained, changes, message
         predict_from(folder, **changes)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda coming: coming.isel(y=slice(None, None, -1)), "its coordinate y is not that of the input"),
+        (lambda coming: coming.assign(sun=coming.sun.assign_attrs(units="kW")), "sun is in kW, but in no unit in the input"),
+        (lambda coming: coming.assign(sun=coming.sun.expand_dims(level=[1, 2], axis=1)), "holds sun@1, sun@2, but .* one level"),
+        (lambda coming: coming.convert_calendar("noleap"), "its calendar is noleap, that of the input standard"),
+    ],
+    ids=["turned", "unit", "levels", "calendar"],
+)  # fmt: skip
+def test_predict_refuses_forcings_that_are_not_those_of_the_input(trained, change, message):
+    import xarray
+
+    with xarray.open_dataset(trained[0] / "coming.nc") as coming:
+        change(coming).to_netcdf(trained[0] / "changed.nc", engine="h5netcdf")
+    with pytest.raises(UserError, match=message):
+        predict_from(trained[0], forcing_data="changed.nc")
+
+
+def test_predict_refuses_an_input_with_a_forcing_in_another_unit(trained):
+    import xarray
+
+    with xarray.open_dataset(trained[0] / "past.nc") as past:
+        past.assign(sun=past.sun.assign_attrs(units="kW")).to_netcdf(trained[0] / "changed.nc", engine="h5netcdf")
+    with pytest.raises(UserError, match="sun is in kW, but the network was trained on sun in no unit"):
+        predict_from(trained[0], input="changed.nc")
+
+
 def test_a_damaged_file_of_forcings_is_named(trained):
     """Its header is whole. Its values are not, which shows when they are unpacked."""
     import h5py

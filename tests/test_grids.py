@@ -17,6 +17,7 @@ from vmrnn.data.grids import open_grid
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
+from vmrnn.field_facts import climatology
 from vmrnn.values import ValueRange
 
 SIX_HOURS = np.arange("2020-01-01", "2020-01-03", dtype="datetime64[6h]").astype("datetime64[ns]")
@@ -599,8 +600,27 @@ def test_a_network_is_given_the_fields_of_its_training(tmp_path):
             build_dataset(
                 "test", options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / f"{name}.nc")), trained
             )
+    write(whole.assign(v=whole.t2m), tmp_path / "two.nc")
+    two = dict(input_channels=2, test_data_dir=str(tmp_path / "two.nc"))
+    trained_on_two = replace(trained, names=("t2m", "v"), units=("K", "K"))
+    with pytest.raises(
+        UserError, match="holds v, t2m, but the network was trained on t2m, v; name them .* in this order"
+    ):
+        build_dataset("test", options(tmp_path / "a.nc", tmp_path, variables=["v", "t2m"], **two), trained_on_two)
     named = options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / "name.nc"), variables=["sst"])
     assert len(build_dataset("test", named, trained)) == 5
+
+
+def test_a_climatology_is_the_mean_of_all_frames_in_the_units_of_the_data(tmp_path):
+    whole = field(SIX_HOURS[[0, 1, 2, 5, 6, 7]])
+    whole.t2m[1, 2, 3] = np.nan
+    path = write(whole, tmp_path / "a.nc")
+    config = options(path, tmp_path, input_size=[9, 12])
+    value_range = ValueRange(250.0, 310.0, names=("t2m",), units=("K",))
+    mean = value_range.to_data(climatology(path, config, value_range)[0].numpy())
+    np.testing.assert_allclose(mean, whole.t2m.mean("time"), rtol=1e-5)
+    with pytest.raises(UserError, match="t2m is in K, but the network was trained on t2m in degC"):
+        climatology(path, config, replace(value_range, units=("degC",)))
 
 
 def test_predict_reads_a_folder_of_fields_for_a_network_that_was_trained_on_arrays(tmp_path):

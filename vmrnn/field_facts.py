@@ -1,6 +1,7 @@
 """What a test set of a gridded field knows beside its values: times, coordinates, latitudes, a climatology."""
 
-from dataclasses import dataclass, replace as with_options
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +92,15 @@ def climatology(path, config, value_range):
 
     UserError: frames that do not become those of the test.
     """
-    source = open_input(path, with_options(config, forcings=[], calendar=False))
-    prepare, total, count = Preparation.of(config, value_range), 0, 0
-    for frame in source.sequences[0].frames():
-        unit = value_range.to_linear(prepare(frame)[: config.input_channels], axis=0)
-        total, count = total + unit, count + 1
-    mean = total / max(count, 1)
+    options = replace(config, forcings=[], calendar=False)
+    source = open_input(path, options, whole=True)
+    if source.info:
+        source.info.named(replace(value_range, given=None), options, path)
+    prepare, total, count = Preparation.of(options, replace(value_range, given=None)), 0, 0
+    for frame in chain.from_iterable(sequence.frames() for sequence in source.sequences):
+        unit = value_range.to_linear(prepare(frame), axis=0)
+        total, count = total + unit.nan_to_num(0), count + ~unit.isnan()
+    mean = total / count  # NaN where no frame has a value
     if tuple(mean.shape) != (config.input_channels, *config.frame_size):
         raise UserError(
             f"--climatology {path}: its frames become {tuple(mean.shape)}, but those of the test are "

@@ -23,8 +23,8 @@ class ValueRange:
     zero_below   with sqrt and log, a value below this one counts as 0; log needs it above 0
     given        ValueRange of the forcings, with a tuple for low and high: these channels lie behind those that are
                  forecast; None: there are none
-    names        of the channels that are forecast, where a file names them; they change no value
-    units        of the channels that are forecast, "" where a file names none
+    names        of the channels, but for those of `given`, where a file names them; they change no value
+    units        of these channels, "" where a file names none
 
     Frames are (..., C), channels last, where low and high are tuples. The data set makes the range, the checkpoint
     stores it, and every program that reads or writes values uses it.

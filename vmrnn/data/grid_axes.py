@@ -94,7 +94,9 @@ def levels_of(dataset, name, roles, level, path):
     values = {}
     for dim, size in zip(dims, sizes):
         coordinate = dataset.variables.get(dim)
-        values[dim] = plain_attributes({"v": unpacked(coordinate)})["v"] if coordinate is not None else list(range(size))
+        values[dim] = (
+            plain_attributes({"v": unpacked(coordinate)})["v"] if coordinate is not None else list(range(size))
+        )
         if not isinstance(values[dim], list) or len(values[dim]) != size:
             values[dim] = list(range(size))
     wide = [dim for dim, size in zip(dims, sizes) if size > 1]

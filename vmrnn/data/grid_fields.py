@@ -9,7 +9,7 @@ import numpy as np
 
 from vmrnn.data.grid_axes import is_time, levels_of, read_roles
 from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
-from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unlike_coordinate, unpacked
+from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
 from vmrnn.errors import UserError
@@ -127,6 +127,7 @@ def describe(path, variables, array_axes, time_from, forcings=()):
     info = GridInfo(
         channels=[channel for f in forecast for channel in f.channels],
         forcings=[file_of(name)[1] for name in forcings],
+        given_units=[str(f.attributes.get("units", "")) for f in fields[len(variables) :]],
         variables={f.selection.variable: f.attributes for f in forecast},
         y=dims["H"], x=dims["W"], time=dims.get("T", "time"),
         coordinates=import_xarray().Dataset(coords=coordinates, attrs=attributes),

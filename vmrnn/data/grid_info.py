@@ -63,6 +63,7 @@ class GridInfo:
 
     channels      list of Channel that are forecast, in the order of the frames' last axis
     forcings      names of the channels behind them, which are given and never forecast
+    given_units   of the forcings, "" where the file names none
     variables     {variable: its attributes} of what is forecast, units among them, without those that say how values are
                   packed
     y, x          names of the dimensions of rows and columns
@@ -85,6 +86,7 @@ class GridInfo:
     time_facts: dict = field(default_factory=dict)
     time_source: str = ""
     calendar: str = ""
+    given_units: list = field(default_factory=list)
     times: np.ndarray | None = None
 
     @property
@@ -107,15 +109,24 @@ class GridInfo:
         options       Config
         path          of these fields, for messages
 
-        UserError: the fields are not those of the training, by unit or, if no variables are named, by name.
+        UserError: the fields are not those of the training, by unit, by order or, if no variables are named, by name.
         """
         if not value_range.names:
-            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units))
-        fields = zip(self.names, self.all_units, value_range.names, value_range.units)
-        for name, unit, trained_name, trained_unit in fields:
+            given = value_range.given
+            if given and self.forcings:
+                given = replace(given, names=tuple(self.forcings), units=tuple(self.given_units))
+            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), given=given)
+        fields = [*zip(self.names, self.all_units, value_range.names, value_range.units)]
+        given = value_range.given
+        forcings = zip(self.forcings, self.given_units, given.names, given.units) if given and self.forcings else ()
+        for name, unit, trained_name, trained_unit in (*fields, *forcings):
             if unit != trained_unit:
                 raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on {trained_name} in "
                                 f"{trained_unit or 'no unit'}; give the same field")  # fmt: skip
+        for name, _, trained_name, _ in fields:
+            if name != trained_name and name in value_range.names:
+                raise UserError(f"{path}: holds {', '.join(self.names)}, but the network was trained on "
+                                f"{', '.join(value_range.names)}; name them with variables in this order")  # fmt: skip
             if name != trained_name and not options.variables:
                 raise UserError(f"{path}: holds {name}, but the network was trained on {trained_name}; name it with "
                                 "variables if it is the same")  # fmt: skip

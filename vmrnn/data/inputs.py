@@ -10,6 +10,7 @@ import numpy as np
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
 from vmrnn.data.clips import Source, regular
 from vmrnn.data.grid_files import GRIDS, is_zarr
+from vmrnn.data.grid_info import unlike_coordinate
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames
 from vmrnn.data.media import images_in
@@ -68,11 +69,12 @@ class Input:
     steady: list = field(default_factory=list)
 
 
-def open_input(path, config):
+def open_input(path, config, whole=False):
     """The frames of a file or folder, as an Input.
 
     path     a video, a folder of images, .npy, .npz, or a gridded field: a file, a folder of files, a Zarr store or a glob
     config   Config of the network; its options on how files are read count
+    whole    True: all frames count; False: of frames with gaps in time only those after the last gap, which can be continued
 
     UserError: a missing, damaged or foreign file.
     """
@@ -81,9 +83,9 @@ def open_input(path, config):
     if suffix in IMAGES and (suffix not in GRIDS or DATASETS[config.dataset].pictures) and file.is_file():
         return Input([Sequence(lambda: image_frames([file], picture_channels(config)))])
     if config.dataset == "grid" or suffix in GRIDS or is_zarr(file) or holds_grids(file):
-        return grid_input(path, config)
+        return grid_input(path, config, whole)
     if file.is_dir():
-        return image_input(images_in(file), config)
+        return image_input(images_in(file), config, whole)
     if not file.exists():
         raise UserError(
             f"{path}: no such file or folder; name a video, a folder of images, an array or a gridded field"
@@ -104,10 +106,10 @@ def holds_grids(folder):
     return not endings.isdisjoint(GRIDS) and endings.isdisjoint(IMAGES)
 
 
-def image_input(images, config):
+def image_input(images, config, whole):
     """A folder of images. If numbers are missing in their names, only the images after the last gap are continued."""
     times, notes = times_from_names(images), []
-    if times is not None and not config.time_step:
+    if times is not None and not config.time_step and not whole:
         runs = runs_without_gap(times)
         images = images[runs[-1][0] :]
         if len(runs) > 1:
@@ -134,7 +136,7 @@ def picture_channels(config):
     return config.input_channels if config.input_channels in (1, 3) else None
 
 
-def grid_input(path, config):
+def grid_input(path, config, whole):
     """A gridded field. Its sequences each get a forecast. Of runs between gaps in time only the last one is continued."""
     how = (config.variables, config.array_axes, config.time_from, config.time_step)
     grid = open_grid(path, *how, config.forcings)
@@ -144,11 +146,11 @@ def grid_input(path, config):
             f"{config.input_channels}; name others with --variables"
         )
     many, runs, notes = bool(grid.breaks), grid.runs(), list(grid.notes)
-    if many:
+    if many and not whole:
         # The runs of a sequence end where the next one begins; its last run is the one to continue.
         ends = [*grid.breaks, grid.shape[0]]
         runs = [run for run in runs if run[1] in ends]
-    elif len(runs) > 1:
+    elif len(runs) > 1 and not whole:
         notes.append(
             f"{len(runs) - 1} gaps in time: only the {runs[-1][1] - runs[-1][0]} frames after the last are used"
         )
@@ -191,9 +193,22 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     if grid.shape[1:3] != given.shape[1:3]:
         raise UserError(f"{path}: its maps are {grid.shape[1]}x{grid.shape[2]}, those of the input {given.shape[1]}x"
                         f"{given.shape[2]}; they must be the same")  # fmt: skip
+    if len(grid.info.names) != len(names):
+        raise UserError(f"{path}: holds {', '.join(grid.info.names)}, but the network takes one level each of "
+                        f"{', '.join(names)}; leave the other levels out")  # fmt: skip
+    for name, unit, number in zip(names, grid.info.all_units, changing):
+        if unit != (wanted := source.info.given_units[number]):
+            raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but in {wanted or 'no unit'} in the input; write it in "
+                            "the same unit")  # fmt: skip
+    place = source.info.y, source.info.x
+    if coordinate := unlike_coordinate(grid.info.coordinates, source.info.coordinates, place):
+        raise UserError(f"{path}: its coordinate {coordinate} is not that of the input; they are of different places")
     # Find the frame of each time. Without times the frames are taken in order.
     numbers = range(count)
     if times is not None and grid.info.times is not None:
+        if grid.info.calendar != source.info.calendar:
+            raise UserError(f"{path}: its calendar is {grid.info.calendar or 'none'}, that of the input "
+                            f"{source.info.calendar or 'none'}; write the same")  # fmt: skip
         numbers = [int(np.abs(grid.info.times - time).argmin()) for time in times[:count]]
         wide = np.abs(grid.info.times[numbers] - times[:count]) > 1e-3 * usual_step(times)
         if wide.any():
