@@ -3,9 +3,9 @@
     python -m benchmarks.layers
     python -m benchmarks.layers --device cuda       maps in bf16 under autocast
 
-Every way must agree with the first of its group, gradients too. Medians in turn, forward and with backward: in
-milliseconds on a CPU, in microseconds of the kernels alone on a GPU. A table, and a line of JSON
-in exps/benchmarks/layers.jsonl. Other ways that were tried and lost are in LOG.md.
+Every way must agree with the first of its group, in its output and in every gradient. The ways are measured in turn, the
+forward pass alone and with the backward pass: medians in milliseconds on a CPU, in microseconds of the kernels alone on a
+GPU. Prints a table, and adds a line to exps/benchmarks/layers.jsonl. LOG.md has other ways that were tried and lost.
 """
 
 import argparse

@@ -12,9 +12,8 @@ a busy machine it is steadier than the time that passes. "frame" is one frame of
 runs it.
 
 Each case runs in a process of its own, so that its peak memory is its own. Every round runs all cases in turn, so that a
-machine whose speed drifts treats them alike. Medians over rounds: a table, and a line of JSON
-in exps/benchmarks/train_step.jsonl. The golden tests of every
-back end used must pass first.
+machine whose speed drifts treats them alike. The golden tests of every back end used must pass first. Prints a table of
+medians over rounds, and adds a line to exps/benchmarks/train_step.jsonl.
 """
 
 import argparse
