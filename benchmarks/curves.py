@@ -17,6 +17,9 @@ from vmrnn.pictures import LINES, UNITS, save
 from vmrnn.run_folder import read_log
 from vmrnn.runtime import run_program
 
+# The best of a list of values, by the words of `better`
+BEST = {"lower": min, "higher": max, "closer to 1": lambda values: min(values, key=lambda value: abs(value - 1))}
+
 
 def points(run, metric):
     """(samples, seconds, values) of a run's validations, three lists."""
@@ -44,7 +47,7 @@ def main():
     axes = figure.subplots(1, 2, sharey=True)
     for number, run in enumerate(args.runs):
         samples, seconds, values = points(run, args.metric)
-        best = (max if better(args.metric) == "higher" else min)(values)
+        best = BEST[better(args.metric)](values)
         print(
             f"{run}: {samples[-1]:,} samples, {seconds[-1] / 3600:.2f} h, {args.metric} {values[-1]:.4f}, best {best:.4f}"
         )

@@ -19,6 +19,7 @@ from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.forecaster import Forecaster
 from vmrnn.graphs import GraphedStep
+from vmrnn.metrics import better
 from vmrnn.network import build_model
 from vmrnn.optim import lr_factor, make_optimizer, parameter_groups, timm_orthogonalize
 from vmrnn.rollout import Rollout, pad_frames, rollout
@@ -347,6 +348,7 @@ def test_curves_of_several_runs(tmp_path, run_forked):
     for name in ("a", "b"):
         train.main([*TINY, "--epochs", "2", "--res_dir", str(tmp_path / name)])
     assert curves.points(tmp_path / "a", "mse")[0] == [16, 32]
+    assert curves.BEST[better("fbias_0.5")]([0.2, 0.9, 1.3]) == 0.9
     done = run_forked("-m", "benchmarks.curves", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c.png")
     assert done.returncode == 0 and "32 samples" in done.stdout, done.stderr
     assert (tmp_path / "c.png").stat().st_size > 10_000

@@ -70,19 +70,19 @@ class RunLogger(Logger):
     def forecast(self, progress, batch, inputs, targets, forecast):
         if (batch - 1) % self.config.log_valid:
             return
-        path = self.run.path / "pictures" / f"epoch{progress.epoch:04d}_batch{batch:04d}.png"
-        with harmless("a picture", path):
+        with harmless("the pictures", self.run.path):
             sequence = [frames[0].float().cpu() for frames in (inputs, targets, forecast)]
-            make_folder(path.parent)
             look = self.look_of(self.config, self.value_range, sequence[:2])
-            self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}", look=look)
-            self.picture(progress, f"forecast/batch {batch}", path)
-        if batch == 1:
-            path = self.run.path / "forecast.gif"
-            with harmless("the animation", path):
-                look = self.look_of(self.config, self.value_range, sequence[:2])
-                self.pictures.save_animation(path, *sequence, look=look)
-                self.picture(progress, "forecast/animation", path)
+            path = self.run.path / "pictures" / f"epoch{progress.epoch:04d}_batch{batch:04d}.png"
+            with harmless("a picture", path):
+                make_folder(path.parent)
+                self.pictures.save_strip(path, *sequence, f"epoch {progress.epoch}", look=look)
+                self.picture(progress, f"forecast/batch {batch}", path)
+            if batch == 1:
+                path = self.run.path / "forecast.gif"
+                with harmless("the animation", path):
+                    self.pictures.save_animation(path, *sequence, look=look)
+                    self.picture(progress, "forecast/animation", path)
 
     def picture(self, progress, name, path):
         for other in self.others:
