@@ -126,7 +126,7 @@ def main(argv=None):
     config = replace(forecaster.config, **options)
     source = open_input(args.input, config)
     if source.info and forecaster.value_range:
-        source.notes += source.info.unit_notes(forecaster.value_range)
+        source.notes += source.info.notes(forecaster.value_range, config)
         forecaster.value_range = source.info.named(forecaster.value_range, config, args.input)
     for note in source.notes:
         log.info("input      %s", note)

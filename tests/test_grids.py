@@ -611,6 +611,19 @@ def test_a_network_is_given_the_fields_of_its_training(tmp_path):
     assert len(build_dataset("test", named, trained)) == 5
 
 
+def test_another_step_and_turned_maps_are_said(tmp_path):
+    write(field(), tmp_path / "a.nc")
+    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path)).value_range
+    assert ValueRange.from_dict(trained.to_dict()).step == 6 * 3600
+    turned = field(SIX_HOURS[0] + np.arange(8) * np.timedelta64(3600, "s")).isel(latitude=slice(None, None, -1))
+    path = write(turned, tmp_path / "b.nc")
+    notes = build_dataset("test", options(tmp_path / "a.nc", tmp_path, test_data_dir=path), trained).notes
+    assert "frames are 1 h apart, but were 6 h apart in the training" in notes[-2]
+    assert "the coordinate latitude is rising, but was falling in the training" in notes[-1]
+    same = build_dataset("test", options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / "a.nc")), trained)
+    assert not any("in the training" in note for note in same.notes)
+
+
 def test_a_climatology_is_the_mean_of_all_frames_in_the_units_of_the_data(tmp_path):
     whole = field(SIX_HOURS[[0, 1, 2, 5, 6, 7]])
     whole.t2m[1, 2, 3] = np.nan

@@ -122,7 +122,8 @@ def value_range_of(content, config):
         return changed
     # What the network knows of its fields and forcings stays as it was.
     trained = ValueRange.from_dict(content["value_range"])
-    return replace(changed, given=trained.given, names=trained.names, units=trained.units)
+    known = {key: getattr(trained, key) for key in ("given", "names", "units", "step", "directions")}
+    return replace(changed, **known)
 
 
 def load_weights(model, source, name="the state dict"):

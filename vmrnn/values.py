@@ -1,7 +1,7 @@
 """The range of stored values: it maps them to the network's scale [0, 1], and forecasts back to stored values."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,9 +23,12 @@ class ValueRange:
     zero_below   with sqrt and log, a value below this one counts as 0; log needs it above 0
     given        ValueRange of the forcings, with a tuple for low and high: these channels lie behind those that are
                  forecast; None: there are none
-    names        of the channels, but for those of `given`, where a file names them; they change no value
+    names        of the channels, but for those of `given`, where a file names them
     units        of these channels, "" where a file names none
+    step         seconds from one frame of the training to the next; None: they have no dates
+    directions   of the coordinates of rows and columns of the training: rising, falling, or "" where there are none
 
+    The last four change no value, and ranges that differ by them alone are equal.
     Frames are (..., C), channels last, where low and high are tuples. The data set makes the range, the checkpoint
     stores it, and every program that reads or writes values uses it.
     UserError: low or high is not finite, low is not below high, or the transform cannot take them.
@@ -37,8 +40,10 @@ class ValueRange:
     transform: str = "none"
     zero_below: float = 0.0
     given: "ValueRange | None" = None
-    names: tuple = ()
-    units: tuple = ()
+    names: tuple = field(default=(), compare=False)
+    units: tuple = field(default=(), compare=False)
+    step: float | None = field(default=None, compare=False)
+    directions: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
         pairs = list(self.pairs())

@@ -27,7 +27,8 @@ def grid_files(path):
     if folder.is_file() or is_zarr(folder):
         return [folder]
     if folder.is_dir():
-        stores = sorted({store for store in folder.rglob("*.zarr") if is_zarr(store)})
+        stores = [store for store in folder.rglob("*.zarr") if is_zarr(store)]
+        stores = [s for s in stores if not any(part.startswith(".") for part in s.relative_to(folder).parts)]  # hidden
         files = [file for file in files_in(folder, GRIDS) if not any(store in file.parents for store in stores)]
         found = sorted([*files, *stores], key=lambda file: natural_key(file.as_posix()))
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.times import EPOCH, calendar_features, later_times
+from vmrnn.data.times import EPOCH, calendar_features, later_times, span, usual_step
 from vmrnn.errors import UserError
 
 INDEX, COORDINATES = "grid.json", "grid.nc"  # the files of a GridInfo beside the cached frames
@@ -115,7 +115,8 @@ class GridInfo:
             given = value_range.given
             if given and self.forcings:
                 given = replace(given, names=tuple(self.forcings), units=tuple(self.given_units))
-            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), given=given)
+            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), given=given,
+                           step=self.step(options), directions=self.directions)  # fmt: skip
         fields = [*zip(self.names, self.all_units, value_range.names, value_range.units)]
         given = value_range.given
         forcings = zip(self.forcings, self.given_units, given.names, given.units) if given and self.forcings else ()
@@ -132,12 +133,39 @@ class GridInfo:
                                 "variables if it is the same")  # fmt: skip
         return value_range
 
-    def unit_notes(self, value_range):
-        """A list with one line if the training named no fields, so that no unit can be compared, or an empty list."""
-        if value_range.names:
-            return []
-        fields = ", ".join(f"{name} in {unit or 'no unit'}" for name, unit in zip(self.names, self.all_units))
-        return [f"the network was trained on data without units: whether they were {fields} is not checked"]
+    def notes(self, value_range, options):
+        """Lines about what is not as in the training, or cannot be compared with it.
+
+        value_range   of the training
+        options       Config
+        """
+        if not value_range.names:
+            fields = ", ".join(f"{name} in {unit or 'no unit'}" for name, unit in zip(self.names, self.all_units))
+            return [f"the network was trained on data without units: whether they were {fields} is not checked"]
+        lines, step = [], self.step(options)
+        if step and value_range.step and not 0.5 < step / value_range.step < 1.5:
+            lines.append(f"frames are {span(step)} apart, but were {span(value_range.step)} apart in the training: take those "
+                         "of that step with time_step or frame_step")  # fmt: skip
+        for dim, direction, trained in zip((self.y, self.x), self.directions, value_range.directions):
+            if direction and trained and direction != trained:
+                lines.append(f"the coordinate {dim} is {direction}, but was {trained} in the training: turn the maps")
+        return lines
+
+    def step(self, options):
+        """Seconds from one frame that is taken to the next; None: the frames have no dates."""
+        if not self.calendar or self.times is None or len(self.times) < 2:
+            return None
+        return usual_step(self.times) * options.frame_step
+
+    @property
+    def directions(self):
+        """Whether the coordinates of rows and columns are rising or falling; "" where there are none."""
+        found = []
+        for name in (self.y, self.x):
+            values = self.coordinates[name].values if name in self.coordinates.coords else np.zeros(0)
+            known = values.ndim == 1 and len(values) > 1 and values.dtype.kind in "iuf" and values[0] != values[-1]
+            found.append(("rising" if values[-1] > values[0] else "falling") if known else "")
+        return tuple(found)
 
     @property
     def latitude(self):

@@ -242,7 +242,7 @@ def grid(split, options, value_range=None):
     data = own(split, options, value_range, grid_clips)
     info = GridInfo.load(Path(data.clips[0].path).parent)
     if value_range is not None:
-        data.notes = [*data.notes, *info.unit_notes(value_range)]
+        data.notes = [*data.notes, *info.notes(value_range, options)]
     data.value_range = info.named(data.value_range, options, split_path(split, options))
     return data
 
