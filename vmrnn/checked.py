@@ -46,8 +46,8 @@ def check_range(values):
             if value is not None:
                 check_range(value)
             continue
-        kinds = (str,) if key in ("transform", "names", "units") else (int, float)
-        listed = value if isinstance(value, list) and key != "transform" else [value]
+        kinds = (str,) if key in ("transform", "names", "units", "directions") else (int, float)
+        listed = value if isinstance(value, list) and key not in ("transform", "step") else [value]
         if any(type(item) not in kinds for item in listed):
             raise ValueError(f"its value_range has {key} {value!r}")
 

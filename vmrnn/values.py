@@ -25,7 +25,7 @@ class ValueRange:
                  forecast; None: there are none
     names        of the channels, but for those of `given`, where a file names them
     units        of these channels, "" where a file names none
-    step         seconds from one frame of the training to the next; None: they have no dates
+    step         seconds from one frame of the training to the next; 0: they have no dates
     directions   of the coordinates of rows and columns of the training: rising, falling, or "" where there are none
 
     The last four change no value, and ranges that differ by them alone are equal.
@@ -42,7 +42,7 @@ class ValueRange:
     given: "ValueRange | None" = None
     names: tuple = field(default=(), compare=False)
     units: tuple = field(default=(), compare=False)
-    step: float | None = field(default=None, compare=False)
+    step: float = field(default=0.0, compare=False)
     directions: tuple = field(default=(), compare=False)
 
     def __post_init__(self):

@@ -152,9 +152,9 @@ class GridInfo:
         return lines
 
     def step(self, options):
-        """Seconds from one frame that is taken to the next; None: the frames have no dates."""
+        """Seconds from one frame that is taken to the next; 0: the frames have no dates."""
         if not self.calendar or self.times is None or len(self.times) < 2:
-            return None
+            return 0.0
         return usual_step(self.times) * options.frame_step
 
     @property
