@@ -29,8 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset import ONLY_FOR
 from vmrnn.checkpoint import find_checkpoint
 from vmrnn.data.inputs import coming_forcings, open_input
+from vmrnn.data.table import OWN
 from vmrnn.errors import UserError
 from vmrnn.forecast_files import FILMS, Forecast, check_output
 from vmrnn.forecaster import Forecaster
@@ -38,6 +40,7 @@ from vmrnn.progress import Bar, still_running
 from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
+READ_BY = ONLY_FOR | {"array_key": ("array",)}  # the data sets that an option on how files are read is for
 
 
 def parse_arguments(argv=None):
@@ -62,6 +65,21 @@ def default_output(args, source):
     while not path.exists():  # a glob is named after the folder that it looks into
         path = path.parent
     return find_checkpoint(args.checkpoint).parent / f"{path.stem}_forecast{'.nc' if source.info else '.npz'}"
+
+
+def check_options(given, source, path):
+    """UserError: an option on how the input is read that does not apply to it.
+
+    given    names of the options on the command line
+    source   Input
+    path     of the input
+    """
+    for option in given:
+        data_sets = READ_BY.get(option, OWN)
+        if source.dataset not in data_sets:
+            raise UserError(
+                f"--{option}: is for {', '.join(data_sets)}, but {path} is read as {source.dataset}; leave it out"
+            )
 
 
 def frames_to_do(sequences, config, args):
@@ -125,6 +143,7 @@ def main(argv=None):
     options = {key: value for key, value in vars(args).items() if key in command_line.READING}
     config = replace(forecaster.config, **options)
     source = open_input(args.input, config)
+    check_options(options, source, args.input)
     if source.info and forecaster.value_range:
         source.notes += source.info.notes(forecaster.value_range, config)
         forecaster.value_range = source.info.named(forecaster.value_range, config, args.input)

@@ -291,9 +291,26 @@ def test_what_the_program_refuses(arguments, complaint):
         predict.parse_arguments(["--checkpoint", "w", "--input", "x.npz", *arguments])
 
 
+@pytest.mark.parametrize(
+    "option, name, complaint",
+    [
+        (("--time_step", "10min"), "x.npy", "--time_step: is for grid, video, frames, but .*x.npy is read as array"),
+        (("--variables", "rain"), "x.npy", "--variables: is for grid, "),
+        (("--array_key", "rain"), "x.png", "--array_key: is for array, but .*x.png is read as frames"),
+    ],
+)
+def test_an_option_of_other_files_is_refused(trained, tmp_path, option, name, complaint):
+    """It changed nothing, without a word."""
+    _, path = trained()
+    np.save(tmp_path / "x.npy", np.zeros((3, 16, 16), np.uint8))
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=complaint):
+        predict.main(["--checkpoint", str(path), "--input", str(tmp_path / name), *option])
+
+
 @pytest.mark.parametrize("name", ["radar", "radar/", "radar/*.nc"])
 def test_a_field_in_any_form_of_its_name_becomes_a_field_by_default(tmp_path, name):
     (tmp_path / "radar").mkdir()
     args = predict.parse_arguments(["--checkpoint", "exps/w", "--input", f"{tmp_path}/{name}"])
-    assert predict.default_output(args, Input([], info=object())) == Path("exps/radar_forecast.nc")
-    assert predict.default_output(args, Input([])) == Path("exps/radar_forecast.npz")
+    assert predict.default_output(args, Input("grid", [], info=object())) == Path("exps/radar_forecast.nc")
+    assert predict.default_output(args, Input("array", [])) == Path("exps/radar_forecast.npz")

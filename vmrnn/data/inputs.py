@@ -55,6 +55,7 @@ class Sequence:
 class Input:
     """What a file holds.
 
+    dataset     the data set that would read it in a training: video, frames, array or grid
     sequences   list of Sequence, each of which gets a forecast of its own
     many        whether the file has an axis of sequences, and so has the forecast
     info        GridInfo of a gridded field; None for other files
@@ -62,6 +63,7 @@ class Input:
     steady      per forcing, whether it does not change with time (Grid.steady)
     """
 
+    dataset: str
     sequences: list
     many: bool = False
     info: object = None
@@ -81,7 +83,7 @@ def open_input(path, config, whole=False):
     file = Path(path)
     suffix = file.suffix.lower()
     if suffix in IMAGES and (suffix not in GRIDS or DATASETS[config.dataset].pictures) and file.is_file():
-        return Input([Sequence(lambda: image_frames([file], picture_channels(config)))])
+        return Input("frames", [Sequence(lambda: image_frames([file], picture_channels(config)))])
     if config.dataset == "grid" or suffix in GRIDS or is_zarr(file) or holds_grids(file):
         return grid_input(path, config, whole)
     if file.is_dir():
@@ -91,7 +93,7 @@ def open_input(path, config, whole=False):
             f"{path}: no such file or folder; name a video, a folder of images, an array or a gridded field"
         )
     if suffix in VIDEOS:
-        return Input([picture_sequence(Source(file.name, (file,), True), config)])
+        return Input("video", [picture_sequence(Source(file.name, (file,), True), config)])
     if suffix in ARRAYS:
         return array_input(file, config)
     raise UserError(
@@ -116,9 +118,8 @@ def image_input(images, config, whole):
             notes.append(
                 f"{len(runs) - 1} gaps in the names' numbers: only the {len(images)} images after the last are used"
             )
-    return Input(
-        [picture_sequence(Source(images[0].parent.name, tuple(images), False), config, len(images))], notes=notes
-    )
+    source = Source(images[0].parent.name, tuple(images), False)
+    return Input("frames", [picture_sequence(source, config, len(images))], notes=notes)
 
 
 def picture_sequence(source, config, count=None):
@@ -159,7 +160,7 @@ def grid_input(path, config, whole):
     sequences = [
         Sequence(lambda a=a, b=b: grid.frames(a, b), b - a, None if times is None else times[a:b]) for a, b in runs
     ]
-    return Input(sequences, many, grid.info, notes, grid.steady())
+    return Input("grid", sequences, many, grid.info, notes, grid.steady())
 
 
 def coming_forcings(source, config, last_frame, times, count, path=None):
@@ -252,9 +253,9 @@ def array_input(file, config):
             yield frame_of(whole.take(t, rest.index("T")), rest.replace("T", ""))
 
     if "N" not in axes:
-        return Input([Sequence(lambda: frames(None), length["T"])], notes=notes)
+        return Input("array", [Sequence(lambda: frames(None), length["T"])], notes=notes)
     sequences = [Sequence(lambda i=i: frames(i), length["T"]) for i in range(length["N"])]
-    return Input(sequences, many=True, notes=notes)
+    return Input("array", sequences, many=True, notes=notes)
 
 
 def input_axes(file, array, config):
