@@ -214,6 +214,21 @@ def test_latitudes_and_levels_are_those_that_the_file_says(tmp_path):
     assert open_grid(tmp_path / "levels.nc").info.names == ["t2m@500", "t2m@850"]
 
 
+def test_a_group_has_the_coordinates_of_the_groups_above(tmp_path):
+    """The dimensions are those of the root; the group between uses none of them."""
+    whole = field(SIX_HOURS[[0, 1, 2, 5]])
+    path = write(whole.drop_vars("t2m").assign(height=2.0), tmp_path / "a.nc")
+    steady = whole.drop_vars(["time", "latitude", "longitude"])
+    steady["t2m"].attrs["coordinates"] = "height"
+    write(steady, path, mode="a", group="b/c")
+    grid = open_grid(path)
+    assert grid.info.names == ["b/c/t2m"] and grid.runs() == [(0, 3), (3, 4)]
+    np.testing.assert_array_equal(grid.info.times, seconds(whole.time))
+    np.testing.assert_array_equal(grid.info.latitude[:, 0], whole.latitude)
+    assert grid.info.coordinates["height"] == 2
+    np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"])
+
+
 def test_coordinates_of_pixels_are_no_fields(tmp_path):
     pixels = (("latitude", "longitude"), np.ones((9, 12)))
     whole = field().drop_vars(["latitude", "longitude"]).assign_coords(lat=pixels, lon=pixels)

@@ -103,9 +103,30 @@ def opened(path, group="", variable=""):
         for variable in store.variables.values():
             if variable.dtype.kind in "buif":
                 variable.attrs.update(as_numbers(variable.attrs))
-        yield store
+        yield store.assign(inherited(path, group, store)) if group else store
     finally:
         store.close()
+
+
+def inherited(path, group, store):
+    """The coordinates of a group's variables that lie in the groups above it, {name: xarray.Variable}.
+
+    store   Dataset of the group
+
+    A group sees the dimensions of the groups above it (NetCDF-4), so that their coordinates are its own. The nearest
+    group goes first. A group between may use none of these dimensions itself.
+    """
+    keys = ("coordinates", "grid_mapping")
+    named = {word for v in store.variables.values() for key in keys for word in str(v.attrs.get(key, "")).split()}
+    wanted, found = {*store.sizes, *named} - {*store.variables}, {}
+    while group and wanted:
+        group = group.rpartition("/")[0]
+        with opened(path, group) as above:
+            # A dimension of another size is another one of the same name
+            found |= {name: v.load() for name, v in above.variables.items()
+                      if name in wanted and v.sizes.items() <= store.sizes.items()}  # fmt: skip
+        wanted -= {*found}
+    return found
 
 
 def as_numbers(attributes):
