@@ -120,6 +120,22 @@ def test_wide_types_and_whole_numbers_keep_their_values(tmp_path):
         np.testing.assert_array_equal(found[..., 0], array)
 
 
+@pytest.mark.parametrize("form", ["hdf5", "zarr"])
+def test_the_fill_value_bounds_values_in_netcdf_alone(tmp_path, form):
+    stored = np.array([0, 1, 40, -1, -2, 300], "i2").reshape(1, 2, 3)
+    if form == "zarr":
+        pytest.importorskip("zarr")
+        dataset = xarray.Dataset({"v": (("time", "y", "x"), stored, {"_FillValue": np.int16(-1)})})
+        dataset.to_zarr(tmp_path / "a", zarr_format=2)
+    else:
+        with h5py.File(tmp_path / "a", "w") as f:  # without names of dimensions, unlike what netCDF writes
+            f["v"] = stored
+            f["v"].attrs["_FillValue"] = np.int16(-1)
+    grid = open_grid(tmp_path / "a", ["v"])
+    np.testing.assert_array_equal(read(grid).ravel(), [0, 1, 40, np.nan, -2, 300])
+    assert not grid.beyond_fill["v"]
+
+
 def test_bom_radar_against_h5py():
     folder = shared("fields/bom_nc")
     files = sorted(folder.glob("*.nc"))[:8]

@@ -64,14 +64,15 @@ def stored_type(dtype, attributes, flags):
     return np.dtype(np.float32 if fits else np.float64)
 
 
-def decode(block, flags, dtype):
+def decode(block, flags, dtype, netcdf):
     """The values of a block of a variable: unpacked by xarray, and NaN where the file allows no value.
 
-    block   xarray.Variable, packed, with its attributes
-    flags   further stored numbers that mean missing
-    dtype   of the result
+    block    xarray.Variable, packed, with its attributes
+    flags    further stored numbers that mean missing
+    dtype    of the result
+    netcdf   whether the variable is one of NetCDF (is_netcdf)
 
-    Returns (values, how many lie beyond the fill value and are left out for that alone). Where a variable of whole
+    Returns (values, how many lie beyond the fill value and are left out for that alone). Where a NetCDF variable of whole
     numbers has a fill value and no valid range, the NetCDF User Guide ("Attribute Conventions", valid_range) lets the
     fill value bound the range: with -1 as the fill value, -2 is no value either.
     """
@@ -85,7 +86,7 @@ def decode(block, flags, dtype):
         values = xarray.decode_cf(dataset, decode_times=False, decode_coords=False)["v"].values
     stored = stored.view(counted_type(stored.dtype, attributes))
     wrong = ~valid_values(stored, values, attributes)
-    beyond = beyond_fill(stored, attributes)
+    beyond = beyond_fill(stored, attributes) if netcdf else np.zeros(stored.shape, bool)
     # xarray compares -999.9 of a type of 64 bits with values of 32, and -1 with values that _Unsigned makes 255
     named = [value for key in ("_FillValue", "missing_value") for value in np.ravel(attributes.get(key, ()))]
     for flag in (*flags, *named):
@@ -119,6 +120,15 @@ def counted(value, dtype, attributes):
     """A whole number of an attribute in the type of the stored ones. With _Unsigned, -6 stands for 65530."""
     value = np.asarray(value)
     return value.astype(dtype) if "_Unsigned" in attributes and value.dtype.kind in "iu" else value
+
+
+def is_netcdf(path, dims):
+    """Whether a variable is one of NetCDF, by the format of its file and the names of its dimensions.
+
+    netCDF names the dimensions of all that it writes into HDF5. Others need not, and xarray then calls them phony.
+    """
+    kind = format_of(path)
+    return kind == "netcdf3" or (kind == "hdf5" and not any(str(dim).startswith("phony_dim") for dim in dims))
 
 
 def beyond_fill(stored, attributes):

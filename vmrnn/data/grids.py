@@ -23,7 +23,7 @@ from vmrnn.data.clips import Clip
 from vmrnn.data.grid_fields import check_alike, describe, file_of, opened_dataset
 from vmrnn.data.grid_files import choose_variables, format_of, grid_files, split_path
 from vmrnn.data.grid_info import GridInfo
-from vmrnn.data.grid_values import decode
+from vmrnn.data.grid_values import decode, is_netcdf
 from vmrnn.data.times import check_step, moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar, counted
@@ -122,11 +122,11 @@ class Grid:
         """The frames at `place` of the channels of one selection, (n, H, W, c)."""
         roles = dict(zip(variable.dims, selection.letters))
         block = variable.isel({dim: place[letter] for dim, letter in roles.items() if letter in place})
+        path = selection.path or part.path
         try:
-            values, beyond = decode(block, selection.flags, self.dtype)
+            values, beyond = decode(block, selection.flags, self.dtype, is_netcdf(path, variable.dims))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
-            path = selection.path or part.path
             raise UserError(f"{path}: {selection.variable} cannot be read ({reason}); fetch it again") from error
         self.beyond_fill[selection.variable] += beyond
         order = sorted(range(block.ndim), key=lambda i: "TCHW".index(roles[block.dims[i]]))
