@@ -1,5 +1,6 @@
 """Gridded fields: values, times and coordinates are those of the files, and what has two readings is refused."""
 
+import shutil
 from dataclasses import replace
 
 import h5py
@@ -12,8 +13,9 @@ from scipy.io import netcdf_file
 
 from dataset import build_dataset
 from vmrnn.config import Config
+from vmrnn.data.grid_files import grid_files
 from vmrnn.data.grid_info import GridInfo
-from vmrnn.data.grids import open_grid
+from vmrnn.data.grids import grid_clips, open_grid
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
@@ -297,6 +299,22 @@ def test_files_follow_one_another_in_time(tmp_path):
     write(whole.isel(time=slice(2, 3)), tmp_path / "c.nc")
     with pytest.raises(UserError, match="2020-01-01 12:00:00 comes twice"):
         open_grid(tmp_path)
+
+
+def test_files_that_are_passed_over_are_named(tmp_path):
+    """The files inside a Zarr store are parts of it."""
+    write(field(SIX_HOURS[:3]), tmp_path / "a.nc")
+    (tmp_path / "b.zarr").mkdir()
+    for name in ("b.zarr/.zgroup", "b.zarr/0.0", "read.me", "old.nc4.bz2"):
+        (tmp_path / name).write_text("x")
+    notes = []
+    assert [file.name for file in grid_files(tmp_path, notes)] == ["a.nc", "b.zarr"]
+    assert "2 files passed over" in notes[0] and ".me 1" in notes[0] and ".bz2 1" in notes[0]
+    shutil.rmtree(tmp_path / "b.zarr")
+    config = Config(dataset="grid", cache_dir=str(tmp_path / ".cache"))
+    assert notes[0] in grid_clips(tmp_path, config)[1]
+    (tmp_path / "read.me").unlink()  # after which the cache is used again
+    assert any("1 file passed over" in note for note in grid_clips(tmp_path, config)[1])
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ GRIDS = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5", ".hdf", ".zar
          ".tif", ".tiff")  # fmt: skip
 
 
-def grid_files(path):
+def grid_files(path, notes=None):
     """The files of a gridded field in natural order: a file or Zarr folder itself, those in a folder, or of a glob.
+
+    notes   as in media.files_in
 
     UserError: there is none.
     """
@@ -29,7 +31,7 @@ def grid_files(path):
     if folder.is_dir():
         stores = [store for store in folder.rglob("*.zarr") if is_zarr(store)]
         stores = [s for s in stores if not any(part.startswith(".") for part in s.relative_to(folder).parts)]  # hidden
-        files = [file for file in files_in(folder, GRIDS) if not any(store in file.parents for store in stores)]
+        files = files_in(folder, GRIDS, notes, set(stores))
         found = sorted([*files, *stores], key=lambda file: natural_key(file.as_posix()))
     else:
         found = sorted(map(Path, glob.glob(str(path), recursive=True)), key=lambda file: natural_key(file.as_posix()))

@@ -186,7 +186,8 @@ def grid_clips(path, options):
     Returns (clips, notes): the runs of frames between gaps, and lines that say how the files were read.
     UserError: as open_grid, and another number of channels than input_channels.
     """
-    files = [*grid_files(path), *(file for file, _ in map(file_of, options.forcings) if file)]
+    passed_over = []  # not of the cache, whose content does not depend on it
+    files = [*grid_files(path, passed_over), *(file for file, _ in map(file_of, options.forcings) if file)]
     for file in files:
         format_of(file)  # refuses a file that does not exist
     how = (options.variables, options.array_axes, options.time_from, options.time_step, options.forcings)
@@ -215,7 +216,7 @@ def grid_clips(path, options):
         name = f"{path} sequence {number}" if index["breaks"] else str(path)
         clips.append(Clip(name, str(folder / "frames.npy"), start, stop))
     waves = ["calendar: hour of the day and day of the year (UTC) are given"] if options.calendar else []
-    return clips, [*index["notes"], *waves]
+    return clips, [*index["notes"], *passed_over, *waves]
 
 
 def calendar_of(clips):

@@ -44,10 +44,11 @@ def in_order(files, folder):
     return sorted(files, key=lambda file: (keys[file], names[file]))
 
 
-def files_in(folder, suffixes, notes=None):
+def files_in(folder, suffixes, notes=None, without=()):
     """The files under a folder with one of the suffixes, in natural order of their paths.
 
-    notes   list to which a line is added, if files are passed over because of their ending
+    notes     list to which a line is added, if files are passed over because of their ending
+    without   paths of folders that are not searched
 
     Links are followed. Hidden files and folders are left out.
     """
@@ -59,6 +60,7 @@ def files_in(folder, suffixes, notes=None):
         folders[:] = [
             name for name in folders
             if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in seen
+            and Path(parent, name) not in without
         ]  # fmt: skip
         for name in names:
             if name.lower().endswith(suffixes) and not name.startswith("."):
