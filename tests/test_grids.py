@@ -1,5 +1,6 @@
 """Gridded fields: values, times and coordinates are those of the files, and what has two readings is refused."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -299,6 +300,16 @@ def test_files_follow_one_another_in_time(tmp_path):
     write(whole.isel(time=slice(2, 3)), tmp_path / "c.nc")
     with pytest.raises(UserError, match="2020-01-01 12:00:00 comes twice"):
         open_grid(tmp_path)
+
+
+def test_files_whose_numbers_are_ambiguous_are_in_the_order_of_arrays(tmp_path):
+    """1.1 and 1.10 are no decimal numbers, or they would be one."""
+    names = ["1.1.nc", "1.9.nc", "1.10.nc"]
+    for name in names:
+        write(field(SIX_HOURS[:1]).drop_vars("time"), tmp_path / name)
+    relative = os.path.relpath(tmp_path)
+    for path in (tmp_path, tmp_path / "*.nc", f"{relative}/*.nc"):
+        assert [file.name for file in grid_files(path)] == names
 
 
 def test_files_that_are_passed_over_are_named(tmp_path):

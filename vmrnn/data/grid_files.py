@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.grid_info import import_xarray
-from vmrnn.data.media import files_in, natural_key
+from vmrnn.data.media import files_in, in_order
 from vmrnn.errors import UserError
 
 GRIDS = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5", ".hdf", ".zarr", ".grib", ".grib2", ".grb", ".grb2",
@@ -32,9 +32,9 @@ def grid_files(path, notes=None):
         stores = [store for store in folder.rglob("*.zarr") if is_zarr(store)]
         stores = [s for s in stores if not any(part.startswith(".") for part in s.relative_to(folder).parts)]  # hidden
         files = files_in(folder, GRIDS, notes, set(stores))
-        found = sorted([*files, *stores], key=lambda file: natural_key(file.as_posix()))
+        found = in_order([*files, *stores], folder)
     else:
-        found = sorted(map(Path, glob.glob(str(path), recursive=True)), key=lambda file: natural_key(file.as_posix()))
+        found = in_order([Path(name) for name in glob.glob(str(path), recursive=True)], folder.anchor)
     if not found:
         raise UserError(f"{path}: no such file, no folder with {' '.join(GRIDS)} in it, no glob that fits a file")
     return found
