@@ -8,7 +8,7 @@ from helpers import write_images
 
 from dataset import build_dataset
 from vmrnn.config import Config
-from vmrnn.data.times import at_regular_step, nearest_frames, parse_step, times_from_names
+from vmrnn.data.times import at_regular_step, later_times, nearest_frames, parse_step, times_from_names
 from vmrnn.errors import UserError
 
 
@@ -108,3 +108,19 @@ def test_a_stream_is_resampled_as_an_array_is(seed):
     streamed = list(at_regular_step(zip(range(50), times), 2.0))
     assert [frame for frame, _ in streamed] == list(indices)
     np.testing.assert_allclose([time for _, time in streamed], regular)
+
+
+@pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])
+@pytest.mark.parametrize("place", ["first", "third day at six", "middle", "last day"])
+def test_months_are_followed_by_months_in_every_calendar(calendar, place):
+    """The year that follows has another February in the standard calendar."""
+    cftime = pytest.importorskip("cftime")
+    starts = [cftime.datetime(2019 + i // 12, i % 12 + 1, 1, calendar=calendar) for i in range(25)]
+    edges = cftime.date2num(starts, "seconds since 1970-01-01", calendar=calendar).astype(float)
+    into = {"first": 0, "third day at six": 54 * 3600, "middle": np.diff(edges) / 2, "last day": np.diff(edges) - 86400}
+    times = edges[:-1] + into[place]
+    np.testing.assert_array_equal(later_times(times[:12], 12, calendar), times[12:])
+    np.testing.assert_array_equal(later_times(times[:12:3], 4, calendar), times[12::3])
+    np.testing.assert_array_equal(later_times(times[6:8], 12, calendar), times[8:20])  # both of 31 days
+    days = edges[0] + 86400 * np.arange(20, 50)  # over the end of a month
+    np.testing.assert_array_equal(later_times(days[:15], 15, calendar), days[15:])

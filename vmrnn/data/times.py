@@ -14,6 +14,7 @@ import numpy as np
 from vmrnn.errors import UserError
 
 EPOCH = "seconds since 1970-01-01"
+DAY = 86400  # seconds
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")  # calendars that are numpy's from 1582 on
 # The units that `parse_step` reads, in seconds; "" is the unit of the times themselves
 UNITS = {"": 1, "s": 1, "sec": 1, "second": 1,
@@ -209,22 +210,57 @@ def later_times(times, count, calendar=None):
     times      float (T,), at least two
     calendar   of the times: None where they count frames, else the CF name
 
-    Frames that are whole calendar months apart go on by months (standard calendars only).
+    Frames that are whole calendar months apart go on by months: in the middle of each, or on the same day at the same hour,
+    which is the last day of a shorter month.
     UserError: one time alone, whose step is not known.
     """
     if len(times) < 2:
         raise UserError(
             "one frame alone has no time step: the times of those that follow are not known; give two or more"
         )
-    if calendar in STANDARD:
-        stamps = np.round(np.asarray(times) * 1000).astype("datetime64[ms]")
-        months = stamps.astype("datetime64[M]")
-        into = stamps - months.astype("datetime64[ms]")
-        by = np.unique(np.diff(months.astype(int)))
-        if len(by) == 1 and by[0] > 0 and len(np.unique(into)) == 1 and into[0] < np.timedelta64(28, "D"):
+    if calendar:
+        months = month_numbers(times, calendar)
+        by = np.unique(np.diff(months))
+        if len(by) == 1 and by[0] > 0:
             later = months[-1] + by[0] * np.arange(1, count + 1)
-            return (later.astype("datetime64[ms]") + into[0]).astype("int64") / 1000.0
+            (starts, lengths), (first, sizes) = (month_spans(numbers, calendar) for numbers in (months, later))
+            into = times - starts
+            day, hour = into.max(), into.max() % DAY
+            # The middle goes first: it is the same day in July and August, but not in September
+            for place in (
+                lambda length: length / 2,
+                lambda length: np.minimum(day, length - DAY + hour),
+                lambda length: length / 2 // DAY * DAY,
+            ):
+                if np.allclose(place(lengths), into, rtol=0, atol=1):
+                    return first + place(sizes)
     return times[-1] + usual_step(times) * np.arange(1, count + 1)
+
+
+def month_numbers(times, calendar):
+    """The months that times lie in, int (T,), counted from January 1970."""
+    if calendar in STANDARD:
+        return np.round(np.asarray(times) * 1000).astype("datetime64[ms]").astype("datetime64[M]").astype(int)
+    import cftime
+
+    dates = cftime.num2date(np.round(times), EPOCH, calendar=calendar)
+    return np.array([12 * (date.year - 1970) + date.month - 1 for date in dates])
+
+
+def month_spans(months, calendar):
+    """Starts and lengths of months, both float64 (n,), in seconds.
+
+    months   as month_numbers counts them
+    """
+    edges = np.stack((months, np.asarray(months) + 1))
+    if calendar in STANDARD:
+        starts = edges.astype("datetime64[M]").astype("datetime64[s]").astype(np.float64)
+    else:
+        import cftime
+
+        dates = [cftime.datetime(1970 + month // 12, month % 12 + 1, 1, calendar=calendar) for month in edges.ravel()]
+        starts = np.reshape(cftime.date2num(dates, EPOCH, calendar=calendar), edges.shape).astype(np.float64)
+    return starts[0], starts[1] - starts[0]
 
 
 def calendar_features(dates):
