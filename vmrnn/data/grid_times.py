@@ -10,7 +10,7 @@ from vmrnn.data.grid_axes import T_NAMES, facts_of, is_time
 from vmrnn.data.grid_files import NUMBERS, format_of, open_groups
 from vmrnn.data.grid_info import import_xarray, plain_attributes
 from vmrnn.data.grid_values import PACKING
-from vmrnn.data.times import EPOCH, time_from_name, time_from_text
+from vmrnn.data.times import EPOCH, STANDARD, import_cftime, time_from_name, time_from_text
 from vmrnn.errors import UserError
 
 # Attributes that hold a frame's time where a file has no variable for it
@@ -52,12 +52,11 @@ def coded_times(values, attributes, path):
             warnings.simplefilter("ignore")
             dates = xarray.decode_cf(stored)["time"].values
         if dates.dtype.kind != "M":
-            import cftime
-
+            cftime = import_cftime(calendar, path)
             return np.asarray(cftime.date2num(dates, EPOCH, calendar=calendar), np.float64), calendar
-    except ImportError as error:
-        raise UserError(f"{path}: its times are of the calendar {calendar}: pip install cftime") from error
     except (ValueError, OverflowError) as error:
+        if calendar not in STANDARD:
+            import_cftime(calendar, path)  # xarray's error does not name the package that is missing
         raise UserError(f"{path}: its times cannot be read ({' '.join(str(error).split())[:120]})") from error
     # Such dates lie behind the reform of the calendar, so that the proleptic one is the same
     return dates.astype("datetime64[ns]").astype(np.int64) / 1e9, "standard"

@@ -237,13 +237,26 @@ def later_times(times, count, calendar=None):
     return times[-1] + usual_step(times) * np.arange(1, count + 1)
 
 
+def import_cftime(calendar, path="the data"):
+    """The module cftime, which has the dates of a calendar that numpy does not have.
+
+    calendar   its CF name
+    path       of the file with such times, for the error
+
+    UserError: it is not installed.
+    """
+    try:
+        import cftime
+    except ImportError as error:
+        raise UserError(f"{path}: times of the calendar {calendar} need another package: pip install cftime") from error
+    return cftime
+
+
 def month_numbers(times, calendar):
     """The months that times lie in, int (T,), counted from January 1970."""
     if calendar in STANDARD:
         return np.round(np.asarray(times) * 1000).astype("datetime64[ms]").astype("datetime64[M]").astype(int)
-    import cftime
-
-    dates = cftime.num2date(np.round(times), EPOCH, calendar=calendar)
+    dates = import_cftime(calendar).num2date(np.round(times), EPOCH, calendar=calendar)
     return np.array([12 * (date.year - 1970) + date.month - 1 for date in dates])
 
 
@@ -256,8 +269,7 @@ def month_spans(months, calendar):
     if calendar in STANDARD:
         starts = edges.astype("datetime64[M]").astype("datetime64[s]").astype(np.float64)
     else:
-        import cftime
-
+        cftime = import_cftime(calendar)
         dates = [cftime.datetime(1970 + month // 12, month % 12 + 1, 1, calendar=calendar) for month in edges.ravel()]
         starts = np.reshape(cftime.date2num(dates, EPOCH, calendar=calendar), edges.shape).astype(np.float64)
     return starts[0], starts[1] - starts[0]
@@ -312,6 +324,4 @@ def moment(time, calendar="standard"):
         return f"{time:g}"
     if calendar in STANDARD:
         return str(np.datetime64(round(time), "s")).replace("T", " ")
-    import cftime
-
-    return cftime.num2date(round(time), EPOCH, calendar=calendar).isoformat(" ", "seconds")
+    return import_cftime(calendar).num2date(round(time), EPOCH, calendar=calendar).isoformat(" ", "seconds")
