@@ -102,9 +102,9 @@ def opened(path, group="", variable=""):
     except Exception as error:  # each library has its own kinds
         raise UserError(cannot_open(path, kind, group, error)) from error
     try:
-        for variable in store.variables.values():
-            if variable.dtype.kind in "buif":
-                variable.attrs.update(as_numbers(variable.attrs))
+        for stored in store.variables.values():
+            if stored.dtype.kind in "buif":
+                stored.attrs.update(as_numbers(stored.attrs))
         yield store.assign(inherited(path, group, store)) if group else store
     finally:
         store.close()
@@ -115,8 +115,8 @@ def inherited(path, group, store):
 
     store   Dataset of the group
 
-    A group sees the dimensions of the groups above it (NetCDF-4), so that their coordinates are its own. The nearest
-    group goes first. A group between may use none of these dimensions itself.
+    In NetCDF-4 a group has the dimensions of all groups above it, and so their coordinates. If two groups have a coordinate
+    of one name, that of the nearer group counts.
     """
     keys = ("coordinates", "grid_mapping")
     named = {word for v in store.variables.values() for key in keys for word in str(v.attrs.get(key, "")).split()}

@@ -226,7 +226,7 @@ def later_times(times, count, calendar=None):
             (starts, lengths), (first, sizes) = (month_spans(numbers, calendar) for numbers in (months, later))
             into = times - starts
             day, hour = into.max(), into.max() % DAY
-            # The middle goes first: it is the same day in July and August, but not in September
+            # The middle is tried first. In July and August it is the same day too, but not in September.
             for place in (
                 lambda length: length / 2,
                 lambda length: np.minimum(day, length - DAY + hour),
