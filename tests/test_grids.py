@@ -491,6 +491,10 @@ def test_gaps_and_a_regular_step(tmp_path):
     assert grid.runs() == [(0, 3), (3, 5)]
     with pytest.raises(UserError, match="5 min, but the frames are 10 min apart"):
         open_grid(tmp_path / "a.nc", time_step="5min")
+    write(field(np.arange(6)), tmp_path / "counted.nc")
+    with pytest.raises(UserError, match="time_step 2s: the frames have no dates"):
+        open_grid(tmp_path / "counted.nc", time_step="2s")
+    assert len(open_grid(tmp_path / "counted.nc", time_step="2").info.times) == 3
     months = seconds(np.arange("2020-01", "2021-01", dtype="datetime64[M]"))
     assert runs_without_gap(months) == [(0, 12)]
     np.testing.assert_array_equal(

@@ -59,6 +59,9 @@ def test_images_with_missing_numbers_are_parted_and_others_are_not(tmp_path):
     write_images(tmp_path / "numbers" / "clip", grey_levels(8), "frame_{}.png")
     for missing in (4, 5):
         (tmp_path / "numbers" / "clip" / f"frame_{missing}.png").unlink()
+    with pytest.raises(UserError, match="time_step 2s: the frames have no dates"):
+        sequences(tmp_path / "numbers", tmp_path, dataset="frames", time_step="2s")
+    assert sequences(tmp_path / "numbers", tmp_path, dataset="frames", time_step="2", num_frames_input=1)[0] == [[0, 2]]
     found, notes = sequences(tmp_path / "numbers", tmp_path, dataset="frames")
     assert found == [[0, 1, 2], [5, 6, 7]] and any("1 gap in time" in note for note in notes)
     for number in (6, 7, 8):  # the same images under other names have no gap

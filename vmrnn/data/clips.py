@@ -14,7 +14,7 @@ from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.images import image_frames
 from vmrnn.data.prepare import resized
-from vmrnn.data.times import at_regular_step, check_step, increases, parse_step, times_from_names
+from vmrnn.data.times import at_regular_step, check_step, dates_from_names, increases, parse_step, times_from_names
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar
@@ -77,8 +77,35 @@ class Source:
     files: tuple
     video: bool
 
-    def timed_frames(self, channels):
-        """Yields (frame (H, W, C), its time or None): seconds of a video, the numbers or dates in the names of images."""
+    def timed_frames(self, channels, time_step=""):
+        """Yields (frame (H, W, C), its time or None): seconds of a video, the numbers or dates in the names of images.
+
+        channels    1 (grey), 3 (RGB) or None (as they are stored)
+        time_step   such as 0.2s: only the frames nearest to this regular step, with the times that they then stand for;
+                    "": all
+
+        UserError, with a time_step: a frame has no time, the times do not increase, the step is too short, or it has a unit
+        and the names of the images only count them.
+        """
+        if not time_step:
+            yield from self.all_frames(channels)
+            return
+        step, times = parse_step(time_step, self.video or dates_from_names(self.files) is not None), []
+
+        def checked():
+            for frame, time in self.all_frames(channels):
+                if time is None or (times and time <= times[-1]):
+                    raise UserError(
+                        f"{self.name}: its frames have no times that increase, which time_step needs; leave it out"
+                    )
+                times.append(time)
+                yield frame, time
+
+        yield from at_regular_step(checked(), step)
+        check_step(step, times, self.name)
+
+    def all_frames(self, channels):
+        """Yields what `timed_frames` yields without a time step."""
         if self.video:
             times = []
             for frame in video_frames(self.files[0], channels, times):
@@ -102,10 +129,10 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
     channels    1 (grey) or 3 (RGB)
     size        (H, W) to which frames are resized; None: frames keep their size, which must be the same in all
     antialias   as in prepare.resize
-    time_step   such as 0.2s: the frames nearest to this regular step are taken; "": all
+    time_step   as in Source.timed_frames
 
-    UserError: a damaged source, one whose frames have another size or type than those before, or one without times if
-    time_step is given.
+    UserError: a damaged source, one whose frames have another size or type than those before, or one whose times do not fit
+    time_step.
     """
     # The names of images tell their times: an image that gets another name is at another time
     versions = [[source.name, source.named_times(), *map(stamp, source.files)] for source in sources]
@@ -113,16 +140,12 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
     def write(folder):
         clips = []
 
-        def source_frames(source):
-            timed = source.timed_frames(channels)
-            return regular(timed, time_step, source.name) if time_step else timed
-
         def frames(bar):
             first = None
             for number, source in enumerate(sources, 1):
                 bar.describe(f"decode {number}/{len(sources)} {Path(source.name).name}")
                 times = []
-                for frame, time in source_frames(source):
+                for frame, time in source.timed_frames(channels, time_step):
                     kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype}"
                     first = first or kind
                     if kind != first:
@@ -143,28 +166,6 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
         clips.append(Clip(name, str(folder / "frames.npy"), start, start + count))
         start += count
     return clips
-
-
-def regular(timed_frames, time_step, name):
-    """Yields the (frame, time) pairs that are nearest to a regular step.
-
-    timed_frames   iterator over (frame, time or None)
-    time_step      such as 0.2s
-    name           for messages
-
-    UserError: a frame has no time, the times do not increase, or the step is too short.
-    """
-    step, times = parse_step(time_step), []
-
-    def checked():
-        for frame, time in timed_frames:
-            if time is None or (times and time <= times[-1]):
-                raise UserError(f"{name}: its frames have no times that increase, which time_step needs; leave it out")
-            times.append(time)
-            yield frame, time
-
-    yield from at_regular_step(checked(), step)
-    check_step(step, times, name)
 
 
 def times_of(clips):

@@ -233,12 +233,15 @@ def check_channels(path, names, options):
 
 
 def take_nearest(grid, time_step, path):
-    """Keep only those frames of a Grid that are nearest to a regular step. UserError: its frames have no times."""
-    step = parse_step(time_step)
+    """Keep only those frames of a Grid that are nearest to a regular step.
+
+    UserError: its frames have no times, or the step has a unit and the times only count frames.
+    """
     if grid.info.times is None:
         raise UserError(
             f"{path}: time_step {time_step} needs times, and its frames have none; name them with time_from"
         )
+    step = parse_step(time_step, dated=bool(grid.info.calendar))
     taken, times, breaks = [], [], []
     for start, stop in grid.sequences():
         check_step(step, grid.info.times[start:stop], path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
-from vmrnn.data.clips import Source, regular
+from vmrnn.data.clips import Source
 from vmrnn.data.grid_files import GRIDS, is_zarr
 from vmrnn.data.grid_info import unlike_coordinate
 from vmrnn.data.grids import open_grid
@@ -126,8 +126,7 @@ def picture_sequence(source, config, count=None):
     """A video or images, at the regular step of time_step if there is one."""
 
     def read():
-        timed = source.timed_frames(picture_channels(config))
-        return (frame for frame, _ in (regular(timed, config.time_step, source.name) if config.time_step else timed))
+        return (frame for frame, _ in source.timed_frames(picture_channels(config), config.time_step))
 
     return Sequence(read, None if config.time_step else count)
 

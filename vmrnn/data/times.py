@@ -19,6 +19,7 @@ STANDARD = ("standard", "gregorian", "proleptic_gregorian")  # calendars that ar
 # The units that `parse_step` reads, in seconds; "" is the unit of the times themselves
 UNITS = {"": 1, "s": 1, "sec": 1, "second": 1,
          "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}  # fmt: skip
+NEAR = 0.4999  # of a step: a frame halfway between two regular times stands for neither
 # The forms in which files write a time as text. No other form is guessed: 03/04/2020 has two readings.
 TEXT_FORMS = (
     "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S.%f", "%Y-%m-%d %H:%M:%S.%f", "%Y-%m-%dT%H:%M",
@@ -83,15 +84,20 @@ def time_from_name(path, form):
     return found.pop()
 
 
-def parse_step(text):
-    """Seconds of a time step such as 10min, 1h, 30s or 1d; a bare number counts in the unit of the times themselves.
+def parse_step(text, dated=True):
+    """A time step such as 10min, 1h, 30s or 1d in seconds; a bare number is in the unit of the times themselves.
 
-    UserError: another text, or a step that is not above zero.
+    text    the step
+    dated   whether the times are seconds; False: they count frames, and a step with a unit has no meaning
+
+    UserError: another text, a step that is not above zero, or a unit where the times count frames.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
     scale = match and (UNITS.get(match[2]) or UNITS.get(match[2].removesuffix("s")))
     if not scale or float(match[1]) <= 0:
         raise UserError(f"time_step {text!r}: give a number and s, min, h or d, such as 10min")
+    if match[2] and not dated:
+        raise UserError(f"time_step {text}: the frames have no dates, so the step has no unit; give a number such as 2")
     return float(match[1]) * scale
 
 
@@ -101,20 +107,29 @@ def times_from_names(paths):
     The numbers that stand in all names are read as a date and time together if they can be (20240131_2355), else the last
     one that differs between the names counts the frames.
     """
-    numbers = [re.findall(r"[0-9]+", Path(path).stem) for path in paths]
-    if len(numbers) < 2 or len({len(row) for row in numbers}) > 1:
-        return None
-    columns = list(zip(*numbers))
-    found = None
-    for first in range(len(columns)):
-        for last in range(len(columns), first, -1):
-            texts = ["".join(parts) for parts in zip(*columns[first:last])]
-            found = found or dates_of(texts)
+    found = dates_from_names(paths)
     if found is None:
-        counting = [column for column in columns if len(set(column)) > 1]
+        counting = [column for column in numbers_in_names(paths) if len(set(column)) > 1]
         found = [float(number) for number in counting[-1]] if counting else None
     times = None if found is None else np.array(found)
     return times if times is not None and increases(times) else None
+
+
+def dates_from_names(paths):
+    """Seconds since 1970-01-01 of files by the dates in their names, a list of floats; None: the names hold no dates."""
+    columns = numbers_in_names(paths)
+    for first in range(len(columns)):
+        for last in range(len(columns), first, -1):
+            texts = ["".join(parts) for parts in zip(*columns[first:last])]
+            if found := dates_of(texts):
+                return found
+    return None
+
+
+def numbers_in_names(paths):
+    """The first number of every name, the second one, and so on, as texts; []: the names do not hold equally many."""
+    numbers = [re.findall(r"[0-9]+", Path(path).stem) for path in paths]
+    return list(zip(*numbers)) if len({len(row) for row in numbers}) == 1 and len(numbers) > 1 else []
 
 
 def dates_of(texts):
@@ -139,13 +154,15 @@ def at_regular_step(timed_frames, step):
     timed_frames   iterator over (frame, time), times increasing
     step           of the regular times, which start at the first frame; in the unit of the times
 
-    Yields (frame, regular time). A regular time without a frame within half a step is left out.
+    Yields (frame, regular time). A regular time without a frame less than half a step away is left out.
     """
     start, slot, best = None, None, None
     for frame, time in timed_frames:
         start = time if start is None else start
         here = int(np.floor((time - start) / step + 0.5))
         distance = abs(time - start - here * step)
+        if distance >= NEAR * step:
+            continue
         if slot is not None and here != slot:
             yield best[1], start + slot * step
             best = None
@@ -193,12 +210,13 @@ def nearest_frames(times, step):
     times   float (T,), increasing
     step    of the regular times, which start at the first frame; in the unit of `times`
 
-    Returns (indices, regular times), both (n,). A regular time without a frame within half a step is left out, so a gap
-    stays a gap.
+    Returns (indices, regular times), both (n,). A regular time without a frame less than half a step away is left out, so
+    a gap stays a gap.
     """
     slots = np.floor((times - times[0]) / step + 0.5)
     distance = np.abs(times - times[0] - slots * step)
     order = np.lexsort((distance, slots))  # by slot, the nearest frame of each first
+    order = order[distance[order] < NEAR * step]
     first = np.unique(slots[order], return_index=True)[1]
     indices = order[first]
     return indices, times[0] + slots[indices] * step
