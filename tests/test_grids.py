@@ -288,6 +288,13 @@ def test_readings_that_are_not_clear_are_refused(tmp_path):
         open_grid(tmp_path / "level.nc", ["v@3"])
 
 
+def test_units_alone_tell_rows_from_columns(tmp_path):
+    """Names of dimensions as NCL gives them to fields of GRIB files."""
+    whole = field().rename(latitude="g0_lat_1", longitude="g0_lon_2").transpose("time", "g0_lon_2", "g0_lat_1")
+    write(whole, tmp_path / "a.nc")
+    assert open_grid(tmp_path / "a.nc").shape == (len(SIX_HOURS), 9, 12, 1)
+
+
 # Files
 
 
@@ -324,7 +331,7 @@ def test_files_that_are_passed_over_are_named(tmp_path):
     assert "2 files passed over" in notes[0] and ".me 1" in notes[0] and ".bz2 1" in notes[0]
     shutil.rmtree(tmp_path / "b.zarr")
     config = Config(dataset="grid", cache_dir=str(tmp_path / ".cache"))
-    assert notes[0] in grid_clips(tmp_path, config)[1]
+    assert notes[0] in grid_clips(tmp_path, config)[1] and notes[0] in open_input(tmp_path, config).notes
     (tmp_path / "read.me").unlink()  # after which the cache is used again
     assert any("1 file passed over" in note for note in grid_clips(tmp_path, config)[1])
 
@@ -333,14 +340,17 @@ def test_files_that_are_passed_over_are_named(tmp_path):
     ("change", "message"),
     [
         (lambda d: d.assign_coords(latitude=d.latitude + 1), "coordinate latitude"),
+        (lambda d: d.assign_coords(lat2=d.lat2 + 1), "coordinate lat2"),
+        (lambda d: d.drop_vars("lat2"), "coordinate lat2"),
         (lambda d: d.assign(t2m=d.t2m.assign_attrs(units="degC")), "t2m units degC, but .*: K"),
         (lambda d: d.isel(longitude=slice(6)), "longitude 6"),
         (lambda d: d.drop_vars("time"), "times"),
     ],
-    ids=["coordinate", "unit", "size", "time"],
+    ids=["coordinate", "pixels", "pixels missing", "unit", "size", "time"],
 )
 def test_files_that_are_unlike_are_refused(tmp_path, change, message):
-    whole = field()
+    pixels = np.tile(np.linspace(60, 50, 9), (12, 1)).T
+    whole = field().assign_coords(lat2=(("latitude", "longitude"), pixels, {"units": "degrees_north"}))
     write(whole.isel(time=slice(3)), tmp_path / "a.nc")
     write(change(whole.isel(time=slice(3, 8))), tmp_path / "b.nc")
     with pytest.raises(UserError, match=message):

@@ -12,9 +12,11 @@ import tifffile
 from helpers import ROOT, data_set, read_frames, shared, write_images, write_video
 from PIL import Image
 
+from vmrnn.config import Config
 from vmrnn.data.arrays import find_axes
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import image_frames, page_count
+from vmrnn.data.inputs import open_input
 from vmrnn.data.media import files_in
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
@@ -519,6 +521,11 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     ]
     (note,) = notes
     assert "2 files passed over" in note and ".txt 1" in note and ".jp2 1" in note
+    write_images(tmp_path / "data", GREY[:2])
+    assert open_input(tmp_path / "data", Config()).notes == [
+        note,
+        f"{tmp_path / 'data'}: 3 images in the folders below it are not read",
+    ]
 
 
 def test_a_tiff_file_without_a_page(tmp_path):

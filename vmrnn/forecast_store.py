@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vmrnn.data.arrays import npz_member, npz_rows, open_npy
+from vmrnn.data.grid_axes import place_names
 from vmrnn.data.grid_info import import_xarray, unlike_coordinate
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
@@ -334,7 +335,8 @@ class StoredFields:
                     f"{wanted}"
                 )
         place = info.coordinates
-        names = [name for name in (info.y, info.x) if dataset.sizes.get(name) == place.sizes.get(name)]  # no crops
+        names = [name for name in place_names(place, (info.y, info.x))
+                 if all(dataset.sizes.get(dim) == place.sizes[dim] for dim in place[name].dims)]  # no crops  # fmt: skip
         if name := unlike_coordinate(dataset, place, names):
             raise UserError(
                 f"--forecasts {self.path}: its coordinate {name} is not that of the test set; write forecasts of the same "

@@ -17,7 +17,7 @@ X_NAMES = ("x", "lon", "long", "longitude", "rlon", "nav_lon", "west_east", "eas
            "columns", "pixel", "pixels", "nlon", "nx", "ni", "i", "width")  # fmt: skip
 Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
 X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
-DEGREES_EAST = tuple(unit.replace("n", "e", 1) if unit.endswith("n") else unit for unit in DEGREES_NORTH)
+DEGREES_EAST = ("degrees_east", "degree_east", "degree_e", "degrees_e", "degreee", "degreese")
 
 
 def read_roles(dataset, name, array_axes, path):
@@ -75,6 +75,15 @@ def is_rows(coordinate):
 def is_columns(coordinate):
     facts = facts_of(coordinate)
     return facts["axis"] == "x" or facts["standard_name"] in X_STANDARD or facts["units"] in DEGREES_EAST
+
+
+def place_names(coordinates, dims):
+    """The names of the coordinates of a Dataset that say where the rows, columns and pixels of a map lie.
+
+    dims   names of the dimensions of rows and columns
+    """
+    return [name for name, found in coordinates.variables.items()
+            if found.dims and set(found.dims) <= set(dims) and (name in dims or is_rows(found) or is_columns(found))]  # fmt: skip
 
 
 def is_time(coordinate):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.grid_axes import is_time, levels_of, read_roles
+from vmrnn.data.grid_axes import is_time, levels_of, place_names, read_roles
 from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
-from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
+from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unlike_coordinate, unpacked
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
 from vmrnn.errors import UserError
@@ -192,11 +192,11 @@ def check_size(asked, found, first_name, first, given, place, path):
 
 
 def check_same_place(coordinates, others, roles, path, other_path):
-    """UserError if two files have different coordinates of rows or columns."""
-    for dim in (plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"):
-        ours, theirs = (found[dim][1] if dim in found else None for found in (coordinates, others))
-        if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
-            raise UserError(f"{other_path}: its coordinate {dim} is not that of {path}; they are of different places")
+    """UserError if two files have different coordinates of rows, columns or pixels."""
+    ours, theirs = (import_xarray().Dataset(coords=found) for found in (coordinates, others))
+    dims = [plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"]
+    if name := unlike_coordinate(ours, theirs, place_names(ours, dims)):
+        raise UserError(f"{other_path}: its coordinate {name} is not that of {path}; they are of different places")
 
 
 def channel_name(variable, level):
@@ -259,10 +259,10 @@ def check_alike(first, other, first_path, path):
             if its.facts[key] != value:
                 raise UserError(f"{path}: {key} {its.facts[key] or 'none'}, but {first_path}: {value or 'none'}; "
                                 "make them alike")  # fmt: skip
-    for name in (first.info.y, first.info.x):
-        ours, theirs = (d.info.coordinates.variables.get(name) for d in (first, other))
-        if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours.values, theirs.values)):
-            raise UserError(f"{path}: its coordinate {name} is not that of {first_path}; they are of different places")
+    ours, theirs, dims = first.info.coordinates, other.info.coordinates, (first.info.y, first.info.x)
+    in_one = set(place_names(ours, dims)) ^ set(place_names(theirs, dims))
+    if name := min(in_one, default=None) or unlike_coordinate(ours, theirs, place_names(ours, dims)):
+        raise UserError(f"{path}: its coordinate {name} is not that of {first_path}; they are of different places")
     mine, its = first.part.times, other.part.times
     if (mine.values is None) != (its.values is None) or mine.calendar != its.calendar:
         ways = f"{its.source or 'none'}, not {mine.source or 'none'}"

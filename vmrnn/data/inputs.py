@@ -9,7 +9,8 @@ import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
 from vmrnn.data.clips import Source
-from vmrnn.data.grid_files import GRIDS, is_zarr
+from vmrnn.data.grid_axes import place_names
+from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
 from vmrnn.data.grid_info import unlike_coordinate
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames
@@ -87,7 +88,8 @@ def open_input(path, config, whole=False):
     if config.dataset == "grid" or suffix in GRIDS or is_zarr(file) or holds_grids(file):
         return grid_input(path, config, whole)
     if file.is_dir():
-        return image_input(images_in(file), config, whole)
+        notes = []
+        return image_input(images_in(file, notes), config, whole, notes)
     if not file.exists():
         raise UserError(
             f"{path}: no such file or folder; name a video, a folder of images, an array or a gridded field"
@@ -108,9 +110,9 @@ def holds_grids(folder):
     return not endings.isdisjoint(GRIDS) and endings.isdisjoint(IMAGES)
 
 
-def image_input(images, config, whole):
+def image_input(images, config, whole, notes):
     """A folder of images. If numbers are missing in their names, only the images after the last gap are continued."""
-    times, notes = times_from_names(images), []
+    times = times_from_names(images)
     if times is not None and not config.time_step and not whole:
         runs = runs_without_gap(times)
         images = images[runs[-1][0] :]
@@ -146,6 +148,7 @@ def grid_input(path, config, whole):
             f"{config.input_channels}; name others with --variables"
         )
     many, runs, notes = bool(grid.breaks), grid.runs(), list(grid.notes)
+    grid_files(path, notes)  # adds which files are passed over
     if many and not whole:
         # The runs of a sequence end where the next one begins; its last run is the one to continue.
         ends = [*grid.breaks, grid.shape[0]]
@@ -200,8 +203,10 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
         if unit != (wanted := source.info.given_units[number]):
             raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but in {wanted or 'no unit'} in the input; write it in "
                             "the same unit")  # fmt: skip
-    place = source.info.y, source.info.x
-    if coordinate := unlike_coordinate(grid.info.coordinates, source.info.coordinates, place):
+    place = source.info.coordinates
+    if coordinate := unlike_coordinate(
+        grid.info.coordinates, place, place_names(place, (source.info.y, source.info.x))
+    ):
         raise UserError(f"{path}: its coordinate {coordinate} is not that of the input; they are of different places")
     # Find the frame of each time. Without times the frames are taken in order.
     numbers = range(count)

@@ -74,9 +74,17 @@ def files_in(folder, suffixes, notes=None, without=()):
     return in_order(taken, folder)
 
 
-def images_in(folder):
-    """The images directly in a folder, in natural order; UserError where there is none."""
-    found = [path for path in files_in(folder, IMAGES) if path.parent == Path(folder)]
-    if not found:
+def images_in(folder, notes=None):
+    """The images directly in a folder, in natural order.
+
+    notes   list to which a line is added for files that are passed over, and for images in folders below this one
+
+    UserError: there is none.
+    """
+    found = files_in(folder, IMAGES, notes)
+    here = [path for path in found if path.parent == Path(folder)]
+    if not here:
         raise UserError(f"{folder}: no images in it ({' '.join(IMAGES)}); name a folder of images")
-    return found
+    if notes is not None and (below := len(found) - len(here)):
+        notes.append(f"{folder}: {below} image{'s' * (below > 1)} in the folders below it are not read")
+    return here
