@@ -295,6 +295,14 @@ def test_units_alone_tell_rows_from_columns(tmp_path):
     assert open_grid(tmp_path / "a.nc").shape == (len(SIX_HOURS), 9, 12, 1)
 
 
+def test_latitudes_of_pixels_in_the_group_above_are_no_field(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["lat"] = np.zeros((4, 5))
+        f["lat"].attrs["units"] = "degrees_north"
+        f["data/rain"] = np.zeros((3, 4, 5))
+    assert open_grid(tmp_path / "a.h5").info.names == ["data/rain"]
+
+
 # Files
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vmrnn.data.grid_axes import is_columns, is_rows
 from vmrnn.data.grid_info import import_xarray
 from vmrnn.data.media import files_in, in_order
 from vmrnn.errors import UserError
@@ -220,12 +221,13 @@ def split_path(variable):
 
 
 def is_field(dataset, name):
-    """Whether a variable is a field: numbers over two dimensions or more that are no bounds or coordinates of another."""
+    """Whether a variable is a field: numbers over two dimensions or more that are no bounds and no coordinates."""
     variable = dataset.variables[name]
     keys = ("bounds", "climatology", "coordinates")
     about = {word for v in dataset.variables.values() for key in keys for word in str(v.attrs.get(key, "")).split()}
     sizes = [size for size in variable.shape if size > 1]
-    return variable.dtype.kind in "buif" and len(sizes) >= 2 and name not in about and name not in variable.dims
+    known = name in about or name in variable.dims or is_rows(variable) or is_columns(variable)
+    return variable.dtype.kind in "buif" and len(sizes) >= 2 and not known
 
 
 def find_variables(path):
