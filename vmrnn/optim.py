@@ -1,25 +1,29 @@
 """The optimiser, which weights decay, and the learning rate over a run."""
 
 import math
+from functools import partial
 
 import torch
 from timm.optim import Muon, muon as timm_muon
 
 # Device types on which Adam and AdamW have one kernel for all weights
 FUSED = ("cpu", "cuda")
-timm_orthogonalize = timm_muon.zeropower_via_newtonschulz
 
 
-def orthogonalize(gradient, *args, **options):
-    """timm's, but in fp32 on a CPU. timm computes in bf16, whose matrix products are slow on most CPUs.
+class CPUMuon(Muon):
+    """timm's Muon for a CPU: it orthogonalizes the updates in fp32.
 
-    Muon has no option for the dtype and calls this function by its name in timm's module.
+    timm's works in bf16, whose matrix products are slow on most CPUs, and has no option for it. It finds the function by
+    its name in its module, where another one stands during a step.
     """
-    dtype = torch.float32 if gradient.device.type == "cpu" else torch.bfloat16
-    return timm_orthogonalize(gradient, *args, dtype=dtype, **options)
 
-
-timm_muon.zeropower_via_newtonschulz = orthogonalize
+    def step(self, closure=None):
+        original = timm_muon.zeropower_via_newtonschulz
+        timm_muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32)
+        try:
+            return super().step(closure)
+        finally:
+            timm_muon.zeropower_via_newtonschulz = original
 
 
 def parameter_groups(model, weight_decay):
@@ -50,7 +54,8 @@ def make_optimizer(model, name, lr, weight_decay, device):
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
             group["use_fallback"] = True
-        return Muon([{"params": matrices, "weight_decay": weight_decay}, *groups], lr=lr, nesterov=True)
+        muon = CPUMuon if device.type == "cpu" else Muon
+        return muon([{"params": matrices, "weight_decay": weight_decay}, *groups], lr=lr, nesterov=True)
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     return optimizer_class(groups, lr=lr, fused=device.type in FUSED)
 
