@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def test_a_second_ctrl_c_while_saving_loses_nothing_and_a_third_ends_at_once(pre
         assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
 
 
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep absent")
 def test_a_worker_that_the_system_kills(process, tmp_path):
     run = process("--num_workers", "1")
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()

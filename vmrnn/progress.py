@@ -13,6 +13,16 @@ log = logging.getLogger("vmrnn")
 EVERY = 60  # seconds between two lines
 
 
+class TerminalBar(tqdm):
+    """tqdm's bar with a lock between threads.
+
+    tqdm's own lock is between processes, of which only one draws here. From Python 3.14 on it starts a further process.
+    """
+
+
+TerminalBar.set_lock(threading.RLock())
+
+
 def duration(seconds):
     """A time as a person writes it: "12 s", "5 min", "3 h 20 min", "4 days"."""
     if seconds < 90:
@@ -42,7 +52,7 @@ class Bar:
         self.new, self.since, self.line = 0, time.monotonic(), time.monotonic()
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self.silent = silent or terminal
-        self.bar = tqdm(
+        self.bar = TerminalBar(
             desc=title, total=total, initial=first, unit=unit, unit_scale=True, leave=False, dynamic_ncols=True,
             disable=silent or not terminal,
         )  # fmt: skip
