@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import logging
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -150,53 +151,19 @@ def train(config, weights, resumed, device, signals, run):
     log_plan(state, train_loader, valid_loader, parts)
     log.info("run folder %s", run.path)
 
+    training = Training(
+        state, run, logger, signals, schedule, train_step, train_loader, valid_loader, eval_model, loss_function, rows,
+        device,
+    )  # fmt: skip
     # From here on there is something to save: a signal ends the run after the next update.
     signals.deferred = True
     validated = False
     with failures_handled(run, state):
         while progress.epoch <= config.epochs:
-            train_loader.sampler.epoch = progress.epoch
-            train_loader.sampler.start = progress.step * config.train_batch_size
-            updates = train_one_epoch(
-                train_step, train_loader, optimizer, schedule.learning_rate, updates_per_epoch=updates_per_epoch,
-                horizon=schedule.horizon, start=progress.step, epoch_start=progress.epoch_start, seed=config.seed,
-                clip_grad=config.clip_grad, title=f"epoch {progress.epoch}/{config.epochs}",
-                rest=partial(time_left, progress, config.epochs),
-            )  # fmt: skip
-            for update in updates:
-                signals.seconds = run.seconds_per_save + progress.count_time()
-                if ema:
-                    ema.update(model, step=progress.global_step + 1)
-                progress.add_update(update)
-                if update.step % config.log_train == 0 or update.step == updates_per_epoch:
-                    lr = schedule.learning_rate(progress.global_step - 1)
-                    values = {"train_loss": progress.take_window(), "grad_norm": update.grad_norm, "lr": lr}
-                    logger.training(progress, values)
-                if any(distributed.all_sum(signals.received is not None)):
-                    stop(run, state, f"stopped by {signals.received or 'another process'}")
-                if run.save_due(state):
-                    run.save(state)
-
+            training.epoch()
             validated = progress.epoch % config.epoch_valid == 0 or progress.epoch == config.epochs
             if validated:
-                # Saved before anything is drawn: a resumed run evaluates again, so that no failure in the validation or its
-                # pictures costs the epoch.
-                if not run.is_saved(state):
-                    run.save(state)
-                results = evaluate(
-                    eval_model, valid_loader, device, rows, loss_function, config.precision, value_range=value_range,
-                    on_batch=partial(validation_batch, run, state, signals, logger), title=f"validate {progress.epoch}",
-                )  # fmt: skip
-                check_validation(results, config, progress.epoch)
-                metrics = results["model"]["mean"]
-                losses = {"epoch_loss": progress.loss / updates_per_epoch, "valid_loss": results["loss"]}
-                logger.validation(progress, losses | metrics, results["model"]["per_frame"])
-                run.save_best(state, eval_model, metrics["mse"])
-                log.info(
-                    "epoch %d/%d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %s done, %s",
-                    progress.epoch, config.epochs, *losses.values(), metrics["mse"], metrics["ssim"], progress.best_mse,
-                    duration(progress.seconds), time_left(progress, config.epochs),
-                )  # fmt: skip
+                training.validate()
             progress.next_epoch()
             run.save(state)
             if validated:
@@ -208,6 +175,95 @@ def train(config, weights, resumed, device, signals, run):
         log.info(
             "best MSE on the validation set %.2f; next: python test.py --checkpoint %s", progress.best_mse, run.best
         )
+
+
+@dataclass
+class Training:
+    """What the epochs of a run work with.
+
+    state           run_folder.RunState: network, averaged weights, optimiser, progress, options
+    run             run_folder.RunFolder
+    logger          logger.Logger
+    signals         runtime.StopSignals
+    schedule        optim.Schedule
+    train_step      functions.Step or graphs.GraphedStep
+    train_loader    batches of the training set, from make_loaders
+    valid_loader    batches of the validation set
+    eval_model      the network that is validated and saved as best: the averaged weights if the run has them, else the plain
+                    ones
+    loss_function   from functions.make_loss
+    rows            the metrics of the validation, from metrics.metric_rows
+    device          torch.device of this process
+    """
+
+    state: RunState
+    run: RunFolder
+    logger: object
+    signals: StopSignals
+    schedule: Schedule
+    train_step: object
+    train_loader: object
+    valid_loader: object
+    eval_model: torch.nn.Module
+    loss_function: object
+    rows: tuple
+    device: torch.device
+
+    def epoch(self):
+        """The rest of the epoch that the run is in, from its next update on."""
+        state, run, signals, schedule = self.state, self.run, self.signals, self.schedule
+        config, progress = state.config, state.progress
+        sampler = self.train_loader.sampler
+        sampler.epoch, sampler.start = progress.epoch, progress.step * config.train_batch_size
+        updates = train_one_epoch(
+            self.train_step, self.train_loader, state.optimizer, schedule.learning_rate,
+            updates_per_epoch=progress.updates_per_epoch, horizon=schedule.horizon, start=progress.step,
+            epoch_start=progress.epoch_start, seed=config.seed, clip_grad=config.clip_grad,
+            title=f"epoch {progress.epoch}/{config.epochs}", rest=partial(time_left, progress, config.epochs),
+        )  # fmt: skip
+        for update in updates:
+            signals.seconds = run.seconds_per_save + progress.count_time()
+            if state.ema:
+                state.ema.update(state.model, step=progress.global_step + 1)
+            progress.add_update(update)
+            if update.step % config.log_train == 0 or update.step == progress.updates_per_epoch:
+                lr = schedule.learning_rate(progress.global_step - 1)
+                values = {"train_loss": progress.take_window(), "grad_norm": update.grad_norm, "lr": lr}
+                self.logger.training(progress, values)
+            if any(distributed.all_sum(signals.received is not None)):
+                stop(run, state, f"stopped by {signals.received or 'another process'}")
+            if run.save_due(state):
+                run.save(state)
+
+    def validate(self):
+        """Evaluate the network on the validation set, log the figures, and save it if it is the best so far."""
+        state, run, config, progress = self.state, self.run, self.state.config, self.state.progress
+        # Saved before anything is drawn: a resumed run evaluates again, so that no failure in the validation or its pictures
+        # costs the epoch.
+        if not run.is_saved(state):
+            run.save(state)
+        results = evaluate(
+            self.eval_model, self.valid_loader, self.device, self.rows, self.loss_function, config.precision,
+            value_range=state.value_range, title=f"validate {progress.epoch}",
+            on_batch=self.see_forecast,
+        )  # fmt: skip
+        check_validation(results, config, progress.epoch)
+        metrics = results["model"]["mean"]
+        losses = {"epoch_loss": progress.loss / progress.updates_per_epoch, "valid_loss": results["loss"]}
+        self.logger.validation(progress, losses | metrics, results["model"]["per_frame"])
+        run.save_best(state, self.eval_model, metrics["mse"])
+        log.info(
+            "epoch %d/%d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %s done, %s",
+            progress.epoch, config.epochs, *losses.values(), metrics["mse"], metrics["ssim"], progress.best_mse,
+            duration(progress.seconds), time_left(progress, config.epochs),
+        )  # fmt: skip
+
+    def see_forecast(self, batch, inputs, targets, forecast):
+        """One batch of a validation: end the run after a signal, and log the forecast. on_batch of functions.compare."""
+        # Several processes stop only after an update, where all of them agree to.
+        if self.signals.received and distributed.world_size() == 1:
+            stop(self.run, self.state, f"stopped by {self.signals.received}")  # a resumed run evaluates again
+        self.logger.forecast(self.state.progress, batch, inputs, targets, forecast)
 
 
 def make_loaders(config, device):
@@ -305,22 +361,6 @@ def share_of_batch(config, world):
             f"each (accumulate {config.accumulate}): give a multiple of {world * parts}"
         )
     return size, parts
-
-
-def validation_batch(run, state, signals, logger, batch, inputs, targets, forecast):
-    """One batch of a validation: end the run after a signal, and log the forecast.
-
-    run       run_folder.RunFolder
-    state     run_folder.RunState
-    signals   runtime.StopSignals
-    logger    logger.Logger
-
-    The other parameters are those of on_batch in functions.compare.
-    """
-    # Several processes stop only after an update, where all of them agree to.
-    if signals.received and distributed.world_size() == 1:
-        stop(run, state, f"stopped by {signals.received}")  # a resumed run evaluates again
-    logger.forecast(state.progress, batch, inputs, targets, forecast)
 
 
 def check_validation(results, config, epoch):
