@@ -33,6 +33,14 @@ def test_possible_paths_are_those_that_the_generator_draws(monkeypatch):
         assert np.abs(np.subtract(*shares)).sum() / 2 < (len(names) / min(len(drawn), 4000)) ** 0.5
 
 
+def test_shifts_are_found():
+    frames = np.random.default_rng(0).random((5, 16, 16))
+    frames[:, :6], frames[:, :, :6], frames[:, -6:], frames[:, :, -6:] = 0, 0, 0, 0
+    shifts = np.array([(0, 0), (5, -5), (-3, 1), (0, 4), (-5, 5)])
+    moved = np.stack([np.roll(frame, shift, (0, 1)) for frame, shift in zip(frames, shifts)])
+    np.testing.assert_array_equal(limit.nearest_shifts(frames, moved), shifts)
+
+
 def test_the_least_error():
     generator = np.random.default_rng(0)
     assert limit.least_errors(sequences(4, step_length=0), generator) == pytest.approx(0, abs=1e-20)  # nothing moves
