@@ -13,8 +13,8 @@ FUSED = ("cpu", "cuda")
 class CPUMuon(Muon):
     """timm's Muon for a CPU: it orthogonalizes the updates in fp32.
 
-    timm's works in bf16, whose matrix products are slow on most CPUs, and has no option for it. It finds the function by
-    its name in its module, where another one stands during a step.
+    timm orthogonalizes in bf16 and has no option for another type. Products of bf16 matrices are slow on most CPUs. So the
+    function of timm's module that does it is replaced during a step, and put back after it.
     """
 
     def step(self, closure=None):
