@@ -43,7 +43,7 @@ from vmrnn.metrics import anomaly_correlation, figure, metric_rows
 from vmrnn.network import compile_model
 from vmrnn.pictures import save_animation, save_lead_times, save_strip
 from vmrnn.progress import duration
-from vmrnn.report import is_compared, pick, write_report
+from vmrnn.report import Shown, is_compared, pick, write_report
 from vmrnn.run_folder import read_log, strict_json
 from vmrnn.runtime import describe_device, pick_device, run_program
 from vmrnn.spectrum import Spectrum
@@ -175,15 +175,16 @@ def data_description(config):
 class Pictures:
     """Called with every batch of the test set: draws the first sequences, and keeps the error of each sequence.
 
-    folder   where pictures are saved
-    count    sequences to picture
-    facts    FieldFacts
-    look     Look
+    folder        where pictures are saved
+    count         sequences to picture
+    facts         FieldFacts
+    look          Look
+    value_range   ValueRange of the data. The errors are those of the metrics: computed without its transform
     """
 
-    def __init__(self, folder, count, facts, look):
-        self.folder, self.count, self.facts, self.look = folder, count, facts, look
-        self.errors = []  # mse of each sequence: the mean over lead times with known pixels
+    def __init__(self, folder, count, facts, look, value_range):
+        self.folder, self.count, self.facts, self.look, self.value_range = folder, count, facts, look, value_range
+        self.errors = []  # mse of each sequence, a tensor (T,); NaN where no pixel is known
 
     def __call__(self, inputs, targets, forecast):
         for i in range(min(len(inputs), self.count - len(self.errors))):
@@ -194,8 +195,8 @@ class Pictures:
             save_strip(path, *sequence, self.facts.title(index), leads, self.look)
             if index == 0:
                 save_animation(self.folder / "forecast.gif", *sequence, leads, self.look)
-        forecast, targets = (self.look.linear(frames.cpu(), 2) for frames in (forecast, targets))
-        self.errors += figure("mse", forecast, targets).nanmean(dim=1).tolist()
+        forecast, targets = (self.value_range.to_linear(frames.cpu(), axis=2) for frames in (forecast, targets))
+        self.errors += figure("mse", forecast, targets)
 
 
 def look_at(test_set, config, colours):
@@ -251,7 +252,7 @@ def main(argv=None):
     # One pass over the test set
     leads = facts.lead_names(config.num_frames_output)
     look = look_at(test_set, config, own.colours)
-    pictures, spectrum, writer = Pictures(folder, own.strips, facts, look), Spectrum(), None
+    pictures, spectrum, writer = Pictures(folder, own.strips, facts, look, value_range), Spectrum(), None
     if own.save_forecasts:
         writer = ForecastWriter(own.save_forecasts, len(test_set), value_range, facts.info, facts.times, facts.leads)
 
@@ -281,11 +282,11 @@ def main(argv=None):
         log.info("%s", line)
 
     # Forecast the sequences of the report again. The errors of all sequences decided which ones it shows.
-    roles, sequences = pick(pictures.errors), []
+    roles, sequences = pick([errors.nanmean().item() for errors in pictures.errors]), []
 
     def keep(step, inputs, targets, forecast):
         for (role, index), *frames in zip(roles.items(), inputs.cpu(), targets.cpu(), forecast.cpu()):
-            sequences.append((role, index, *frames))
+            sequences.append(Shown(role, index, pictures.errors[index], *frames))
 
     if roles:
         batch = [torch.stack(frames) for frames in zip(*(test_set[index] for index in roles.values()))]

@@ -18,6 +18,7 @@ import test as test_program
 from vmrnn import config as configuration, pictures, report
 from vmrnn.checkpoint import save_weights
 from vmrnn.colours import MISSING, Look, white_level
+from vmrnn.field_facts import FieldFacts
 from vmrnn.metrics import Metrics, event, figure, row_of
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
@@ -29,12 +30,12 @@ METRICS = ("mse", "ssim", event("csi", 0.5, 0.5))
 NAMES = ("mse", "ssim", "csi_0.5")
 
 
-def random_sequence(seed):
-    """(inputs, targets, forecast) of one grey sequence, one pixel of the targets missing."""
+def random_sequence(seed, role="best"):
+    """report.Shown of one grey sequence, one pixel of the targets missing."""
     frames = torch.rand(GIVEN + 2 * HORIZON, 1, H, W, generator=torch.Generator().manual_seed(seed))
     inputs, targets, forecast = frames.split((GIVEN, HORIZON, HORIZON))
     targets[1, 0, 2, 3] = torch.nan
-    return inputs, targets, forecast
+    return report.Shown(role, seed, figure("mse", forecast, targets), inputs, targets, forecast)
 
 
 def page_of(path):
@@ -46,12 +47,13 @@ def page_of(path):
 @pytest.fixture
 def written(tmp_path):
     """A report of three sequences, and their frames."""
-    sequences = [(role, i, *random_sequence(i)) for i, role in enumerate(("best", "median", "worst"))]
+    sequences = [random_sequence(i, role) for i, role in enumerate(("best", "median", "worst"))]
     results = {}
     for label, black in (("forecast", False), ("black frame", True)):
         total = Metrics(METRICS)
-        for *_, targets, forecast in sequences:
-            total.update((torch.zeros_like(forecast) if black else forecast)[None], targets[None])
+        for shown in sequences:
+            forecast = torch.zeros_like(shown.forecast) if black else shown.forecast
+            total.update(forecast[None], shown.targets[None])
         results[label] = total.compute()
     config = configuration.Config(num_frames_input=GIVEN, num_frames_output=HORIZON, input_size=[H, W])
     path = tmp_path / "report.html"
@@ -92,8 +94,9 @@ def test_the_page_holds_everything_and_asks_for_nothing(written):
 @pytest.mark.parametrize("width", [W, 3 * W + 1, 4096])
 def test_sprites_hold_the_frames(monkeypatch, width):
     monkeypatch.setattr(report, "SPRITE_WIDTH", width)
-    inputs, targets, forecast = random_sequence(0)
-    made = report.for_player("best", 7, inputs, targets, forecast, Look(), limit=1.0)
+    shown = random_sequence(0)
+    made = report.for_player(shown, Look(), limit=1.0)
+    inputs, forecast = shown.inputs, shown.forecast
     grey = [(255 * x[:, 0]).round().to(torch.uint8).numpy() for x in (inputs, forecast)]
     for t in range(GIVEN):
         assert (frame_of(made["truth"], t) == grey[0][t][..., None]).all()
@@ -102,7 +105,7 @@ def test_sprites_hold_the_frames(monkeypatch, width):
     missing = frame_of(made["truth"], GIVEN + 1)[2, 3]
     assert tuple(missing) == tuple(round(255 * c) for c in MISSING)
     assert (frame_of(made["error"], 1)[2, 3] == missing).all()
-    assert made["mse"] == figure("mse", forecast, targets).tolist()
+    assert made["mse"] == figure("mse", forecast, shown.targets).tolist()
 
 
 def test_errors_are_blue_where_too_dark_and_red_where_too_bright():
@@ -121,7 +124,8 @@ def test_fields_of_small_values_are_shown_brighter():
     rain[1, 0, 5, 5] = torch.nan
     assert white_level([rain]) == pytest.approx(0.2)
     assert white_level([rain, rain + 0.5]) == white_level([rain.repeat(1, 3, 1, 1)]) == 1
-    made = report.for_player("best", 0, rain[:1], rain[1:], rain[:1], Look(high=0.2), limit=1.0)
+    shown = report.Shown("best", 0, torch.zeros(1), rain[:1], rain[1:], rain[:1])
+    made = report.for_player(shown, Look(high=0.2), limit=1.0)
     assert np.asarray(Image.open(io.BytesIO(base64.b64decode(made["forecast"]["uri"].split(",")[1]))))[0, 0] == 255
 
 
@@ -268,7 +272,7 @@ def test_the_page_works_in_a_browser(written, tmp_path, width):
         known = ~np.isnan(frame[0].numpy())
         return (pixels[..., 0] == expected)[known].all() and (pixels[..., 3] == 255).all()
 
-    inputs, targets, forecast = sequences[0][2:]
+    inputs, targets, forecast = sequences[0].inputs, sequences[0].targets, sequences[0].forecast
     last = GIVEN + HORIZON
     figures = [f"{value:.4f}" if value < 10 else f"{value:.2f}" for value in figure("mse", forecast, targets).tolist()]
     assert found["start"][0] == f"frame {GIVEN + 1} of {last}: forecast, lead time 1, mse {figures[0]}"
@@ -280,7 +284,7 @@ def test_the_page_works_in_a_browser(written, tmp_path, width):
     assert not any(found["home"][2])  # no forecast yet: transparent
     assert found["left"] == f"frame {last - 1} of {last}: forecast, lead time {HORIZON - 1}, mse {figures[-2]}"
     assert f"lead time {HORIZON - 1}" in found["worst"][0]  # another sequence, the same moment
-    assert shows(found["worst"][1], sequences[2][4][HORIZON - 2])
+    assert shows(found["worst"][1], sequences[2].forecast[HORIZON - 2])
     assert found["slider"].startswith(f"frame 5 of {last}")
     assert (found["button"], found["paused"]) == ("Pause", "Play")
     assert found["played"].startswith(f"frame 7 of {last}")  # 600 ms at 250 ms a frame
@@ -353,9 +357,14 @@ def test_tests_of_other_data_and_horizons_have_folders_of_their_own(tested, opti
     assert str(test_program.default_folder(tested, configuration.Config(**options))) == name
 
 
-def test_the_error_of_a_sequence_is_that_of_the_metrics():
-    """Of a field with a transform: on the linear scale, as in the table above the player."""
+@pytest.mark.parametrize("colours", ["grey", "viridis"])
+def test_the_error_of_a_sequence_is_that_of_the_metrics(tmp_path, colours):
+    """Of values with a transform: on the linear scale, as in the table above the player, whatever the colours are."""
     value_range = ValueRange(0.0, 64.0, transform="sqrt")
-    inputs, targets, forecast = random_sequence(0)
-    made = report.for_player("best", 0, inputs, targets, forecast, Look("viridis", value_range=value_range), 1.0)
-    assert made["mse"] == pytest.approx(figure("mse", forecast.square(), targets.square()).tolist(), rel=1e-5)
+    shown, facts = random_sequence(0), FieldFacts(None)
+    frames = [each[None] for each in (shown.inputs, shown.targets, shown.forecast)]
+    look = Look.of(configuration.Config(dataset="array"), value_range, [shown.targets], colours)
+    pictures = test_program.Pictures(tmp_path, 1, facts, look, value_range)
+    pictures(*frames)
+    expected = figure("mse", shown.forecast.square(), shown.targets.square())
+    torch.testing.assert_close(pictures.errors[0], expected)

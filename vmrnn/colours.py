@@ -87,10 +87,6 @@ class Look:
         values = self.value_range.to_data(np.asarray(frames, dtype=np.float32), axis=1)
         return np.asarray(values[:, :1], dtype=np.float32).transpose(0, 2, 3, 1)
 
-    def linear(self, frames, axis):
-        """Frames on the scale [0, 1] without the transform of a field, on which metrics are computed. axis: of channels."""
-        return frames if self.value_range is None else self.value_range.to_linear(frames, axis=axis)
-
     def paint(self, values):
         """Values (..., 1 or 3) as colours, float32 (..., 3) in [0, 1]. A missing pixel has a colour of its own."""
         missing = np.isnan(values).any(-1, keepdims=True)

@@ -11,14 +11,15 @@ import math
 import platform
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vmrnn.colours import GREY, Look, shrunk
 from vmrnn.data.fetch import STANDARD, STANDARD_MD5
 from vmrnn.files import replacing
-from vmrnn.metrics import figure
 from vmrnn.pictures import UNITS, error_limit, signed_colours
 from vmrnn.run_folder import strict_json
 
@@ -179,22 +180,38 @@ def git_revision():
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def for_player(role, index, inputs, targets, forecast, look, limit):
-    """What the player needs of one sequence.
+class Shown(NamedTuple):
+    """One sequence of the test set that the report shows.
 
     role                        best, median or worst
     index                       position in the test set
-    inputs, targets, forecast   (T, C, H, W) in [0, 1], NaN for missing pixels
-    look                        Look
-    limit                       errors from here on get the full colour
+    errors                      mse of each lead time, (T,), as the table of the report computes it
+    inputs, targets, forecast   tensors (T, C, H, W) in [0, 1] on the CPU, NaN for missing pixels
     """
-    truth, following, expected = (shrunk(look.values(f), PLAYER_SIDE) for f in (inputs, targets, forecast))
+
+    role: str
+    index: int
+    errors: torch.Tensor
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    forecast: torch.Tensor
+
+
+def for_player(shown, look, limit):
+    """What the player needs of one sequence.
+
+    shown   Shown
+    look    Look
+    limit   errors from here on get the full colour
+    """
+    frames = shown.inputs, shown.targets, shown.forecast
+    truth, following, expected = (shrunk(look.values(each), PLAYER_SIDE) for each in frames)
     return {
-        "role": role,
-        "index": index,
-        "given": len(inputs),
+        "role": shown.role,
+        "index": shown.index,
+        "given": len(shown.inputs),
         "size": list(truth.shape[1:3]),
-        "mse": figure("mse", look.linear(forecast, 1), look.linear(targets, 1)).tolist(),
+        "mse": shown.errors.tolist(),
         "truth": sprite(look.paint(np.concatenate([truth, following]))),
         "forecast": sprite(look.paint(expected)),
         "error": sprite(signed_colours(expected, following, limit)),
@@ -253,8 +270,7 @@ def write_report(
     facts         {label: text}, what was tested
     conventions   {metric: what it measures}
     results       {label: Metrics.compute()}, the forecast first
-    sequences     [(role, index, inputs, targets, forecast)]; tensors (T, C, H, W) in [0, 1] on the CPU, NaN for missing
-                  pixels
+    sequences     list of Shown
     config        dict of options
     command       the exact command line
     look          Look; None: grey
@@ -264,7 +280,7 @@ def write_report(
     """
     first = next(iter(results.values()))
     look = look or Look()
-    limit = error_limit([(look.values(forecast), look.values(targets)) for *_, targets, forecast in sequences], look)
+    limit = error_limit([(look.values(shown.forecast), look.values(shown.targets)) for shown in sequences], look)
     page = {
         "title": title,
         "headline": headline(results),
@@ -274,7 +290,7 @@ def write_report(
         "units": UNITS,
         "results": results,
         "published": published(config, first["mean"]),
-        "sequences": [for_player(*shown, look, limit) for shown in sequences],
+        "sequences": [for_player(shown, look, limit) for shown in sequences],
         "white": look.high if look.colours == GREY else 1.0,
         "scale": scale_of(look) if look.label else None,
         "limit": limit,
