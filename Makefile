@@ -44,4 +44,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv exps .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

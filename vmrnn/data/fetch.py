@@ -1,5 +1,6 @@
 """Data sets of the paper's table from their original addresses, each by one command.
 
+    python -m vmrnn.data.fetch mnist data           # also: python train.py ... --train_data_dir mnist
     python -m vmrnn.data.fetch moving_mnist data    # also: python test.py ... --test_data_dir standard
     python -m vmrnn.data.fetch kth data/kth
 
@@ -38,6 +39,27 @@ KTH_LIST = "00sequences.txt"
 KTH_CUT_OFF = "person01_boxing_d4_uncomp.avi"
 
 TIMEOUT = 60  # seconds without a byte before a download is given up
+
+
+def fetch_mnist(folder="data"):
+    """The path of MNIST's training images under `folder`; they are fetched if they are absent.
+
+    folder   holds train-images-idx3-ubyte, plain or gzipped, or MNIST/raw/train-images-idx3-ubyte as torchvision keeps it
+
+    UserError: a download that failed.
+    """
+    folder, name = Path(folder), "train-images-idx3-ubyte"
+    kept = folder / f"{name}.gz"
+    for path in (kept, folder / name, folder / "MNIST" / "raw" / name):
+        if path.is_file():
+            return path
+    from torchvision.datasets import MNIST  # here: no other program start waits for it
+
+    way_out = f"put {kept.name} into {folder}{os.sep} by hand, or use the digits `builtin`, which need no network"
+    with fetching("MNIST", folder, way_out) as scratch:
+        MNIST(scratch, train=True, download=True)  # checks the md5 sums, shows a bar
+        os.replace(scratch / "MNIST" / "raw" / kept.name, kept)
+    return kept
 
 
 def fetch_standard(folder="data"):
@@ -157,12 +179,12 @@ def leave_out_cut_off(path):
         path.unlink()
 
 
-FETCH = {"moving_mnist": fetch_standard, "kth": fetch_kth}
+FETCH = {"mnist": fetch_mnist, "moving_mnist": fetch_standard, "kth": fetch_kth}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m vmrnn.data.fetch", description="Fetch a data set once.")
-    parser.add_argument("dataset", choices=FETCH, help="moving_mnist: its published test file")
+    parser.add_argument("dataset", choices=FETCH, help="mnist: its training images. moving_mnist: its published test file")
     parser.add_argument("folder", help="where it goes, such as data or data/kth")
     arguments = parser.parse_args()
     log.info("%s: ready", FETCH[arguments.dataset](arguments.folder))

@@ -2,8 +2,6 @@
 
 import gzip
 import hashlib
-import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch.utils.data import Dataset
 from vmrnn.data.arrays import read_array
 from vmrnn.data.cache import identity
 from vmrnn.data.draws import split_key, split_seed, uniform_draws
-from vmrnn.data.fetch import STANDARD, fetch_standard
+from vmrnn.data.fetch import STANDARD, fetch_mnist, fetch_standard
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError, range_complaint
@@ -96,33 +94,6 @@ def read_idx3(path):
             f"{rows}x{cols} = {count * rows * cols}; fetch it again"
         )
     return np.frombuffer(raw, np.uint8, offset=16).reshape(count, rows, cols)
-
-
-def fetch_mnist(download_dir="data"):
-    """The path of MNIST's training images under download_dir. torchvision fetches them if they are absent."""
-    folder, name = Path(download_dir), "train-images-idx3-ubyte"
-    kept = folder / f"{name}.gz"
-    for path in (kept, folder / name, folder / "MNIST" / "raw" / name):
-        if path.is_file():
-            return path
-    from http.client import HTTPException
-
-    from torchvision.datasets import MNIST
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Fetch into a folder of its own, then rename. A killed download leaves nothing that looks complete, and
-        # processes that fetch at the same time do not disturb each other.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".mnist-") as scratch:
-            MNIST(scratch, train=True, download=True)  # checks the md5 sums, shows a bar
-            os.replace(Path(scratch) / "MNIST" / "raw" / kept.name, kept)
-    except (RuntimeError, OSError, HTTPException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"MNIST could not be fetched ({reason}); put {kept.name} into {folder}{os.sep}, or "
-            "use the digits `builtin`, which need no network"
-        ) from error
-    return kept
 
 
 def select_digits(digits, split, scheme="all"):
