@@ -25,7 +25,6 @@ import logging
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from vmrnn.checkpoint import find_checkpoint
 from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.data.table import OWN
 from vmrnn.errors import UserError
+from vmrnn.files import without_pattern
 from vmrnn.forecast_files import FILMS, Forecast, check_output
 from vmrnn.forecaster import Forecaster
 from vmrnn.progress import Bar, still_running
@@ -61,10 +61,8 @@ def default_output(args, source):
     args     arguments of this program
     source   Input
     """
-    path = Path(args.input).resolve()
-    while not path.exists():  # a glob is named after the folder that it looks into
-        path = path.parent
-    return find_checkpoint(args.checkpoint).parent / f"{path.stem}_forecast{'.nc' if source.info else '.npz'}"
+    name = f"{without_pattern(args.input).stem}_forecast{'.nc' if source.info else '.npz'}"
+    return find_checkpoint(args.checkpoint).parent / name
 
 
 def check_options(given, source, path):

@@ -31,13 +31,13 @@ import torch
 
 from dataset import DATASETS, build_dataset, make_loader
 from functions import compare, make_loss, network_outputs
-from vmrnn import config as configuration, scan
+from vmrnn import config as configuration
 from vmrnn.baselines import BASELINES
 from vmrnn.checkpoint import find_checkpoint, load_network
 from vmrnn.colours import Look
 from vmrnn.errors import UserError
 from vmrnn.field_facts import climatology, facts_of, latitude_weights
-from vmrnn.files import make_folder
+from vmrnn.files import make_folder, without_pattern
 from vmrnn.forecast_store import ForecastWriter, StoredForecasts
 from vmrnn.metrics import anomaly_correlation, figure, metric_rows
 from vmrnn.network import compile_model
@@ -106,7 +106,7 @@ def table(results, rows, config):
 def data_name(config):
     """A short name of the test set: that of the file or folder for a user's own data, else of the data set."""
     path = config.test_data_dir or config.train_data_dir
-    return Path(path).name if DATASETS[config.dataset].own and path else config.dataset
+    return without_pattern(path).name if DATASETS[config.dataset].own and path else config.dataset
 
 
 def training_facts(checkpoint):
@@ -150,13 +150,13 @@ def default_folder(tested, config):
 
     tested   file of weights or forecasts; its name is part of the folder's, unless it is a run's best.safetensors
 
-    Tests on other data, with another horizon or of other weights therefore never replace one another.
+    Tests on files of the same name share a folder: --res_dir keeps them apart.
     """
     tested, data = Path(tested), config.test_data_dir or (DATASETS[config.dataset].own and config.train_data_dir)
     parts = [
         "test",
         "" if tested.name == "best.safetensors" else tested.stem,
-        Path(data).stem if data else config.dataset,
+        without_pattern(data).stem if data else config.dataset,
     ]
     name = "_".join(filter(None, (*parts, str(config.num_frames_output))))
     return tested.parent / re.sub(r"[^\w.-]+", "-", name)
@@ -216,8 +216,6 @@ def main(argv=None):
     folder = given.get("res_dir")
     model, config, value_range, device = load(own, given)
     log.info("device     %s", describe_device(device))
-    if model:
-        scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end
 
     # Test set, metrics and baselines
     test_set = build_dataset("test", config, value_range)

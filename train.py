@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import DATASETS, build_dataset, make_loader
 from functions import NonFinite, Step, evaluate, make_loss, train_one_epoch
-from vmrnn import checkpoint, config as configuration, distributed, scan
+from vmrnn import checkpoint, config as configuration, distributed
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedStep
 from vmrnn.logger import make_logger
@@ -48,7 +48,6 @@ from vmrnn.runtime import (
     is_dead_worker,
     pick_device,
     run_program,
-    seed_everything,
 )
 
 log = logging.getLogger("vmrnn")
@@ -104,9 +103,13 @@ def train(config, weights, resumed, device, signals, run):
     """
     world = distributed.world_size()
     log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")
-    scan.resolve(config.scan, device.type, d_state=config.d_state)  # logs the back end, or refuses one that cannot run
     check_cuda_graph(config, device, world)
-    seed_everything(config.seed)
+
+    # Network. Its move to the device logs the back end of the scan, or refuses one that cannot run there.
+    torch.manual_seed(config.seed)
+    model = build_model(**config.network_options).to(device)
+    if weights:
+        checkpoint.load_weights(model, weights)
 
     # Data
     train_loader, valid_loader, parts = make_loaders(config, device)
@@ -114,10 +117,7 @@ def train(config, weights, resumed, device, signals, run):
     value_range, updates_per_epoch = train_set.value_range, len(train_set) // config.train_batch_size
     rows = metric_rows(DATASETS[config.dataset].metrics, config.thresholds, value_range, config.lpips)
 
-    # Network. One frame is forecast now, so that frames that do not fit are refused before anything is written.
-    model = build_model(**config.network_options).to(device)
-    if weights:
-        checkpoint.load_weights(model, weights)
+    # One frame is forecast now, so that frames that do not fit are refused before anything is written.
     with torch.no_grad():
         Rollout(model)(train_set[0][0][None, :1].to(device), 1)
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None

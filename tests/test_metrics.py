@@ -163,9 +163,9 @@ def test_batches_and_ranks_do_not_change_the_result(samples, horizon, cuts, miss
     for i, (a, b) in enumerate(itertools.pairwise(edges)):
         ranks[i % 2].update(pred[a:b], true[a:b])
     total = Metrics(EVERY)
-    total.merge(ranks[0])
+    total.merge(ranks[0].state())
     total.merge(ranks[1].state())
-    total.merge(ranks[2])
+    total.merge(ranks[2].state())
     expected, got = whole.compute(), total.compute()
     assert got["count"] == expected["count"] == samples
     for name in NAMES:
@@ -348,7 +348,7 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="4 frames after 3"):
         total.update(frames(2, 4, 1, 8, 8), frames(2, 4, 1, 8, 8))
     with pytest.raises(ValueError, match="do not add"):
-        total.merge(Metrics(("mae",)))
+        total.merge(Metrics(("mae",)).state())
 
 
 def test_an_event_has_the_number_that_was_typed():
@@ -380,7 +380,6 @@ def test_fractions_skill_is_pysteps():
             for p, t in zip(pred[:, lead, 0], true[:, lead, 0]):
                 spatial.fss_accum(counts, p.numpy(), t.numpy())
             assert got["per_frame"][f"fss_2_{window}px"][lead] == pytest.approx(spatial.fss_compute(counts), rel=1e-6)
-    assert better("fss_2_9px") == "higher"
 
 
 @pytest.mark.parametrize("window", [1, 5, 9])

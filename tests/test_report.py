@@ -349,7 +349,7 @@ def test_the_page_and_the_pictures_have_the_same_colours():
         ("run/best.safetensors", dict(dataset="kth", num_frames_output=20), "run/test_kth_20"),
         ("run/best.safetensors", dict(dataset="kth", num_frames_output=40), "run/test_kth_40"),
         ("run/last.pt", dict(test_data_dir="standard"), "run/test_last_standard_10"),
-        ("theirs.npy", dict(dataset="grid", train_data_dir="a b/*.nc", num_frames_output=5), "test_theirs_-_5"),
+        ("theirs.npy", dict(dataset="grid", train_data_dir="a b/*.nc", num_frames_output=5), "test_theirs_a-b_5"),
         ("x.safetensors", dict(dataset="array", train_data_dir="in/rain.npz"), "test_x_rain_10"),
     ],
 )

@@ -8,7 +8,7 @@ from helpers import write_images
 
 from dataset import build_dataset
 from vmrnn.config import Config
-from vmrnn.data.times import at_regular_step, later_times, nearest_frames, parse_step, times_from_names
+from vmrnn.data.times import later_times, parse_step, times_from_names
 from vmrnn.errors import UserError
 
 
@@ -102,15 +102,6 @@ def test_times_from_names(names, times):
 )
 def test_a_time_step_in_every_unit_and_without_one(text, seconds):
     assert parse_step(text) == seconds
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_stream_is_resampled_as_an_array_is(seed):
-    times = np.cumsum(np.random.default_rng(seed).exponential(1.0, 50))
-    indices, regular = nearest_frames(times, 2.0)
-    streamed = list(at_regular_step(zip(range(50), times), 2.0))
-    assert [frame for frame, _ in streamed] == list(indices)
-    np.testing.assert_allclose([time for _, time in streamed], regular)
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])

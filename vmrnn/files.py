@@ -1,5 +1,6 @@
 """Folders that can be written, and files that are replaced whole or not at all."""
 
+import glob
 import os
 import secrets
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ def new_file(path):
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask applies, as with open()
     return temporary
+
+
+def without_pattern(path):
+    """An absolute path that names a file or a folder: of a glob the folder that it looks into."""
+    path = Path(os.path.abspath(path))
+    while glob.has_magic(path.name) and not path.exists():
+        path = path.parent
+    return path
 
 
 def make_folder(path):

@@ -434,8 +434,6 @@ def better(name):
     kind = name.split("_")[0]
     if kind in EVENTS:
         return EVENTS[kind][1]
-    if kind in (FRACTIONS, "acc"):
-        return "higher"
     return METRICS[name].better if name in METRICS else "lower"
 
 
@@ -506,9 +504,8 @@ class Metrics:
         sums = None if self.sums is None else {name: held.cpu() for name, held in self.sums.items()}
         return {"names": tuple(metric.name for metric in self.metrics), "count": self.count, "sums": sums}
 
-    def merge(self, other):
-        """Add the sums of another Metrics, or of its state()."""
-        state = other.state() if isinstance(other, Metrics) else other
+    def merge(self, state):
+        """Add the state() of another Metrics."""
         names = self.state()["names"]
         if tuple(state["names"]) != names:
             raise ValueError(f"metrics {state['names']} do not add to {names}")

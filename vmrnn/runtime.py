@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import random
 import signal
 import sys
 import threading
@@ -239,13 +238,6 @@ def pick_device(name):
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not there ({reason}); use --device auto or cpu") from error
     return device
-
-
-def seed_everything(seed):
-    """Seed the generators of Python, numpy and torch. `seed` is a whole number, 0 or more."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def seed_update(*key):

@@ -1,6 +1,6 @@
 """Files of gridded fields as xarray datasets whose values are still packed: NetCDF, HDF5, Zarr, GRIB, GeoTIFF, TIFF.
 
-The format is told by a file's content. The libraries are imported when they are needed.
+The format is told by a file's content. xarray and the optional readers are imported when they are needed.
 """
 
 import glob
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import tifffile
 
 from vmrnn.data.grid_axes import is_columns, is_rows
 from vmrnn.data.grid_info import import_xarray
@@ -169,10 +170,6 @@ def open_tiff(path):
     pyramid) are left out.
     """
     xarray = import_xarray()
-    try:
-        import tifffile
-    except ImportError as error:
-        raise UserError(f"{path}: to read it, pip install tifffile") from error
     file = tifffile.TiffFile(path)
     if 34735 in file.pages[0].tags:  # the keys of a map projection
         file.close()

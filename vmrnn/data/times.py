@@ -213,13 +213,8 @@ def nearest_frames(times, step):
     Returns (indices, regular times), both (n,). A regular time without a frame less than half a step away is left out, so
     a gap stays a gap.
     """
-    slots = np.floor((times - times[0]) / step + 0.5)
-    distance = np.abs(times - times[0] - slots * step)
-    order = np.lexsort((distance, slots))  # by slot, the nearest frame of each first
-    order = order[distance[order] < NEAR * step]
-    first = np.unique(slots[order], return_index=True)[1]
-    indices = order[first]
-    return indices, times[0] + slots[indices] * step
+    indices, regular = zip(*at_regular_step(enumerate(times), step))
+    return np.array(indices), np.array(regular)
 
 
 def later_times(times, count, calendar=None):

@@ -9,7 +9,8 @@ from vmrnn.network.kernels import UsesKernels
 from vmrnn.network.linear import linear
 from vmrnn.scan import DIRECTIONS
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step sizes at initialisation
+DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
+EXPAND = 2  # inner channels per channel
 
 
 class SS2D(UsesKernels):
@@ -17,7 +18,6 @@ class SS2D(UsesKernels):
 
     d_model  width C
     d_state  states per channel, N
-    expand   inner channels per channel: Di = expand * C
     dropout  dropout of the output
     scan     scan back end, see vmrnn.scan
 
@@ -25,16 +25,16 @@ class SS2D(UsesKernels):
     `_no_weight_decay`: decay would pull time constants and step sizes towards arbitrary values.
     """
 
-    def __init__(self, d_model, *, d_state=16, expand=2, dropout=0.0, scan="auto"):
+    def __init__(self, d_model, *, d_state=16, dropout=0.0, scan="auto"):
         super().__init__(scan, d_state)
-        K, Di, N, R = DIRECTIONS, expand * d_model, d_state, math.ceil(d_model / 16)
+        K, Di, N, R = DIRECTIONS, EXPAND * d_model, d_state, math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * Di, bias=False)
         self.conv2d = nn.Conv2d(Di, Di, 3, padding=1, groups=Di)
         self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, Di).uniform_(-(Di**-0.5), Di**-0.5))
         # This range keeps the expanded step sizes at the scale of dt_low, whatever R is.
         self.dt_projs_weight = nn.Parameter(torch.empty(K, Di, R).uniform_(-(R**-0.5), R**-0.5))
         # softplus(bias) is log-uniform in [DT_MIN, DT_MAX]: channels start with memories of 10 to 1000 steps.
-        dt = torch.exp(torch.empty(K, Di).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
+        dt = torch.exp(torch.empty(K, Di).uniform_(math.log(DT_MIN), math.log(DT_MAX)))
         self.dt_projs_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         # S4D-real: state n of every channel decays at rate n (arXiv 2206.11893).
         self.A_logs = nn.Parameter(torch.log(torch.arange(1, N + 1.0)).repeat(K * Di, 1))
