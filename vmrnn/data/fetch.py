@@ -184,7 +184,9 @@ FETCH = {"mnist": fetch_mnist, "moving_mnist": fetch_standard, "kth": fetch_kth}
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m vmrnn.data.fetch", description="Fetch a data set once.")
-    parser.add_argument("dataset", choices=FETCH, help="mnist: its training images. moving_mnist: its published test file")
+    parser.add_argument(
+        "dataset", choices=FETCH, help="mnist: its training images. moving_mnist: its published test file"
+    )
     parser.add_argument("folder", help="where it goes, such as data or data/kth")
     arguments = parser.parse_args()
     log.info("%s: ready", FETCH[arguments.dataset](arguments.folder))
