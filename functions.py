@@ -266,12 +266,12 @@ def compare(
     on_batch      called with (step, inputs, targets, forecast) of every batch of this process, without forcings
     title         of the progress bar
 
-    Returns {"loss": the mean over samples, "model": Metrics.compute(), label: the same of each baseline}. Every process
-    evaluates its own samples, and all processes get the results over all samples.
+    Returns (the loss, mean over samples, or None; {"forecast": Metrics.compute(), label: the same of each baseline}). Every
+    process evaluates its own samples, and all processes get the results over all samples.
     """
     # Every batch of this process: forecast, loss, and the sums of the metrics
     baselines, value_range = baselines or {}, value_range or ValueRange()
-    total, meters = 0.0, {label: Metrics(metrics, weights) for label in ("model", *baselines)}
+    total, meters = 0.0, {label: Metrics(metrics, weights) for label in ("forecast", *baselines)}
     for step, (bar, frames, inputs, targets) in enumerate(progress_bar(loader, title, len(loader)), 1):
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         horizon = targets.shape[1]
@@ -282,7 +282,7 @@ def compare(
         forecast = outputs[:, -horizon:]
         # A baseline is the same for every network: it does not see the transform of the values.
         known, truth, own = (value_range.to_linear(each, axis=2) for each in (inputs, targets, forecast))
-        meters["model"].update(own, truth)
+        meters["forecast"].update(own, truth)
         for label, baseline in baselines.items():
             meters[label].update(baseline(known, horizon), truth)
         if on_batch:
@@ -290,11 +290,11 @@ def compare(
         bar.update(frames)
 
     # Merge the sums of all processes.
-    total, samples = distributed.all_sum(total, meters["model"].count)
-    results = {"loss": total / samples} if loss else {}
+    total, samples = distributed.all_sum(total, meters["forecast"].count)
+    results = {}
     for label, meter in meters.items():
         merged = Metrics(metrics)
         for state in distributed.all_gather(meter.state()):
             merged.merge(state)
         results[label] = merged.compute()
-    return results
+    return total / samples if loss else None, results

@@ -25,6 +25,7 @@ import re
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -55,36 +56,36 @@ def parse_arguments(argv=None):
     """(the arguments of this program, an argparse.Namespace; the options of Config on the command line, a dict)."""
     parser = command_line.test_parser(__doc__)
     given = vars(parser.parse_args(argv))
-    own = argparse.Namespace(**{key: given.pop(key) for key in given.keys() - configuration.FIELDS.keys()})
-    if own.checkpoint:
-        own.checkpoint = str(find_checkpoint(own.checkpoint))
-    if own.strips < 1:
-        raise UserError(f"--strips {own.strips}: must be at least 1")
-    if not own.checkpoint and not own.forecasts:
+    args = argparse.Namespace(**{key: given.pop(key) for key in given.keys() - configuration.FIELDS.keys()})
+    if args.checkpoint:
+        args.checkpoint = str(find_checkpoint(args.checkpoint))
+    if args.strips < 1:
+        raise UserError(f"--strips {args.strips}: must be at least 1")
+    if not args.checkpoint and not args.forecasts:
         raise UserError("name the weights to test with --checkpoint, or another method's --forecasts; see --help")
-    if own.forecasts and not (own.checkpoint or own.config or given):
+    if args.forecasts and not (args.checkpoint or args.config or given):
         raise UserError("--forecasts: name the test set with --config FILE.toml or with options such as --dataset")
-    return own, given
+    return args, given
 
 
-def load(own, given):
+def load(args, given):
     """(network or None, Config, ValueRange or None, device): what is tested, and how its test set is made."""
-    if own.checkpoint:
-        trained = load_network(own.checkpoint, own.config, given.pop("device", None), **given)
-        model = None if own.forecasts else trained.model
+    if args.checkpoint:
+        trained = load_network(args.checkpoint, args.config, given.pop("device", None), **given)
+        model = None if args.forecasts else trained.model
         return model, trained.config, trained.value_range, next(trained.model.parameters()).device
-    config = configuration.resolve(own.config, given)
+    config = configuration.resolve(args.config, given)
     return None, config, None, pick_device(config.device)
 
 
-def rows_of(own, config, value_range):
+def rows_of(args, config, value_range):
     """The metrics of the test."""
     spec = DATASETS[config.dataset]
     rows = metric_rows(
         spec.metrics, config.thresholds, value_range, config.lpips, config.fss_windows, data_units=spec.own
     )
-    if own.climatology:
-        rows += (anomaly_correlation(climatology(own.climatology, config, value_range)),)
+    if args.climatology:
+        rows += (anomaly_correlation(climatology(args.climatology, config, value_range)),)
     return rows
 
 
@@ -211,10 +212,70 @@ def look_at(test_set, config, colours):
     return Look.of(config, test_set.value_range, last, colours)
 
 
+def forecasts_to_test(args, config, model, device, test_set, facts):
+    """(function of (inputs, targets) that returns the forecasts, see functions.compare; the file that is tested)."""
+    if model is None:
+        shape = (config.num_frames_output, config.input_channels, *config.frame_size)
+        log.info("forecasts  %s", args.forecasts)
+        stored = StoredForecasts(args.forecasts, config.array_key, len(test_set), shape, test_set.value_range, facts)
+        return stored, args.forecasts
+    if config.compile:
+        compile_model(model, device)
+    log.info("checkpoint %s (%s)", args.checkpoint, config.model)
+    return Clock(network_outputs(model, config.precision), device), args.checkpoint
+
+
+def forecast_again(roles, errors, outputs_of, test_set, device):
+    """The sequences of the report, a list of Shown.
+
+    roles        {role: index in the test set}, from report.pick
+    errors       mse of every sequence and lead time, a list of (T,)
+    outputs_of   from forecasts_to_test
+    test_set     from dataset.build_dataset
+    device       where the forecasts are made
+    """
+    if not roles:
+        return []
+    sequences = []
+
+    def keep(step, inputs, targets, forecast):
+        for (role, index), *frames in zip(roles.items(), inputs.cpu(), targets.cpu(), forecast.cpu()):
+            sequences.append(Shown(role, index, errors[index], *frames))
+
+    if isinstance(outputs_of, StoredForecasts):
+        outputs_of.restart(roles.values())
+    batch = [torch.stack(frames) for frames in zip(*(test_set[index] for index in roles.values()))]
+    compare(outputs_of, [batch], device, ("mse",), on_batch=keep, title="sequences of the report")
+    return sequences
+
+
+def facts_of_report(args, config, model, device, test_set, outputs_of, losses):
+    """{label: text} of what was tested and how, for the report.
+
+    losses   {"loss": text}, or {} where none was computed
+    The others are those of forecasts_to_test.
+    """
+    network = {}
+    if model:
+        parameters = sum(p.numel() for p in model.parameters())
+        network = {"parameters": f"{parameters / 1e6:.2f} M", **training_facts(args.checkpoint)}
+    return {
+        "checkpoint" if model else "forecasts": str(args.checkpoint if model else args.forecasts),
+        **network,
+        "data": data_description(config),
+        "test set": str(test_set),
+        "values": str(test_set.value_range),
+        "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
+        **losses,
+        "device": describe_device(device),
+        **({"speed": str(outputs_of)} if model else {}),
+    }
+
+
 def main(argv=None):
-    own, given = parse_arguments(argv)
+    args, given = parse_arguments(argv)
     folder = given.get("res_dir")
-    model, config, value_range, device = load(own, given)
+    model, config, value_range, device = load(args, given)
     log.info("device     %s", describe_device(device))
 
     # Test set, metrics and baselines
@@ -222,75 +283,53 @@ def main(argv=None):
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     facts = facts_of(test_set, config)
-    rows = rows_of(own, config, value_range)
-    weights = latitude_weights(facts.info, config) if own.latitude_weights else None
+    rows = rows_of(args, config, value_range)
+    weights = latitude_weights(facts.info, config) if args.latitude_weights else None
     baselines = dict(BASELINES)
-    if not (DATASETS[config.dataset].own if own.motion is None else own.motion):
+    if not (DATASETS[config.dataset].own if args.motion is None else args.motion):
         del baselines["motion"]
 
     # The forecasts to test: those of a network, or those of a file
+    outputs_of, tested = forecasts_to_test(args, config, model, device, test_set, facts)
     loss_function = make_loss(config) if model else None
-    if model:
-        if config.compile:
-            compile_model(model, device)
-        outputs_of, tested = Clock(network_outputs(model, config.precision), device), own.checkpoint
-        log.info("checkpoint %s (%s)", own.checkpoint, config.model)
-    else:
-        shape = (config.num_frames_output, config.input_channels, *config.frame_size)
-        outputs_of = StoredForecasts(own.forecasts, config.array_key, len(test_set), shape, value_range, facts)
-        tested = own.forecasts
-        log.info("forecasts  %s", own.forecasts)
     log.info("data       %s", test_set)
     for note in test_set.notes:
         log.info("           %s", note)
-    folder = make_folder(folder or default_folder(own.forecasts or own.checkpoint, config))
+    folder = make_folder(folder or default_folder(tested, config))
     for old in folder.glob("forecast_[0-9][0-9][0-9][0-9].png"):  # an earlier test may have drawn more sequences
         old.unlink()
 
     # One pass over the test set
     leads = facts.lead_names(config.num_frames_output)
-    look = look_at(test_set, config, own.colours)
-    pictures, spectrum, writer = Pictures(folder, own.strips, facts, look, value_range), Spectrum(), None
-    if own.save_forecasts:
-        writer = ForecastWriter(own.save_forecasts, len(test_set), value_range, facts.info, facts.times, facts.leads)
+    look = look_at(test_set, config, args.colours)
+    pictures, spectrum = Pictures(folder, args.strips, facts, look, value_range), Spectrum()
+    with ExitStack() as stack:
+        writer = None
+        if path := args.save_forecasts:
+            count = len(test_set)
+            writer = stack.enter_context(ForecastWriter(path, count, value_range, facts.info, facts.times, facts.leads))
 
-    def see(step, inputs, targets, forecast):
-        pictures(inputs, targets, forecast)
-        spectrum.update("truth", targets)
-        spectrum.update("forecast", forecast)
-        if writer:
-            writer(inputs, targets, forecast)
+        def see(step, inputs, targets, forecast):
+            pictures(inputs, targets, forecast)
+            spectrum.update("truth", targets)
+            spectrum.update("forecast", forecast)
+            if writer:
+                writer(inputs, targets, forecast)
 
-    try:
-        results = compare(
+        loss, results = compare(
             outputs_of, loader, device, rows, loss_function, baselines=baselines, value_range=value_range,
             weights=weights, on_batch=see, title="test",
         )  # fmt: skip
-        if writer:
-            writer.close()
-            log.info("forecasts  of all sequences are in %s", own.save_forecasts)
-    finally:
-        if writer:
-            writer.discard()
-    loss = results.pop("loss", None)
-    results = {"forecast": results.pop("model")} | results
+    if args.save_forecasts:
+        log.info("forecasts  of all sequences are in %s", args.save_forecasts)
     losses = {"loss": f"{loss:.4f} ({loss_function}, over all outputs)"} if model else {}
     log.info("%d sequences%s", results["forecast"]["count"], "".join(f", {k} {v}" for k, v in losses.items()))
     for line in table(results, rows, config.to_dict()):
         log.info("%s", line)
 
-    # Forecast the sequences of the report again. The errors of all sequences decided which ones it shows.
-    roles, sequences = pick([errors.nanmean().item() for errors in pictures.errors]), []
-
-    def keep(step, inputs, targets, forecast):
-        for (role, index), *frames in zip(roles.items(), inputs.cpu(), targets.cpu(), forecast.cpu()):
-            sequences.append(Shown(role, index, pictures.errors[index], *frames))
-
-    if roles:
-        batch = [torch.stack(frames) for frames in zip(*(test_set[index] for index in roles.values()))]
-        if not model:
-            outputs_of.restart(roles.values())
-        compare(outputs_of, [batch], device, ("mse",), on_batch=keep, title="sequences of the report")
+    # Forecast the sequences of the report again. The errors of all sequences decide which ones it shows.
+    roles = pick([errors.nanmean().item() for errors in pictures.errors])
+    sequences = forecast_again(roles, pictures.errors, outputs_of, test_set, device)
 
     # Write metrics.json, the figures and the report.
     conventions = {row.name: str(row) for row in rows}
@@ -305,19 +344,8 @@ def main(argv=None):
     (folder / "metrics.json").write_text(strict_json(content, indent=1), encoding="utf-8")
     write_report(
         folder / "report.html",
-        title=f"{config.model if model else Path(own.forecasts).name} on {data_name(config)}",
-        facts={
-            "checkpoint" if model else "forecasts": str(tested),
-            **({"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"} if model else {}),
-            **(training_facts(own.checkpoint) if model else {}),
-            "data": data_description(config),
-            "test set": str(test_set),
-            "values": str(value_range),
-            "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
-            **losses,
-            "device": describe_device(device),
-            **({"speed": str(outputs_of)} if model else {}),
-        },
+        title=f"{config.model if model else Path(args.forecasts).name} on {data_name(config)}",
+        facts=facts_of_report(args, config, model, device, test_set, outputs_of, losses),
         conventions=conventions,
         results=results,
         sequences=sequences,

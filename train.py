@@ -242,15 +242,15 @@ class Training:
         # costs the epoch.
         if not run.is_saved(state):
             run.save(state)
-        results = evaluate(
+        loss, results = evaluate(
             self.eval_model, self.valid_loader, self.device, self.rows, self.loss_function, config.precision,
             value_range=state.value_range, title=f"validate {progress.epoch}",
             on_batch=self.see_forecast,
         )  # fmt: skip
-        check_validation(results, config, progress.epoch)
-        metrics = results["model"]["mean"]
-        losses = {"epoch_loss": progress.loss / progress.updates_per_epoch, "valid_loss": results["loss"]}
-        self.logger.validation(progress, losses | metrics, results["model"]["per_frame"])
+        metrics = results["forecast"]["mean"]
+        check_validation(loss, metrics["mse"], config, progress.epoch)
+        losses = {"epoch_loss": progress.loss / progress.updates_per_epoch, "valid_loss": loss}
+        self.logger.validation(progress, losses | metrics, results["forecast"]["per_frame"])
         run.save_best(state, self.eval_model, metrics["mse"])
         log.info(
             "epoch %d/%d  train loss %.4f  valid loss %.4f  MSE %.2f  ssim %.4f  best MSE %.2f  %s done, %s",
@@ -363,12 +363,12 @@ def share_of_batch(config, world):
     return size, parts
 
 
-def check_validation(results, config, epoch):
+def check_validation(loss, mse, config, epoch):
     """UserError: a validation without a known pixel, or with a loss that is not finite."""
-    if math.isnan(results["model"]["mean"]["mse"]):
+    if math.isnan(mse):
         raise UserError(f"{config.valid_data_dir or config.train_data_dir}: all validation targets are missing")
-    if not math.isfinite(results["loss"]):
-        raise UserError(f"the validation loss of epoch {epoch} is {results['loss']}: lower --lr or set --clip_grad 1")
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss of epoch {epoch} is {loss}: lower --lr or set --clip_grad 1")
 
 
 def stop(run, state, reason):

@@ -79,5 +79,5 @@ def test_baselines_do_not_see_the_transform_of_a_network():
             )
         )  # fmt: skip
     for label in BASELINES:
-        first, second = (result[label]["per_frame"]["mse_pixel"] for result in results)
+        first, second = (result[label]["per_frame"]["mse_pixel"] for _, result in results)
         assert second == pytest.approx(first, rel=1e-4)

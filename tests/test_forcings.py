@@ -70,7 +70,7 @@ def test_loss_and_metrics_are_of_what_is_forecast(model):
     assert all(tensor.shape[2] == 2 for tensor in seen[0][1:])
     outputs = rollout(model, inputs, 2, following=targets)
     expected = (outputs[:, 2:] - targets[:, :, :2]).square().sum(dim=(2, 3, 4)).mean().item()
-    assert results[0]["model"]["mean"]["mse"] == pytest.approx(expected, rel=1e-5)
+    assert results[0][1]["forecast"]["mean"]["mse"] == pytest.approx(expected, rel=1e-5)
 
 
 # From files

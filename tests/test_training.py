@@ -138,8 +138,8 @@ def test_training_and_evaluation_weigh_l1_as_asked():
         expected = RolloutLoss(weight)(rollout(model, inputs, 2), inputs, targets).item()
         assert expected != RolloutLoss()(rollout(model, inputs, 2), inputs, targets).item()
         assert Step(Rollout(model), RolloutLoss(weight), torch.device("cpu"))(inputs, targets).item() == expected
-        results = evaluate(model, [(inputs, targets)], torch.device("cpu"), ("mse",), RolloutLoss(weight))
-        assert results["loss"] == pytest.approx(expected, rel=1e-6)
+        loss, _ = evaluate(model, [(inputs, targets)], torch.device("cpu"), ("mse",), RolloutLoss(weight))
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_evaluation_counts_every_sample_once_in_the_precision_asked_for():
@@ -152,7 +152,7 @@ def test_an_evaluation_counts_every_sample_once_in_the_precision_asked_for():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
             outputs = [rollout(model, *batch[:1], 2) for batch in batches]
         samples = [RolloutLoss()(o, *batch).item() for o, batch in zip(outputs, batches)]
-        losses[precision] = evaluate(model, batches, device, ("mse",), RolloutLoss(), precision)["loss"]
+        losses[precision], _ = evaluate(model, batches, device, ("mse",), RolloutLoss(), precision)
         assert losses[precision] == pytest.approx((2 * samples[0] + samples[1]) / 3, rel=1e-6)
     assert losses["fp32"] != losses["bf16"]
 

@@ -30,13 +30,16 @@ class ForecastWriter:
     times         time of the last input frame of each sequence, float64 (count,); None: unknown
     leads         lead time of each forecast frame in seconds, float64 (T,); None: they are counted
 
-    Call it with each batch, and `close` at the end. A file that is not closed does not appear under its name.
+    with ForecastWriter(...) as writer: call it with each batch. The file appears under its name at the end, and only if no
+    error was raised.
+
     UserError: a file that cannot be written.
     """
 
     def __init__(self, path, count, value_range, info=None, times=None, leads=None):
         self.path, self.count, self.value_range, self.info = Path(path), count, value_range, info
         self.times, self.leads, self.written, self.arrays = times, leads, 0, None
+        self.file = None  # an open h5netcdf.File
         if self.path.suffix.lower() not in ENDINGS:
             raise UserError(f"--save_forecasts {path}: its name must end as one of {' '.join(ENDINGS)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,51 +66,51 @@ class ForecastWriter:
                 np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float32, (self.count, *shape))
                 for name, shape in zip(NAMES, shapes)
             ]
-        header, dims = self.coordinates(shapes), ("channel", *self.plane())
-        axes = [("sequence", "input_time", *dims), ("sequence", "time", *dims), ("sequence", "time", *dims)]
+        dims = "channel", *self.plane()
+        axes = [("sequence", time, *dims) for time in ("input_time", "time", "time")]
         about = {"units": self.info.units(0)} if self.info and len(self.info.names) == 1 else {}
-        if suffix == ".zarr":
-            try:
-                import zarr
-            except ImportError as error:
-                raise UserError(f"{self.path}: needs the package zarr; pip install zarr, or name a .nc file") from error
-            if not hasattr(zarr.Group, "create_array"):
-                raise UserError(f"{self.path}: needs zarr 3, not {zarr.__version__}; pip install --upgrade zarr")
-            store = self.folder / "store"
-            header.to_zarr(store, mode="w", consolidated=False)
-            group = zarr.open_group(store, mode="a")
-            return [
-                group.create_array(
-                    name, shape=(self.count, *shape), chunks=(1, *shape), dtype="f4", fill_value=np.nan,
-                    dimension_names=axis, attributes=about,
-                )
-                for name, shape, axis in zip(NAMES, shapes, axes)
-            ]  # fmt: skip
+        create = self.create_zarr if suffix == ".zarr" else self.create_netcdf
+        return create(self.coordinates(shapes), shapes, axes, about)
+
+    def create_zarr(self, header, shapes, axes, about):
+        """The arrays in a Zarr store.
+
+        header   xarray.Dataset of the coordinates
+        shapes   (T, C, H, W) of each array
+        axes     names of the dimensions of each array
+        about    attributes of all of them
+        """
+        try:
+            import zarr
+        except ImportError as error:
+            raise UserError(f"{self.path}: needs the package zarr; pip install zarr, or name a .nc file") from error
+        if not hasattr(zarr.Group, "create_array"):
+            raise UserError(f"{self.path}: needs zarr 3, not {zarr.__version__}; pip install --upgrade zarr")
+        header.to_zarr(self.folder / "store", mode="w", consolidated=False)
+        group = zarr.open_group(self.folder / "store", mode="a")
+        return [
+            group.create_array(
+                name, shape=(self.count, *shape), chunks=(1, *shape), dtype="f4", fill_value=np.nan,
+                dimension_names=axis, attributes=about,
+            )
+            for name, shape, axis in zip(NAMES, shapes, axes)
+        ]  # fmt: skip
+
+    def create_netcdf(self, header, shapes, axes, about):
+        """The arrays in a NetCDF file; parameters as in create_zarr."""
         import h5netcdf
 
         header.to_netcdf(self.folder / "store", engine="h5netcdf")
         self.file = h5netcdf.File(self.folder / "store", "a")
-        sizes = {
-            "sequence": self.count,
-            "input_time": shapes[0][0],
-            "time": shapes[1][0],
-            **dict(zip(dims, shapes[0][1:])),
-        }
-        for name, size in sizes.items():
-            if name not in self.file.dimensions:
-                self.file.dimensions[name] = size
         variables = []
         for name, shape, axis in zip(NAMES, shapes, axes):
+            for dim, size in zip(axis, (self.count, *shape)):
+                if dim not in self.file.dimensions:
+                    self.file.dimensions[dim] = size
             variable = self.file.create_variable(
-                name,
-                axis,
-                "f4",
-                chunks=(1, *shape),
-                compression="gzip",
-                compression_opts=4,
-                shuffle=True,
+                name, axis, "f4", chunks=(1, *shape), compression="gzip", compression_opts=4, shuffle=True,
                 fillvalue=np.nan,
-            )
+            )  # fmt: skip
             variable.attrs.update(about)
             variables.append(variable)
         return variables
@@ -140,33 +143,35 @@ class ForecastWriter:
         found.lead_time.attrs["long_name"] = "time after the last input frame"
         return found
 
-    def close(self):
-        """Finish the file and give it its name. An older file of that name is replaced."""
-        suffix = self.path.suffix.lower()
-        try:
-            if suffix == ".npz":
-                for array in self.arrays:
-                    array.flush()
-                with (
-                    replacing(self.path) as temporary,
-                    zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive,
-                ):
-                    for name in NAMES:
-                        archive.write(self.folder / f"{name}.npy", f"{name}.npy")
-            else:
-                if suffix == ".nc":
-                    self.file.close()
-                if self.path.is_dir() and not any((self.path / name).exists() for name in ("zarr.json", ".zgroup")):
-                    raise UserError(f"{self.path}: is a folder and no Zarr store; name another")
-                if self.path.is_dir():
-                    shutil.rmtree(self.path)
-                (self.folder / "store").replace(self.path)
-        finally:
-            self.discard()
+    def __enter__(self):
+        return self
 
-    def discard(self):
-        """Remove what is not finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __exit__(self, error, *_):
+        try:
+            if self.file:
+                self.file.close()
+            if error is None:
+                self.finish()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(self):
+        """Give the file its name. An older file of that name is replaced."""
+        if self.path.suffix.lower() == ".npz":
+            for array in self.arrays:
+                array.flush()
+            with (
+                replacing(self.path) as temporary,
+                zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive,
+            ):
+                for name in NAMES:
+                    archive.write(self.folder / f"{name}.npy", f"{name}.npy")
+            return
+        if self.path.is_dir() and not any((self.path / name).exists() for name in ("zarr.json", ".zgroup")):
+            raise UserError(f"{self.path}: is a folder and no Zarr store; name another")
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        (self.folder / "store").replace(self.path)
 
 
 class StoredForecasts:
