@@ -1,6 +1,6 @@
 """Checks of what a checkpoint holds before anything of it is used. A file may come from a stranger or a broken disk.
 
-Each function raises ValueError with what is wrong.
+Each function raises Fault with what is wrong.
 """
 
 import copy
@@ -11,6 +11,10 @@ import math
 import torch
 
 from vmrnn.values import ValueRange
+
+class Fault(ValueError):
+    """What is wrong with the contents of a file."""
+
 
 # Tables of our checkpoints, which may also be absent or None.
 TABLES = {"config": dict, "value_range": dict, "optimizer": dict, "scaler": dict, "position": dict}
@@ -24,12 +28,12 @@ def check_contents(content):
     content   a dict, as torch.load returned it
     """
     if not all(isinstance(key, str) for key in content):
-        raise ValueError("a key is no text")
+        raise Fault("a key is no text")
     if type(content["version"]) is not int or content["version"] < 1:
-        raise ValueError("its version is no number")
+        raise Fault("its version is no number")
     for key, kind in TABLES.items():
         if not isinstance(content.get(key), kind | None):
-            raise ValueError(f"its {key} is no table")
+            raise Fault(f"its {key} is no table")
     check_state(content["model"])
     if content.get("ema") is not None:
         check_state(content["ema"])
@@ -40,7 +44,7 @@ def check_contents(content):
 def check_range(values):
     """Check the types of a stored ValueRange. Its own rules are checked when it is made."""
     if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= RANGE:
-        raise ValueError(f"its value_range has other entries than {', '.join(RANGE)}")
+        raise Fault(f"its value_range has other entries than {', '.join(RANGE)}")
     for key, value in values.items():
         if key == "given":
             if value is not None:
@@ -49,16 +53,16 @@ def check_range(values):
         kinds = (str,) if key in ("transform", "names", "units", "directions") else (int, float)
         listed = value if isinstance(value, list) and key not in ("transform", "step") else [value]
         if any(type(item) not in kinds for item in listed):
-            raise ValueError(f"its value_range has {key} {value!r}")
+            raise Fault(f"its value_range has {key} {value!r}")
 
 
 def check_state(state):
     """Check a state dict: names and plain tensors on the CPU. Returns it."""
     if not isinstance(state, dict) or not state:
-        raise ValueError("it holds no state dict")
+        raise Fault("it holds no state dict")
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise ValueError("the name of a tensor is no text")
+            raise Fault("the name of a tensor is no text")
         check_tensor(name, tensor)
     return state
 
@@ -66,20 +70,20 @@ def check_state(state):
 def check_tensor(name, tensor):
     """Check that a value is a dense tensor of real numbers on the CPU, whose storage holds all of its elements."""
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} is no tensor")
+        raise Fault(f"{name} is no tensor")
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
-        raise ValueError(f"{name} is no plain tensor ({tensor.layout} on {tensor.device})")
+        raise Fault(f"{name} is no plain tensor ({tensor.layout} on {tensor.device})")
     if tensor.dtype.is_complex:
-        raise ValueError(f"{name} holds {tensor.dtype}")
+        raise Fault(f"{name} holds {tensor.dtype}")
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not stored densely")
+        raise Fault(f"{name} is not stored densely")
 
 
 def check_finite(state):
     """Check that no weight is NaN or infinite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
+            raise Fault(f"{name} holds values that are not finite")
 
 
 def check_like(value, template, name):
@@ -89,18 +93,18 @@ def check_like(value, template, name):
     """
     if isinstance(template, dict):
         if not isinstance(value, dict) or value.keys() != template.keys():
-            raise ValueError(f"{name} has other entries than {', '.join(map(str, template))}")
+            raise Fault(f"{name} has other entries than {', '.join(map(str, template))}")
         for key in template:
             check_like(value[key], template[key], f"{name} {key}")
     elif isinstance(template, list):
         if not isinstance(value, list):
-            raise ValueError(f"{name} is no list")
+            raise Fault(f"{name} is no list")
         for item in value:
             check_like(item, 0.0, name)
     else:
         kinds = (int, float) if type(template) is float else (type(template),)
         if type(value) not in kinds or math.isnan(value) or value < 0 or (type(value) is int and value >= 2**63):
-            raise ValueError(f"{name} is {value!r}")
+            raise Fault(f"{name} is {value!r}")
 
 
 def checked_moments(optimizer, state):
@@ -113,17 +117,17 @@ def checked_moments(optimizer, state):
     form.
     """
     if not isinstance(state, dict):
-        raise ValueError("the optimiser's state is no table")
+        raise Fault("the optimiser's state is no table")
     if not state:
         return {}
     expected = state_after_an_update(optimizer)
     if state.keys() != expected.keys():
-        raise ValueError("the optimiser's state is of other parameters")
+        raise Fault("the optimiser's state is of other parameters")
     copied = {}
     for number, entries in expected.items():
         found = state[number]
         if not isinstance(found, dict) or found.keys() != entries.keys():
-            raise ValueError(f"the optimiser's state of parameter {number} has other entries than {', '.join(entries)}")
+            raise Fault(f"the optimiser's state of parameter {number} has other entries than {', '.join(entries)}")
         copied[number] = {
             name: checked_moment(f"the optimiser's {name} of parameter {number}", found[name], template)
             for name, template in entries.items()
@@ -134,13 +138,13 @@ def checked_moments(optimizer, state):
 def checked_moment(name, value, template):
     if not isinstance(template, torch.Tensor):
         if type(value) is not type(template) or value != template:
-            raise ValueError(f"{name} is {value!r}")
+            raise Fault(f"{name} is {value!r}")
         return value
     check_tensor(name, value)
     if value.shape != template.shape or not value.is_floating_point():
-        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {tuple(template.shape)}")
+        raise Fault(f"{name} is {value.dtype} {tuple(value.shape)}, not {tuple(template.shape)}")
     if not value.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite")
+        raise Fault(f"{name} holds values that are not finite")
     return torch.empty_like(template, device="cpu").copy_(value)
 
 
@@ -172,8 +176,8 @@ def check_metadata(state, metadata):
     """Check the texts of a safetensors file: the checksum, where there is one. Published and older files have none."""
     # A damaged name of the checksum must not pass for a file without one.
     if "config" in metadata and metadata.keys() - METADATA:
-        raise ValueError("its metadata have unknown keys")
+        raise Fault("its metadata have unknown keys")
     stored = metadata.get("checksum")
     rest = {key: text for key, text in metadata.items() if key != "checksum"}
     if stored is not None and checksum(state, rest) != stored:
-        raise ValueError("its checksum does not fit its contents")
+        raise Fault("its checksum does not fit its contents")

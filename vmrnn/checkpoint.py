@@ -216,57 +216,66 @@ def read_checkpoint(path):
     damaged, or holds no state dict.
     """
     path = find_checkpoint(path)
-    # Read a safetensors file, or else a torch.save file.
     try:
         with open(path, "rb") as f:
             head = f.read(9)
-        if head[8:] == b"{":  # eight bytes of length, then JSON
-            with safe_open(path, "pt") as f:
-                texts = f.metadata() or {}
-                state = {key: f.get_tensor(key) for key in f.keys()}
-            checked.check_metadata(state, texts)
-            content = {key: json.loads(texts.get(key, "null")) for key in ("config", "value_range")}
-            content |= {"model": checked.check_state(state), "version": VERSION}
-            checked.check_contents(content)
-            return content
-        if head.startswith(b"PK") and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips the check
-            raise Damaged(f"checkpoint {path}: damaged ({broken}); get it again")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as one about the pickle protocol of a file by another program
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # A safetensors file begins with eight bytes of length and JSON.
+        content = read_safetensors(path) if head[8:] == b"{" else read_pickle(path, zipped=head.startswith(b"PK"))
+        return checked_contents(path, content)
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise Damaged(
             f"checkpoint {path}: damaged, or holds more than weights, and is not loaded (code in it was not run)"
         ) from error
-    except UserError:
+    except UserError:  # before DAMAGE: it is a ValueError
         raise
+    except checked.Fault as error:
+        raise Damaged(f"checkpoint {path}: damaged or not a checkpoint ({error}); get it again") from error
     except DAMAGE as error:
-        reason = f" ({error})" if type(error) is ValueError and str(error).startswith("its ") else ""
-        raise Damaged(f"checkpoint {path}: damaged or not a checkpoint{reason}; get it again") from error
-    # A checkpoint of a run
+        raise Damaged(f"checkpoint {path}: damaged or not a checkpoint; get it again") from error
+
+
+def read_safetensors(path):
+    """The contents of a safetensors file, as those of a checkpoint of ours."""
+    with safe_open(path, "pt") as f:
+        texts = f.metadata() or {}
+        state = {key: f.get_tensor(key) for key in f.keys()}
+    checked.check_metadata(state, texts)
+    tables = {key: json.loads(texts.get(key, "null")) for key in ("config", "value_range")}
+    return {"format": FORMAT, "version": VERSION, "model": state} | tables
+
+
+def read_pickle(path, zipped):
+    """What torch.save has written, a checkpoint of ours or a published file. zipped: whether it is a zip archive."""
+    if zipped and (broken := zipfile.ZipFile(path).testzip()):  # torch.load skips this check
+        raise checked.Fault(f"the checksum of {broken} in it does not fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as one about the pickle protocol of a file by another program
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def checked_contents(path, content):
+    """The contents of a file as read_checkpoint returns them.
+
+    content   what the file holds: a checkpoint of ours, or a state dict, which may lie in one or two dicts
+
+    UserError: a checkpoint of a newer version. checked.Fault: contents that are not what they should be.
+    """
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if not {"version", "model", "config"} <= content.keys():
-            raise Damaged(f"checkpoint {path}: incomplete; get it again")
+            raise checked.Fault("it is incomplete")
         # A newer version may hold other things, so its contents are not looked at.
         if type(content["version"]) is int and content["version"] > VERSION:
             raise UserError(f"checkpoint {path}: version {content['version']} is newer than this program; update it")
-        try:
-            checked.check_contents(content)
-        except ValueError as error:
-            raise Damaged(f"checkpoint {path}: {error}; get it again") from error
+        checked.check_contents(content)
         return content
-    # A published file: a state dict, which may lie in one or two dicts
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        raise Damaged(f"checkpoint {path}: holds no state dict")
-    try:
-        return {"model": checked.check_state(content), "config": None}
-    except ValueError as error:
-        raise Damaged(f"checkpoint {path}: {error}; get it again") from error
+        raise checked.Fault("it holds no state dict")
+    return {"model": checked.check_state(content), "config": None}
 
 
 def save_checkpoint(path, content):
