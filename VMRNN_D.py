@@ -1,6 +1,6 @@
 """Network D: cells on a path down to coarser maps and on a path back up (VMRNN, arXiv 2403.16536, section 3.4).
 
-Only the wiring: layers are in vmrnn/.
+Only the wiring: layers are in vmrnn/network/.
 """
 
 import torch.nn as nn

@@ -80,8 +80,8 @@ def progress_bar(loader, title, total, first=0, rest=None):
     first    number of batches that were done before
     rest     function that returns the end of a line, see vmrnn.progress.Bar
 
-    The caller calls bar.update(frames) when the batch is done: a caller that takes no more batches than it needs never
-    comes back here after its last one.
+    The caller calls bar.update(frames) when the batch is done. This function cannot: it is not resumed after the last batch
+    that the caller takes.
     """
     silent = distributed.rank() > 0
     with Bar(title, first=first, rest=rest, silent=silent) as bar:

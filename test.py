@@ -10,7 +10,8 @@ Writes report.html (one file to open or to send: figures, curves, a player, how 
 lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir. The default is a folder beside the
 checkpoint or the forecasts. It is named after the test set and the horizon, such as test_kth_20.
 --save_forecasts writes inputs, truths and forecasts of all sequences into one file.
-The baselines are a black frame, the last input frame repeated, and the last input frame moved along the optical flow.
+The baselines are a black frame and the last input frame repeated. For your own data, or with --motion, a third one is the
+last input frame moved along the optical flow.
 """
 
 from vmrnn import command_line
@@ -92,7 +93,7 @@ def rows_of(args, config, value_range):
 def table(results, rows, config):
     """The figures as lines of text: one row per metric, one column per forecast, and below what the metrics are.
 
-    A metric that only the published figures of other data sets use is left out. The report has it.
+    Metrics that only the published figures of other data sets use are left out. The report shows them.
     """
     shown = [row for row in rows if is_compared(row.name, config)]
     widths = {label: max(12, len(label)) for label in results}

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import record
 from benchmarks.timing import peak_mib, wall_seconds
 from functions import mixed_precision
-from vmrnn import config as configuration
+from vmrnn import command_line, config as configuration
 from vmrnn.network import build_model, compile_model
 from vmrnn.network.kernels import UsesKernels, kernels_of
 from vmrnn.rollout import rollout
@@ -98,9 +98,9 @@ def measure(config, device):
 
 
 def main(argv=None):
-    parser = configuration.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
-    configuration.add_options(parser)
+    command_line.add_options(parser)
     given = vars(parser.parse_args(argv))
     config = configuration.resolve(given.pop("config"), {"test_batch_size": 1} | given)
     device = pick_device(config.device)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vmrnn import config as configuration
+from vmrnn import command_line, config as configuration
 from vmrnn.checkpoint import load_network, save_checkpoint, save_weights
 from vmrnn.data.inputs import open_input
 from vmrnn.data.moving_mnist import load_digits
@@ -175,8 +175,8 @@ def fuzz_file(kind, draw, folder, cases):
 
 def fuzz_options(draw, cases):
     """`cases` command lines of one to five odd options; returns (how many were taken, how many refused)."""
-    parser = configuration.Parser("")
-    configuration.add_options(parser)
+    parser = command_line.Parser("")
+    command_line.add_options(parser)
     names, counts = list(configuration.FIELDS), [0, 0]
     for _ in range(cases):
         line = []

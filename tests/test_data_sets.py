@@ -11,7 +11,7 @@ from helpers import ROOT, assert_same, batches, data_set, shared, write_images, 
 
 import train
 from dataset import make_loader
-from vmrnn import config as configuration
+from vmrnn import command_line, config as configuration
 from vmrnn.data import cache, clips, splits
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import DATASETS
@@ -517,8 +517,8 @@ def test_lists_of_numbers_in_files_and_on_the_command_line(tmp_path):
     config = configuration.resolve(tmp_path / "c.toml", {})
     configuration.save_toml(config, tmp_path / "saved.toml")
     assert config.data_range == [0.0, 2.5] and configuration.resolve(tmp_path / "saved.toml", {}) == config
-    parser = configuration.Parser("")
-    configuration.add_options(parser)
+    parser = command_line.Parser("")
+    command_line.add_options(parser)
     given = vars(parser.parse_args("--missing_value -32768 -1 --data_range".split()))
     assert given == {"missing_value": [-32768.0, -1.0], "data_range": []}
 

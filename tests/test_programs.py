@@ -17,7 +17,7 @@ from torch.cuda._utils import _get_device_index
 
 import test as test_program
 import train
-from vmrnn import config as configuration
+from vmrnn import command_line, config as configuration
 from vmrnn.checkpoint import find_checkpoint, read_checkpoint, save_weights
 from vmrnn.data.table import SPLITS
 from vmrnn.errors import UserError
@@ -293,8 +293,8 @@ def test_exit_code_and_one_line_of_a_real_process(run_forked, tmp_path):
 
 @pytest.mark.parametrize("numbers", [["-3.4e38"], ["-1e-3", "-.5"], ["-9999", "1E+20"], ["-5", "-2.5"]])
 def test_negative_numbers_are_values_and_not_options(numbers):
-    parser = configuration.Parser("")
-    configuration.add_options(parser)
+    parser = command_line.Parser("")
+    command_line.add_options(parser)
     assert vars(parser.parse_args(["--missing_value", *numbers])) == {"missing_value": [float(n) for n in numbers]}
 
 

@@ -12,6 +12,7 @@ import torch
 
 from vmrnn.values import ValueRange
 
+
 class Fault(ValueError):
     """What is wrong with the contents of a file."""
 

@@ -1,11 +1,12 @@
 """The arguments of the three programs. Nothing here imports torch, so a wrong option is refused in a moment."""
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
 
-from vmrnn import config as configuration
+from vmrnn.config import FIELDS, LISTS, SCOPES, Config, did_you_mean
 from vmrnn.errors import UserError
 
 # Options of how files are read, which predict.py takes too
@@ -15,6 +16,74 @@ COLOURS = (
     "colours of pictures: grey, rain or a colour map of matplotlib (default: auto, which is rain or viridis for fields, "
     "and grey for all else)"
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a UserError of one line, and a hyphen in a flag counts as an underscore."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        # Before Python 3.14 argparse takes -3.4e38 for the name of an option.
+        self._negative_number_matcher = re.compile(r"-(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [self.known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
+        known, unknown = super().parse_known_args(args, namespace)
+        if flags := [word.split("=")[0] for word in unknown if word.startswith("--")]:
+            helps = {
+                action.option_strings[0]: action.help or ""
+                for action in self._actions
+                if action.option_strings and action.help != argparse.SUPPRESS
+            }
+            raise UserError(f"unrecognized arguments: {flags[0]}{did_you_mean(flags[0], helps) or '; see --help'}")
+        return known, unknown
+
+    def known_spelling(self, word):
+        """--patch-size=2 as --patch_size=2, if only the second is a flag."""
+        flag, *value = word.split("=", 1)
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return word
+        name = flag[2:].replace("-", "_")
+        for spelling in (f"--{name}", f"--no-{name.removeprefix('no_')}"):
+            if spelling in self._option_string_actions and (name.startswith("no_") or "--no-" not in spelling):
+                return "=".join([spelling, *value])
+        return word
+
+    def error(self, message):
+        short = message if len(message) <= 250 else f"{message[:120]} ... {message[-60:]}"
+        raise UserError(f"{short}; see --help")
+
+
+def add_options(parser, only=None):
+    """A flag for every key of Config, or for those of `only`. One that is not given leaves no trace in the arguments."""
+    parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
+    fields, defaults = [f for f in FIELDS.values() if only is None or f.name in only], Config()
+    groups = {
+        scope: parser.add_argument_group(scope) for scope in SCOPES if any(f.metadata["scope"] == scope for f in fields)
+    }
+    for f in fields:
+        group, choices = groups[f.metadata["scope"]], f.metadata["choices"]
+        default = getattr(defaults, f.name)
+        is_list = f.type in LISTS
+        written = " ".join(map(str, default)) if is_list else default
+        text = f"{f.metadata['help']} (default: {written if written != '' else 'none'})".replace("%", "%%")
+        if f.type is bool:
+            group.add_argument(
+                f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+            continue
+        kind = LISTS.get(f.type, f.type)
+        group.add_argument(
+            f"--{f.name}",
+            type=kind,
+            nargs=("+" if default else "*") if is_list else None,
+            default=argparse.SUPPRESS,
+            metavar=None if choices else "X" if kind is float else "TEXT" if kind is str else "N",
+            choices=choices,
+            help=text,
+        )
 
 
 def answer(parser):
@@ -34,19 +103,19 @@ def answer(parser):
 
 def train_parser(description):
     """The arguments of train.py."""
-    parser = configuration.Parser(description)
+    parser = Parser(description)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument(
         "--init_from", "--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start a new run from"
     )
     parser.add_argument("--resume", metavar="auto|FILE", help="continue from last.pt of the run folder, or from FILE")
-    configuration.add_options(parser)
+    add_options(parser)
     return parser
 
 
 def test_parser(description):
     """The arguments of test.py."""
-    parser = configuration.Parser(description)
+    parser = Parser(description)
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file")
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to test")
     parser.add_argument(
@@ -75,13 +144,13 @@ def test_parser(description):
     )
     parser.add_argument("--colours", default="auto", metavar="NAME", help=COLOURS)
     parser.add_argument("--strips", type=int, default=4, metavar="N", help="sequences to picture (default: 4)")
-    configuration.add_options(parser)
+    add_options(parser)
     return parser
 
 
 def predict_parser(description):
     """The arguments of predict.py."""
-    parser = configuration.Parser(description)
+    parser = Parser(description)
     parser.add_argument("--checkpoint", "--checkpoint_path", metavar="FILE", required=True, help="trained weights")
     parser.add_argument(
         "--config", metavar="FILE.toml", help="the network's configuration, where the weights hold none"
@@ -108,5 +177,5 @@ def predict_parser(description):
     parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--scan", default="auto", help="scan back end (default: auto)")
-    configuration.add_options(parser, only=READING)
+    add_options(parser, only=READING)
     return parser

@@ -3,13 +3,11 @@
 Sources, from weak to strong: the default, the TOML file, the command line.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
 import math
 import re
-import sys
 import tomllib
 import unicodedata
 from dataclasses import dataclass, field
@@ -97,11 +95,11 @@ def updates_or_minutes(value):
         return "give updates (500) or minutes (10m)"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """The options of one experiment. An option has the same name in a TOML file, as a flag and in a checkpoint.
 
-    Names are those of the published code where they mean the same. A Config is not changed after it was made.
+    Names are those of the published code where they mean the same.
     UserError: a value that its row does not allow.
     """
 
@@ -349,47 +347,9 @@ def changed_on_resume(before, after, data_known=False):
     fixed = sorted(name for name, f in FIELDS.items() if not f.metadata["resume"])
     changed = [name for name in fixed if getattr(before, name) != getattr(after, name)]
     allowed = {name for name in PATHS if data_known and getattr(before, name) and getattr(after, name)}
-    # An empty data_range leaves the range to the data.
-    allowed |= set() if after.data_range else {"data_range"}
+    if not after.data_range:
+        allowed.add("data_range")  # the range is then found in the data
     return [name for name in changed if name not in allowed]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a UserError of one line, and a hyphen in a flag counts as an underscore."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-        # Before Python 3.14 argparse takes -3.4e38 for the name of an option.
-        self._negative_number_matcher = re.compile(r"-(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$")
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = [self.known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
-        known, unknown = super().parse_known_args(args, namespace)
-        if flags := [word.split("=")[0] for word in unknown if word.startswith("--")]:
-            helps = {
-                action.option_strings[0]: action.help or ""
-                for action in self._actions
-                if action.option_strings and action.help != argparse.SUPPRESS
-            }
-            raise UserError(f"unrecognized arguments: {flags[0]}{did_you_mean(flags[0], helps) or '; see --help'}")
-        return known, unknown
-
-    def known_spelling(self, word):
-        """--patch-size=2 as --patch_size=2, if only the second is a flag."""
-        flag, *value = word.split("=", 1)
-        if not flag.startswith("--") or flag in self._option_string_actions:
-            return word
-        name = flag[2:].replace("-", "_")
-        for spelling in (f"--{name}", f"--no-{name.removeprefix('no_')}"):
-            if spelling in self._option_string_actions and (name.startswith("no_") or "--no-" not in spelling):
-                return "=".join([spelling, *value])
-        return word
-
-    def error(self, message):
-        short = message if len(message) <= 250 else f"{message[:120]} ... {message[-60:]}"
-        raise UserError(f"{short}; see --help")
 
 
 def did_you_mean(word, helps):
@@ -404,36 +364,6 @@ def did_you_mean(word, helps):
     found += [name for name, text in helps.items() if text.lower().startswith(bare.replace("_", " "))]
     found = list(dict.fromkeys(found))[:4] if bare else []
     return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-def add_options(parser, only=None):
-    """A flag for every key of Config, or for those of `only`. One that is not given leaves no trace in the arguments."""
-    parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
-    fields = [f for f in FIELDS.values() if only is None or f.name in only]
-    groups = {
-        scope: parser.add_argument_group(scope) for scope in SCOPES if any(f.metadata["scope"] == scope for f in fields)
-    }
-    for f in fields:
-        group, choices = groups[f.metadata["scope"]], f.metadata["choices"]
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        is_list = f.type in LISTS
-        written = " ".join(map(str, default)) if is_list else default
-        text = f"{f.metadata['help']} (default: {written if written != '' else 'none'})".replace("%", "%%")
-        if f.type is bool:
-            group.add_argument(
-                f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-            continue
-        kind = LISTS.get(f.type, f.type)
-        group.add_argument(
-            f"--{f.name}",
-            type=kind,
-            nargs=("+" if default else "*") if is_list else None,
-            default=argparse.SUPPRESS,
-            metavar=None if choices else "X" if kind is float else "TEXT" if kind is str else "N",
-            choices=choices,
-            help=text,
-        )
 
 
 def resolve(toml_path, given, base=None):

@@ -125,7 +125,8 @@ class Metric:
     pooled       True: the mean over lead times comes from the sums over all of them. False: it is the mean of the
                  lead times' figures, and the terms are (sum of the frames' figures, number of frames)
     prepare      called once before the first frame; raises UserError if the metric cannot run on this machine
-    family       (name, convention) of all rows that differ by numbers in their names alone, such as csi_X; None: it is alone
+    family       (name, convention) shown once for all rows whose names differ only in a number, such as csi_X for csi_1 and
+                 csi_5; None: the row has a line of its own
     """
 
     name: str
@@ -403,7 +404,8 @@ def metric_rows(names, thresholds=(), value_range=UNIT_RANGE, lpips=False, windo
     """The metrics of an experiment, a tuple of rows.
 
     names         names of METRICS, in the order of the tables
-    thresholds    thresholds of events in the units of the data; any adds rmse and, per threshold, a row of each score
+    thresholds    thresholds of events in the units of the data. If there are any, rmse is added, and a row of each score for
+                  each threshold
     value_range   ValueRange of the data
     lpips         whether to add lpips
     windows       sides of the windows of the fractions skill score, for each threshold

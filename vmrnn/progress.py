@@ -16,7 +16,8 @@ EVERY = 60  # seconds between two lines
 class TerminalBar(tqdm):
     """tqdm's bar with a lock between threads.
 
-    tqdm's own lock is between processes, of which only one draws here. From Python 3.14 on it starts a further process.
+    tqdm's own lock works between processes, and from Python 3.14 on it starts a further process. Only one process draws
+    here, so a lock between threads is enough.
     """
 
 
