@@ -1,12 +1,13 @@
 """The arguments of the three programs. Nothing here imports torch, so a wrong option is refused in a moment."""
 
 import argparse
+import dataclasses
 import re
 import signal
 import sys
 from pathlib import Path
 
-from vmrnn.config import FIELDS, LISTS, SCOPES, Config, did_you_mean
+from vmrnn.config import FIELDS, LISTS, SCOPES, did_you_mean
 from vmrnn.errors import UserError
 
 # Options of how files are read, which predict.py takes too
@@ -59,13 +60,13 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser, only=None):
     """A flag for every key of Config, or for those of `only`. One that is not given leaves no trace in the arguments."""
     parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
-    fields, defaults = [f for f in FIELDS.values() if only is None or f.name in only], Config()
+    fields = [f for f in FIELDS.values() if only is None or f.name in only]
     groups = {
         scope: parser.add_argument_group(scope) for scope in SCOPES if any(f.metadata["scope"] == scope for f in fields)
     }
     for f in fields:
         group, choices = groups[f.metadata["scope"]], f.metadata["choices"]
-        default = getattr(defaults, f.name)
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         is_list = f.type in LISTS
         written = " ".join(map(str, default)) if is_list else default
         text = f"{f.metadata['help']} (default: {written if written != '' else 'none'})".replace("%", "%%")

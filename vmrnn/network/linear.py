@@ -84,8 +84,7 @@ def fits(a, b):
     exporter, autocast, torch.func or forward-mode differentiation.
     """
     return (
-        not torch.compiler.is_compiling()  # first: a compiler cannot follow the next line
-        and onednn_is_faster()
+        not torch.compiler.is_compiling()  # first: a compiler cannot follow the other lines
         and not torch.jit.is_tracing()
         and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
@@ -94,6 +93,7 @@ def fits(a, b):
         and type(a) is torch.Tensor  # not a tensor of shapes without values
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
+        and onednn_is_faster()  # last: its first call multiplies, which a count of products or fake tensors must not see
     )
 
 
