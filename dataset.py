@@ -64,7 +64,7 @@ def build_dataset(split, config, value_range=None):
             raise UserError(f"data_range is {list(config.data_range)}, but {name} has one of its own; leave it out")
     for option, data_sets in ONLY_FOR.items():
         if name not in data_sets and getattr(config, option) != getattr(DEFAULTS, option):
-            raise UserError(f"{option} is for {', '.join(data_sets)}, not for {name}; leave it out")
+            raise UserError(f"{option} is for {', '.join(data_sets)}, not for {name}; leave it out, or set dataset")
     option = f"{split}_data_dir" if getattr(config, f"{split}_data_dir") else "train_data_dir"
     path = getattr(config, option)
     if spec.section and not Path(path).exists():

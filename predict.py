@@ -171,8 +171,8 @@ def main(argv=None):
         given_frames, config, args.colours,
     )  # fmt: skip
     for path in args.output:
-        forecast.save(path, args.fps)
-        log.info("forecast   %d frames in %s", args.horizon, path)
+        first, *others = forecast.save(path, args.fps)
+        log.info("forecast   %d frames in %s%s", args.horizon, first, f" to {others[-1].name}" if others else "")
 
 
 def log_size(forecaster, size):

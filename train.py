@@ -61,6 +61,10 @@ def parse_arguments(argv=None):
     toml, weights, resume = (given.pop(key) for key in ("config", "init_from", "resume"))
     if resume not in (None, "auto"):
         resume = checkpoint.find_checkpoint(resume, ("last.pt", "previous_last.pt"))
+        if resume.suffix == ".safetensors":
+            raise UserError(
+                f"--resume {resume}: holds weights alone; resume from last.pt, or start a new run from them with --init_from"
+            )
     if resume not in (None, "auto") and "res_dir" not in configuration.read_toml(toml) | given:
         given["res_dir"] = str(Path(resume).parent)
     config = configuration.resolve(toml, given)
@@ -76,7 +80,8 @@ def parse_arguments(argv=None):
         configuration.resolve(None, {}, base=stored), config, "data" in resumed.content
     ):
         raise UserError(
-            f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out or start anew"
+            f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (with --resume {path} alone "
+            "all options are the run's) or start anew"
         )
     return config, weights, resumed
 

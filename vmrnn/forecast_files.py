@@ -134,41 +134,56 @@ class Forecast:
         fps    frames per second of a film
 
         Several sequences make films and pictures of each: next.gif becomes next_sequence000.gif, ...
-        UserError: a file that cannot be written.
+        Returns the paths of the files. UserError: a file that cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
-        if suffix == ".nc":
-            with replacing(path) as temporary:
-                found = self.dataset()
-                encoding = {name: dict(COMPRESSION) for name in found.data_vars}
-                found.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-        elif suffix == ".zarr":
-            save_zarr(self.dataset(), path)
+        if suffix in FIELDS:
+            self.save_field(path)
         elif suffix in ARRAYS:
-            with replacing(path) as temporary, open(temporary, "wb") as f:  # np.savez would add .npz to another name
-                if suffix == ".npy":
-                    np.save(f, self.array())
-                else:
-                    times = self.next_times()
-                    extra = (
-                        {} if times is None else {"time": self.info.decoded_times(times.ravel()).reshape(times.shape)}
-                    )
-                    np.savez_compressed(f, forecast=self.array(), **(extra if self.many else first_of(extra)))
+            self.save_array(path)
         else:
-            forecasts = self.unit.transpose(0, 1, 4, 2, 3)
-            given = [own.transpose(0, 3, 1, 2) for own in self.given or () if own is not None]
-            given = given or [forecasts[0, :0]] * len(forecasts)
-            look = Look()
-            if self.config:
-                look = Look.of(self.config, self.value_range, [*given, *forecasts], self.colours)
-            for number, frames in enumerate(forecasts):
-                own = path.with_stem(f"{path.stem}_sequence{number:03d}") if self.many else path
-                if suffix in PICTURES:
-                    save_images(own, frames, look)
-                else:
-                    with replacing(own) as temporary:
-                        save_film(temporary, given[number], frames, suffix, self.lead_names(), look, fps=fps)
+            return self.save_pictures(path, fps)
+        return [path]
+
+    def save_field(self, path):
+        """Write a NetCDF file or a Zarr store."""
+        found = self.dataset()
+        if path.suffix.lower() == ".zarr":
+            save_zarr(found, path)
+            return
+        with replacing(path) as temporary:
+            encoding = {name: dict(COMPRESSION) for name in found.data_vars}
+            found.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+
+    def save_array(self, path):
+        """Write a .npy or .npz file."""
+        with replacing(path) as temporary, open(temporary, "wb") as f:  # np.savez would add .npz to another name
+            if path.suffix.lower() == ".npy":
+                np.save(f, self.array())
+                return
+            times = self.next_times()
+            extra = {} if times is None else {"time": self.info.decoded_times(times.ravel()).reshape(times.shape)}
+            np.savez_compressed(f, forecast=self.array(), **(extra if self.many else first_of(extra)))
+
+    def save_pictures(self, path, fps):
+        """Write films, or one picture per frame. Returns the paths of the files."""
+        suffix, paths = path.suffix.lower(), []
+        forecasts = self.unit.transpose(0, 1, 4, 2, 3)
+        given = [own.transpose(0, 3, 1, 2) for own in self.given or () if own is not None]
+        given = given or [forecasts[0, :0]] * len(forecasts)
+        look = Look()
+        if self.config:
+            look = Look.of(self.config, self.value_range, [*given, *forecasts], self.colours)
+        for number, frames in enumerate(forecasts):
+            own = path.with_stem(f"{path.stem}_sequence{number:03d}") if self.many else path
+            if suffix in PICTURES:
+                paths += save_images(own, frames, look)
+            else:
+                with replacing(own) as temporary:
+                    save_film(temporary, given[number], frames, suffix, self.lead_names(), look, fps=fps)
+                paths.append(own)
+        return paths
 
 
 def first_of(arrays):

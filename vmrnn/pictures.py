@@ -212,11 +212,16 @@ def save_film(path, given, forecast, kind, leads=None, look=None, pixels=256, fp
 
 
 def save_images(path, frames, look=None):
-    """Write frames (T, C, H, W) as PNGs: next.png becomes next_001.png, next_002.png, ... look: Look; None: grey."""
-    look = look or Look()
+    """Write frames (T, C, H, W) as PNGs: next.png becomes next_001.png, next_002.png, ... look: Look; None: grey.
+
+    Returns the paths of the files.
+    """
+    look, paths = look or Look(), []
     for number, image in enumerate(as_bytes(look.paint(look.values(frames)), 1), 1):
-        with replacing(path.with_stem(f"{path.stem}_{number:03d}")) as temporary:
+        paths.append(path.with_stem(f"{path.stem}_{number:03d}"))
+        with replacing(paths[-1]) as temporary:
             Image.fromarray(image).save(temporary, "PNG")
+    return paths
 
 
 def as_bytes(images, scale):

@@ -45,6 +45,9 @@ def free_memory():
 def open_npy(path):
     """The array of a .npy file, memory-mapped. UserError: a missing, damaged or foreign file."""
     with whole(path):
+        with open(path, "rb") as file:
+            if not file.read(6).startswith((b"\x93NUMPY", b"PK")):
+                raise ValueError("it begins otherwise")  # np.load would advise to unpickle it
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
         array.close()

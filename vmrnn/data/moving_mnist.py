@@ -73,7 +73,9 @@ def read_idx3(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name an idx3 file of digits, or use `mnist` or `builtin`") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name an idx3 file") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name an idx3 file, or set dataset for other data"
+        ) from error
     if raw[:2] == b"\x1f\x8b":  # by content, not by name: browsers unpack and keep the .gz
         try:
             raw = gzip.decompress(raw)
