@@ -128,23 +128,25 @@ class Clock:
 
     outputs_of   see functions.compare
     device       where it runs
+
+    The first call may compile kernels. It counts only if there is no other.
     """
 
     def __init__(self, outputs_of, device):
         self.outputs_of, self.device = outputs_of, device
-        self.frames, self.seconds = 0, 0.0
+        self.calls = []  # (frames, seconds)
 
     def __call__(self, inputs, targets):
         begun = time.perf_counter()
         outputs = self.outputs_of(inputs, targets)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        self.seconds += time.perf_counter() - begun
-        self.frames += outputs.shape[0] * outputs.shape[1]
+        self.calls.append((outputs.shape[0] * outputs.shape[1], time.perf_counter() - begun))
         return outputs
 
     def __str__(self):
-        return f"{self.frames / self.seconds:.3g} frames per second through the network"
+        frames, seconds = map(sum, zip(*self.calls[1:] or self.calls))
+        return f"{frames / seconds:.3g} frames per second through the network"
 
 
 def default_folder(tested, config):
