@@ -344,6 +344,42 @@ def test_files_that_are_passed_over_are_named(tmp_path):
     assert any("1 file passed over" in note for note in grid_clips(tmp_path, config)[1])
 
 
+def test_each_file_has_dimensions_and_levels_in_its_own_order(tmp_path):
+    whole = xarray.concat(
+        [field(seed=i).expand_dims(level=[level]) for i, level in enumerate((1000.0, 850, 500))], "level"
+    )
+    write(whole.isel(time=slice(0, 3)), tmp_path / "a.nc")
+    write(whole.isel(time=slice(3, 5), level=slice(None, None, -1)), tmp_path / "b.nc")
+    write(whole.isel(time=slice(5, 8)).transpose("latitude", "level", "longitude", "time"), tmp_path / "c.nc")
+    expected = whole["t2m"].sel(level=[500, 1000]).transpose("time", "latitude", "longitude", "level")
+    np.testing.assert_array_equal(read(open_grid(tmp_path, ["t2m@500", "t2m@1000"])), expected)
+
+
+@pytest.mark.parametrize("form", ["dimension", "scalar", "unit"])
+def test_fields_of_one_series_and_of_one_network_are_of_one_level(tmp_path, form):
+    def at(level, times, **facts):
+        facts, one = {"units": "hPa"} | facts, field(times)
+        if form == "scalar":
+            return one.assign_coords(plev=((), level, facts))
+        levels = [level, level + 1] if form == "unit" else [level]
+        return one.expand_dims(plev=levels).assign_coords(plev=("plev", levels, facts))
+
+    other = at(850.0, SIX_HOURS[4:], units="m") if form == "unit" else at(500.0, SIX_HOURS[4:])
+    write(at(850.0, SIX_HOURS[:4]), tmp_path / "a.nc")
+    write(other, tmp_path / "b.nc")
+    write(at(85000.0, SIX_HOURS[4:], units="Pa"), tmp_path / "same.nc")
+    with pytest.raises(UserError, match="t2m level (500 hPa|850 m; 851 m), but .*a.nc: 850 hPa"):
+        open_grid(tmp_path / "[ab].nc")
+    variables = {"variables": ["t2m"], "input_channels": 2 if form == "unit" else 1}
+    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path, **variables, num_frames_output=1)).value_range
+    test = options(tmp_path / "a.nc", tmp_path, **variables, test_data_dir=str(tmp_path / "b.nc"))
+    with pytest.raises(UserError, match="is at (500 hPa|850 m), but the network was trained on t2m.* at 850 hPa"):
+        build_dataset("test", test, trained)
+    assert build_dataset("test", test, replace(trained, levels=())).value_range.levels == ()  # an older checkpoint
+    if form == "scalar":
+        build_dataset("test", replace(test, test_data_dir=str(tmp_path / "same.nc")), trained)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

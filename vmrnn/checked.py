@@ -51,7 +51,7 @@ def check_range(values):
             if value is not None:
                 check_range(value)
             continue
-        kinds = (str,) if key in ("transform", "names", "units", "directions") else (int, float)
+        kinds = (str,) if key in ("transform", "names", "units", "levels", "directions") else (int, float)
         listed = value if isinstance(value, list) and key not in ("transform", "step") else [value]
         if any(type(item) not in kinds for item in listed):
             raise Fault(f"its value_range has {key} {value!r}")

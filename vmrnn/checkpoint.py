@@ -122,7 +122,7 @@ def value_range_of(content, config):
         return changed
     # What the network knows of its fields and forcings stays as it was.
     trained = ValueRange.from_dict(content["value_range"])
-    known = {key: getattr(trained, key) for key in ("given", "names", "units", "step", "directions")}
+    known = {key: getattr(trained, key) for key in ("given", "names", "units", "levels", "step", "directions")}
     return replace(changed, **known)
 
 

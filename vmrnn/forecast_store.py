@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from vmrnn.data.arrays import npz_member, npz_rows, open_npy
-from vmrnn.data.grid_axes import place_names
-from vmrnn.data.grid_info import import_xarray, unlike_coordinate
+from vmrnn.data.grid_axes import place_names, scalar_levels
+from vmrnn.data.grid_info import import_xarray, unlike_coordinate, unlike_level
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 
@@ -329,7 +329,7 @@ class StoredFields:
         return arrays
 
     def check_alike(self, dataset, arrays, info):
-        """UserError: forecasts in other units than the test set, or at other places."""
+        """UserError: forecasts in other units than the test set, at other levels, or at other places."""
         if info is None:
             return
         for i, array in enumerate(arrays):
@@ -339,6 +339,13 @@ class StoredFields:
                     f"--forecasts {self.path}: {info.names[i]} is in {unit}, but in {wanted} in the test set; write it in "
                     f"{wanted}"
                 )
+            coordinates = {name: coordinate.variable for name, coordinate in array.coords.items()}
+            for level in scalar_levels(coordinates, coordinates):
+                if all(unlike_level(level, own) for own in info.levels[i].split(", ")):
+                    raise UserError(
+                        f"--forecasts {self.path}: {info.names[i]} is at {level}, but at {info.levels[i]} in the test set; write "
+                        "forecasts of that level"
+                    )
         place = info.coordinates
         names = [name for name in place_names(place, (info.y, info.x))
                  if all(dataset.sizes.get(dim) == place.sizes[dim] for dim in place[name].dims)]  # no crops  # fmt: skip

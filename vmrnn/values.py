@@ -25,10 +25,11 @@ class ValueRange:
                  forecast; None: there are none
     names        of the channels, but for those of `given`, where a file names them
     units        of these channels, "" where a file names none
+    levels       of these channels as text, such as 850 hPa, "" where a file names none; (): of an older checkpoint
     step         seconds from one frame of the training to the next; 0: they have no dates
     directions   of the coordinates of rows and columns of the training: rising, falling, or "" where there are none
 
-    The last four change no value, and ranges that differ by them alone are equal.
+    The last five change no value, and ranges that differ by them alone are equal.
     Frames are (..., C), channels last, where low and high are tuples. The data set makes the range, the checkpoint
     stores it, and every program that reads or writes values uses it.
     UserError: low or high is not finite, low is not below high, or the transform cannot take them.
@@ -42,6 +43,7 @@ class ValueRange:
     given: "ValueRange | None" = None
     names: tuple = field(default=(), compare=False)
     units: tuple = field(default=(), compare=False)
+    levels: tuple = field(default=(), compare=False)
     step: float = field(default=0.0, compare=False)
     directions: tuple = field(default=(), compare=False)
 

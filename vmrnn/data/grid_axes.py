@@ -17,6 +17,9 @@ X_NAMES = ("x", "lon", "long", "longitude", "rlon", "nav_lon", "west_east", "eas
            "columns", "pixel", "pixels", "nlon", "nx", "ni", "i", "width")  # fmt: skip
 Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
 X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
+Z_NAMES = ("level", "lev", "levels", "plev", "pressure", "pressure_level", "isobaricinhpa", "isobaricinpa", "height",
+           "heightaboveground", "heightabovesea", "altitude", "depth", "sigma", "hybrid", "z")  # fmt: skip
+PRESSURES = {"pa": 0.01, "hpa": 1, "mbar": 1, "mb": 1, "millibar": 1, "millibars": 1}  # units in hPa
 DEGREES_EAST = ("degrees_east", "degree_east", "degree_e", "degrees_e", "degreee", "degreese")
 
 
@@ -91,16 +94,45 @@ def is_time(coordinate):
     return facts["axis"] == "t" or facts["standard_name"] == "time" or " since " in facts["units"]
 
 
+def is_vertical(name, coordinate):
+    """Whether a coordinate says how high a field lies."""
+    facts = facts_of(coordinate)
+    upwards = str(coordinate.attrs.get("positive", "")).lower() in ("up", "down")
+    return facts["axis"] == "z" or upwards or facts["units"] in PRESSURES or str(name).lower() in Z_NAMES
+
+
+def scalar_levels(coordinates, names):
+    """The heights that a field has without a dimension for them, a list of texts such as "850 hPa".
+
+    coordinates   {name: xarray.Variable}
+    names         of the coordinates that belong to the field
+    """
+    own = {name: coordinates[name] for name in names if name in coordinates}
+    return [with_unit(unpacked(v).item(), v) for name, v in own.items() if v.ndim == 0 and is_vertical(name, v)]
+
+
+def with_unit(value, coordinate):
+    """A value of a coordinate with its unit, as text; all pressures are in hPa, so that 85000 Pa is 850 hPa."""
+    unit = str(coordinate.attrs.get("units", ""))
+    if not isinstance(value, int | float):
+        return str(value)
+    if unit.lower() in PRESSURES:
+        value, unit = value * PRESSURES[unit.lower()], "hPa"
+    return f"{value:g} {'' if unit == '1' else unit}".strip()
+
+
 def levels_of(dataset, name, roles, level, path):
-    """The levels of a variable, a list of (position among all, {dimension: index}, {dimension: value}).
+    """The levels of a variable, a list of (position among all, {dimension: index}, {dimension: value}, text).
 
     level   as text: the coordinate value of the one that is wanted; "": all
 
-    A dimension of one value is no level. UserError: there is no such level, or it could be of several dimensions.
+    A dimension of one value is no level that can be picked, but the text names its value too, and the height that the
+    field has as a scalar coordinate. The text is "" where the file says neither.
+    UserError: there is no such level, or it could be of several dimensions.
     """
     dims = [dim for dim, letter in roles.items() if letter == "C"]
     sizes = [dataset.sizes[dim] for dim in dims]
-    values = {}
+    values, named = {}, set()
     for dim, size in zip(dims, sizes):
         coordinate = dataset.variables.get(dim)
         values[dim] = (
@@ -108,11 +140,20 @@ def levels_of(dataset, name, roles, level, path):
         )
         if not isinstance(values[dim], list) or len(values[dim]) != size:
             values[dim] = list(range(size))
+        elif coordinate is not None:
+            named.add(dim)
+    # CF: a field names its scalar coordinates. Those of fields that name none stand at the file.
+    words = " ".join(
+        str(attributes.get("coordinates", "")) for attributes in (dataset.variables[name].attrs, dataset.attrs)
+    )
+    scalars = scalar_levels(dataset.variables, words.split())
     wide = [dim for dim, size in zip(dims, sizes) if size > 1]
     found = []
     for position, index in enumerate(np.ndindex(*sizes)):
         place = {str(dim): i for dim, i in zip(dims, index)}
-        found.append((position, place, {str(dim): values[dim][place[str(dim)]] for dim in wide}))
+        texts = [with_unit(values[dim][i], dataset.variables[dim]) for dim, i in zip(dims, index) if dim in named]
+        value = {str(dim): values[dim][place[str(dim)]] for dim in wide}
+        found.append((position, place, value, ", ".join(dict.fromkeys([*texts, *scalars]))))
     if not level:
         return found
     if len(wide) != 1:

@@ -35,16 +35,34 @@ class Selection:
 
 @dataclass
 class Part:
-    """One file of a gridded field: its frames are one sequence (or, where it has a dimension N, several) of `count`."""
+    """One file of a gridded field: its frames are one sequence (or, where it has a dimension N, several) of `count`.
+
+    path         of the file
+    sequences    how many sequences it holds
+    count        frames of each
+    times        FrameTimes of the frames
+    selections   list of Selection, the variables and then the forcings: a file may have dimensions and levels in an order
+                 of its own
+    """
 
     path: Path
     sequences: int
     count: int
     times: FrameTimes
+    selections: list
 
     @property
     def frames(self):
         return self.sequences * self.count
+
+    def steady(self, forcings):
+        """Per forcing, whether it is known not to change with time: it lies in another file or has no time dimension.
+
+        forcings   how many there are
+        """
+        timed = "T" in self.selections[0].letters
+        forced = self.selections[len(self.selections) - forcings :]
+        return [s.path is not None or (timed and "T" not in s.letters) for s in forced]
 
 
 @dataclass
@@ -128,11 +146,12 @@ def describe(path, variables, array_axes, time_from, forcings=()):
         channels=[channel for f in forecast for channel in f.channels],
         forcings=[file_of(name)[1] for name in forcings],
         given_units=[str(f.attributes.get("units", "")) for f in fields[len(variables) :]],
+        given_levels=[f.channels[0].level_text for f in fields[len(variables) :]],
         variables={f.selection.variable: f.attributes for f in forecast},
         y=dims["H"], x=dims["W"], time=dims.get("T", "time"),
         coordinates=import_xarray().Dataset(coords=coordinates, attrs=attributes),
     )  # fmt: skip
-    return Description(info, Part(path, *first.size[:2], times), fields)
+    return Description(info, Part(path, *first.size[:2], times, [f.selection for f in fields]), fields)
 
 
 def describe_field(dataset, variable, level, path, array_axes):
@@ -161,13 +180,14 @@ def describe_field(dataset, variable, level, path, array_axes):
     roles = read_roles(dataset, name, array_axes, path)
     sizes = {letter: found.sizes[dim] for dim, letter in roles.items()}
     levels = levels_of(dataset, name, roles, level, path)
-    channels = [Channel(channel_name(variable, value), variable, at, value) for _, at, value in levels]
+    channels = [Channel(channel_name(variable, value), variable, at, value, text) for _, at, value, text in levels]
     # Values
     flags, said = missing_flags(path, variable, found.attrs)
-    selection = Selection(variable, "".join(roles.values()), tuple(position for position, _, _ in levels), tuple(flags))
+    selection = Selection(variable, "".join(roles.values()), tuple(position for position, *_ in levels), tuple(flags))
     facts = {
         f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": said,
         f"{variable} dimensions": dims_text(found, roles), f"{variable} missing": " ".join(map(str, flags)),
+        f"{variable} level": "; ".join(dict.fromkeys(channel.level_text for channel in channels)),
     }  # fmt: skip
     return Field(
         selection, roles, (sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]),
@@ -211,10 +231,12 @@ def plain_dim(dim, letter):
 
 
 def dims_text(variable, roles):
-    """The dimensions of a variable that all files must share, as text: not the length of time."""
-    return ", ".join(
-        f"{plain_dim(dim, letter)} {variable.sizes[dim]}" for dim, letter in roles.items() if letter != "T"
-    )
+    """The dimensions of a variable that all files must share, as text: not time, and not the place of rows and columns.
+
+    Several dimensions of levels keep their order, which is that of the channels.
+    """
+    ordered = sorted(roles.items(), key=lambda item: "NCHW".find(item[1]))
+    return ", ".join(f"{plain_dim(dim, letter)} {variable.sizes[dim]}" for dim, letter in ordered if letter != "T")
 
 
 def frames_text(size):

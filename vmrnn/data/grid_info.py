@@ -41,20 +41,33 @@ def unlike_coordinate(ours, theirs, names):
     return None
 
 
+def unlike_level(level, other):
+    """Whether two levels, as Channel.level_text, are known and not the same. A unit that one of them lacks is not compared."""
+    known = level and other and level != other
+    return bool(known) and not (level.startswith(f"{other} ") or other.startswith(f"{level} "))
+
+
+def facts_of_training(value_range):
+    """(names, units, levels) of the channels of a ValueRange. One of an older checkpoint knows no levels: they are ""."""
+    return value_range.names, value_range.units, value_range.levels or ("",) * len(value_range.names)
+
+
 @dataclass(frozen=True)
 class Channel:
     """One channel of the frames.
 
-    name       such as t2m, or u@850 for one level of a variable with several
-    variable   in the file, with the groups in front of it: image1/image_data
-    level      {dimension: position} where the variable has dimensions beside time, y and x
-    value      {dimension: coordinate value at that position}
+    name         such as t2m, or u@850 for one level of a variable with several
+    variable     in the file, with the groups in front of it: image1/image_data
+    level        {dimension: position} where the variable has dimensions beside time, y and x
+    value        {dimension: coordinate value at that position}
+    level_text   the level with its unit, such as 850 hPa, where a dimension or a scalar coordinate names it; "": none does
     """
 
     name: str
     variable: str
     level: dict = field(default_factory=dict)
     value: dict = field(default_factory=dict)
+    level_text: str = ""
 
 
 @dataclass
@@ -64,6 +77,7 @@ class GridInfo:
     channels      list of Channel that are forecast, in the order of the frames' last axis
     forcings      names of the channels behind them, which are given and never forecast
     given_units   of the forcings, "" where the file names none
+    given_levels  of the forcings, as Channel.level_text
     variables     {variable: its attributes} of what is forecast, units among them, without those that say how values are
                   packed
     y, x          names of the dimensions of rows and columns
@@ -87,6 +101,7 @@ class GridInfo:
     time_source: str = ""
     calendar: str = ""
     given_units: list = field(default_factory=list)
+    given_levels: list = field(default_factory=list)
     times: np.ndarray | None = None
 
     @property
@@ -102,35 +117,49 @@ class GridInfo:
     def all_units(self):
         return [self.units(channel) for channel in range(len(self.channels))]
 
+    @property
+    def levels(self):
+        """The level of each channel as text, "" where the file names none."""
+        return [channel.level_text for channel in self.channels]
+
     def named(self, value_range, options, path):
-        """The ValueRange with names and units of the fields: those of the training, or these where it has none.
+        """The ValueRange with names, units and levels of the fields: those of the training, or these where it has none.
 
         value_range   of the training; it has no names if the network was trained on arrays
         options       Config
         path          of these fields, for messages
 
-        UserError: the fields are not those of the training, by unit, by order or, if no variables are named, by name.
+        UserError: the fields are not those of the training, by unit, by order, by level (one that is asked for as u@500 is
+        meant) or, if no variables are named, by name.
         """
         if not value_range.names:
             given = value_range.given
             if given and self.forcings:
-                given = replace(given, names=tuple(self.forcings), units=tuple(self.given_units))
-            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), given=given,
+                given = replace(given, names=tuple(self.forcings), units=tuple(self.given_units),
+                                levels=tuple(self.given_levels))  # fmt: skip
+            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), levels=tuple(self.levels), given=given,
                            step=self.step(options), directions=self.directions)  # fmt: skip
-        fields = [*zip(self.names, self.all_units, value_range.names, value_range.units)]
-        given = value_range.given
-        forcings = zip(self.forcings, self.given_units, given.names, given.units) if given and self.forcings else ()
-        for name, unit, trained_name, trained_unit in (*fields, *forcings):
+        fields = [*zip(self.names, self.all_units, self.levels, *facts_of_training(value_range))]
+        given, forcings = value_range.given, []
+        if given and self.forcings:
+            forcings = [*zip(self.forcings, self.given_units, self.given_levels, *facts_of_training(given))]
+        for name, unit, _, trained_name, trained_unit, _ in (*fields, *forcings):
             if unit != trained_unit:
                 raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on {trained_name} in "
                                 f"{trained_unit or 'no unit'}; give the same field")  # fmt: skip
-        for name, _, trained_name, _ in fields:
+        for name, _, _, trained_name, _, _ in fields:
             if name != trained_name and name in value_range.names:
                 raise UserError(f"{path}: holds {', '.join(self.names)}, but the network was trained on "
                                 f"{', '.join(value_range.names)}; name them with variables in this order")  # fmt: skip
             if name != trained_name and not options.variables:
                 raise UserError(f"{path}: holds {name}, but the network was trained on {trained_name}; name it with "
                                 "variables if it is the same")  # fmt: skip
+        asked = {variable.partition("@")[0] for variable in options.variables if "@" in variable}
+        for name, _, level, trained_name, _, trained_level in (*fields, *forcings):
+            meant = name != trained_name and name.partition("@")[0] in asked
+            if unlike_level(level, trained_level) and not meant:
+                raise UserError(f"{path}: {name} is at {level}, but the network was trained on {trained_name} at {trained_level}; "
+                                "give the same level, or leave its coordinate out of the file if it makes no difference")  # fmt: skip
         return value_range
 
     def notes(self, value_range, options):

@@ -40,6 +40,7 @@ class Grid:
     dtype         of the frames: a float type where values may be missing
     breaks        numbers of the frames that begin another sequence: those of a file with a dimension N
     notes         lines that say how the files were read, for a program's start
+    parts         list of Part, the files in the order of their frames
     taken         numbers of the frames that are used, counted over all files; None: all
     step          the regular time step at which frames were taken; None: the usual step of the files
     beyond_fill   {variable: number of values beyond its fill value, read as missing}; complete after all frames were read
@@ -51,7 +52,6 @@ class Grid:
     breaks: list
     notes: list
     parts: list
-    selections: list
     taken: np.ndarray | None = None
     step: float | None = None
     beyond_fill: Counter = field(default_factory=Counter)
@@ -68,10 +68,8 @@ class Grid:
                 for a, b in runs_without_gap(self.info.times[start:stop], self.step)]  # fmt: skip
 
     def steady(self):
-        """Per forcing, whether it is known not to change with time: it lies in another file or has no time dimension."""
-        forced = self.selections[len(self.selections) - len(self.info.forcings) :]
-        timed = "T" in self.selections[0].letters
-        return [s.path is not None or (timed and "T" not in s.letters) for s in forced]
+        """Per forcing, whether it is known not to change with time, in every file: see Part.steady."""
+        return [all(known) for known in zip(*(part.steady(len(self.info.forcings)) for part in self.parts))]
 
     def frames(self, start=0, stop=None, bar=None):
         """Yields the frames start to stop, (H, W, C), one at a time; `bar` (vmrnn.progress.Bar) counts them."""
@@ -96,26 +94,26 @@ class Grid:
         if len(wanted) == 0:
             return
         with ExitStack() as stack:
-            files = [stack.enter_context(opened_dataset(s.path or part.path, s.variable)) for s in self.selections]
-            fields = [file.variables[split_path(s.variable)[1]] for s, file in zip(self.selections, files)]
-            length = self.block_length(fields)
+            files = [stack.enter_context(opened_dataset(s.path or part.path, s.variable)) for s in part.selections]
+            fields = [file.variables[split_path(s.variable)[1]] for s, file in zip(part.selections, files)]
+            length = self.block_length(part, fields)
             while len(wanted):
                 sequence, start = divmod(int(wanted[0]), part.count)
                 stop = min(start + length, part.count)
                 here = wanted[wanted < sequence * part.count + stop] - sequence * part.count - start
                 wanted = wanted[len(here) :]
                 place = {"N": sequence, "T": slice(start, start + int(here[-1]) + 1)}
-                block = [self.read(part, s, v, place) for s, v in zip(self.selections, fields)]
+                block = [self.read(part, s, v, place) for s, v in zip(part.selections, fields)]
                 # A field that does not change with time is one frame, which is repeated.
                 count = max(map(len, block))
                 block = [np.broadcast_to(values, (count, *values.shape[1:])) for values in block]
                 yield from np.concatenate(block, axis=3)[here]
 
-    def block_length(self, fields):
-        """How many frames are read at once. A compressed piece of a file is read whole, so that it is read once."""
+    def block_length(self, part, fields):
+        """How many frames of a file are read at once. A compressed piece of a file is read whole, so that it is read once."""
         pixels = int(np.prod(self.shape[1:3]))
         pieces = [v.encoding.get("chunksizes") or [1] * v.ndim for v in fields]
-        lengths = [dict(zip(s.letters, piece)).get("T", 1) for s, piece in zip(self.selections, pieces)]
+        lengths = [dict(zip(s.letters, piece)).get("T", 1) for s, piece in zip(part.selections, pieces)]
         return max(1, BLOCK // pixels, min(max(lengths), 16 * BLOCK // pixels))
 
     def read(self, part, selection, variable, place):
@@ -170,8 +168,7 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
     lengths = [part.count for part in parts for _ in range(part.sequences)]
     breaks = [int(end) for end in np.cumsum(lengths)[:-1]] if alone else []
     shape = (sum(lengths), *first.fields[0].size[2:], len(info.channels) + len(info.forcings))
-    selections = [f.selection for f in first.fields]
-    grid = Grid(info, shape, dtype, breaks, notes_of(first, files, shape, breaks), parts, selections)
+    grid = Grid(info, shape, dtype, breaks, notes_of(first, files, shape, breaks), parts)
     if time_step:
         take_nearest(grid, time_step, path)
     return grid

@@ -11,7 +11,7 @@ from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy,
 from vmrnn.data.clips import Source
 from vmrnn.data.grid_axes import place_names
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
-from vmrnn.data.grid_info import unlike_coordinate
+from vmrnn.data.grid_info import unlike_coordinate, unlike_level
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames
 from vmrnn.data.media import images_in
@@ -203,6 +203,9 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
         if unit != (wanted := source.info.given_units[number]):
             raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but in {wanted or 'no unit'} in the input; write it in "
                             "the same unit")  # fmt: skip
+    for name, level, number in zip(names, grid.info.levels, changing):
+        if unlike_level(level, wanted := source.info.given_levels[number]):
+            raise UserError(f"{path}: {name} is at {level}, but at {wanted} in the input; give the same level")
     place = source.info.coordinates
     if coordinate := unlike_coordinate(
         grid.info.coordinates, place, place_names(place, (source.info.y, source.info.x))
