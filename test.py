@@ -79,14 +79,20 @@ def load(args, given):
     return None, config, None, pick_device(config.device)
 
 
-def rows_of(args, config, value_range):
-    """The metrics of the test."""
+def rows_of(args, config, value_range, info):
+    """The metrics of the test.
+
+    args          arguments of this program
+    config        Config of the test
+    value_range   ValueRange of the test set
+    info          its GridInfo; None: it is no gridded field
+    """
     spec = DATASETS[config.dataset]
     rows = metric_rows(
         spec.metrics, config.thresholds, value_range, config.lpips, config.fss_windows, data_units=spec.own
     )
     if args.climatology:
-        rows += (anomaly_correlation(climatology(args.climatology, config, value_range)),)
+        rows += (anomaly_correlation(climatology(args.climatology, config, value_range, info)),)
     return rows
 
 
@@ -286,7 +292,7 @@ def main(argv=None):
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     facts = facts_of(test_set, config)
-    rows = rows_of(args, config, value_range)
+    rows = rows_of(args, config, value_range, facts.info)
     weights = latitude_weights(facts.info, config) if args.latitude_weights else None
     baselines = dict(BASELINES)
     if not (DATASETS[config.dataset].own if args.motion is None else args.motion):

@@ -15,6 +15,7 @@ from scipy.io import netcdf_file
 
 from dataset import build_dataset
 from vmrnn.config import Config
+from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import grid_files
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import grid_clips, open_grid
@@ -699,6 +700,68 @@ def test_forcings_that_do_not_fit_are_refused(tmp_path, forcings, message):
         write(steady.assign_coords(latitude=steady.latitude + 1), tmp_path / "other.nc")
     with pytest.raises(UserError, match=message):
         open_grid(tmp_path / "b.nc", ["t2m"], forcings=[name.format(tmp_path) for name in forcings])
+
+
+def renamed(dataset):
+    return dataset.rename(latitude="lat", longitude="lon")
+
+
+def bare(dataset):
+    """Without attributes of its coordinates."""
+    dataset = renamed(dataset)
+    return dataset.assign_coords(lat=dataset.lat.values, lon=dataset.lon.values)
+
+
+def of_pixels(dataset):
+    """Its dimensions have no coordinates, but its pixels have."""
+    dataset = dataset.rename_dims(latitude="y", longitude="x").drop_indexes(["latitude", "longitude"])
+    over = {"y": dataset.sizes["y"], "x": dataset.sizes["x"]}
+    return dataset.assign_coords({n: dataset[n].variable.set_dims(over) for n in ("latitude", "longitude")})
+
+
+FORMS = {"same names": lambda dataset: dataset, "other names": renamed, "bare": bare, "pixels": of_pixels}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_field_of_other_places_is_told_whatever_its_coordinates_are_called(form):
+    ours, change = field(), FORMS[form]
+    plane = "latitude", "longitude"
+
+    def unlike(theirs):
+        theirs = change(theirs)
+        return unlike_place(ours, plane, theirs, theirs["t2m"].dims[1:])
+
+    assert unlike(ours) is None and unlike(field(height=5)) is None  # the second is another resolution
+    for number, dim in enumerate(plane):
+        name = change(ours)["t2m"].dims[1 + number] if form != "pixels" else dim
+        assert unlike(ours.isel({dim: slice(None, None, -1)})) == name
+        assert unlike(ours.assign_coords({dim: ours[dim] + 0.1})) == name
+        assert unlike(ours.isel({dim: slice(7, 1, -1)})) == name
+    assert unlike_place(ours, plane, xarray.Dataset(), ("y", "x")) is None
+
+
+def test_a_steady_forcing_of_another_file_has_coordinates_of_other_names(tmp_path):
+    whole = field()
+    steady = renamed(whole.isel(time=0, drop=True).rename(t2m="z"))
+    write(whole, tmp_path / "a.nc")
+    write(steady.transpose("lon", "lat"), tmp_path / "z.nc")
+    write(steady.isel(lat=slice(None, None, -1)), tmp_path / "turned.nc")
+    found = read(open_grid(tmp_path / "a.nc", ["t2m"], forcings=[f"{tmp_path}/z.nc:z"]))
+    np.testing.assert_array_equal(found[3, ..., 1], whole["t2m"][0])
+    with pytest.raises(UserError, match="turned.nc: its coordinate lat is not that of .*a.nc"):
+        open_grid(tmp_path / "a.nc", ["t2m"], forcings=[f"{tmp_path}/turned.nc:z"])
+
+
+def test_a_climatology_is_of_the_places_of_the_test_set(tmp_path):
+    whole = field()
+    info = open_grid(write(whole, tmp_path / "a.nc")).info
+    config = options(tmp_path / "a.nc", tmp_path)
+    write(renamed(whole), tmp_path / "b.nc")
+    write(whole.isel(latitude=slice(None, None, -1)), tmp_path / "c.nc")
+    value_range = ValueRange(250.0, 310.0)
+    climatology(tmp_path / "b.nc", config, value_range, info)
+    with pytest.raises(UserError, match="--climatology .*c.nc: its coordinate latitude is not that of the test set"):
+        climatology(tmp_path / "c.nc", config, value_range, info)
 
 
 def test_random_crops_show_values_where_most_of_the_map_is_missing(tmp_path):

@@ -220,6 +220,22 @@ def test_channels_of_forecasts_are_found_by_their_names(tmp_path):
         StoredFields(tmp_path / "swapped.nc", 1, (2, 2, 8, 9), facts)
 
 
+def test_rows_and_columns_of_forecasts_are_told_by_their_coordinates(field):
+    """Under the names of the test set or others; at other places they are refused."""
+    folder, _, _ = field
+    facts = FieldFacts(open_grid(folder / "x.nc").info)
+    with xarray.open_dataset(folder / "x.nc", engine="h5netcdf") as source:
+        right = source[["t2m"]].isel(time=slice(2)).load()
+    other = right.rename(lat="latitude", lon="longitude")
+    for forecast in (right, other.transpose("time", "longitude", "latitude")):
+        forecast.to_netcdf(folder / "f.nc", engine="h5netcdf")
+        found = StoredFields(folder / "f.nc", 1, (2, 1, 16, 20), facts).row(0)
+        np.testing.assert_array_equal(found[:, 0], right.t2m)
+    other.isel(latitude=slice(None, None, -1)).to_netcdf(folder / "f.nc", engine="h5netcdf")
+    with pytest.raises(UserError, match="its coordinate latitude is not that of the test set"):
+        StoredFields(folder / "f.nc", 1, (2, 1, 16, 20), facts)
+
+
 def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):
     folder, options, model = field
     (tmp_path / "out").mkdir()

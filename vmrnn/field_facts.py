@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.inputs import open_input
 from vmrnn.data.prepare import Preparation, resize
@@ -83,19 +84,27 @@ def latitude_weights(info, config):
     return weights / weights.mean()
 
 
-def climatology(path, config, value_range):
+def climatology(path, config, value_range, info=None):
     """The mean of the frames of a file, as frames of a test: float32 (C, H, W) on the scale without transform.
 
     path          any file that predict.py takes, in the units of the data
     config        Config of the test
     value_range   ValueRange of the data
+    info          GridInfo of the test set; None: it is no gridded field
 
-    UserError: frames that do not become those of the test.
+    UserError: frames that do not become those of the test, or that are of other places.
     """
     options = replace(config, forcings=[], calendar=False)
     source = open_input(path, options, whole=True)
     if source.info:
         source.info.named(replace(value_range, given=None), options, path)
+    if source.info and info:
+        plane, other = (info.y, info.x), (source.info.y, source.info.x)
+        if name := unlike_place(info.coordinates, plane, source.info.coordinates, other):
+            raise UserError(
+                f"--climatology {path}: its coordinate {name} is not that of the test set; give frames of the same places in "
+                "the same order"
+            )
     prepare, total, count = Preparation.of(options, replace(value_range, given=None)), 0, 0
     for frame in chain.from_iterable(sequence.frames() for sequence in source.sequences):
         unit = value_range.to_linear(prepare(frame), axis=0)

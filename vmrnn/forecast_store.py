@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from vmrnn.data.arrays import npz_member, npz_rows, open_npy
-from vmrnn.data.grid_axes import place_names, scalar_levels
-from vmrnn.data.grid_info import import_xarray, unlike_coordinate, unlike_level
+from vmrnn.data.grid_axes import rows_first, scalar_levels, unlike_place
+from vmrnn.data.grid_info import import_xarray, unlike_level
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 
@@ -255,7 +255,7 @@ class StoredFields:
 
     path    .nc or .zarr with the variable `forecast`, as test.py --save_forecasts writes it, or with the variables of the
             data, as predict.py does. Dimensions are told by their names: sequence, time, channel, and those of the test set's
-            rows and columns; others are rows and columns in this order
+            rows and columns; two others are rows and columns as grid_axes.rows_first tells them
     count   sequences of the test set
     shape   (T, C, H, W) of the targets
     facts   FieldFacts of the test set
@@ -271,8 +271,8 @@ class StoredFields:
         steps, channels, height, width = shape
         dataset = self.opened()
         arrays = self.arrays(dataset, channels, facts.info)
-        self.check_alike(dataset, arrays, facts.info)
         self.channels = [self.in_axes(array, facts) for array in arrays]
+        self.check_alike(dataset, self.channels, facts.info)
         found = self.channels[0].shape[0], *self.channels[0].shape[1:]
         if found[1:] != (steps, height, width):
             raise UserError(
@@ -346,10 +346,7 @@ class StoredFields:
                         f"--forecasts {self.path}: {info.names[i]} is at {level}, but at {info.levels[i]} in the test set; write "
                         "forecasts of that level"
                     )
-        place = info.coordinates
-        names = [name for name in place_names(place, (info.y, info.x))
-                 if all(dataset.sizes.get(dim) == place.sizes[dim] for dim in place[name].dims)]  # no crops  # fmt: skip
-        if name := unlike_coordinate(dataset, place, names):
+        if name := unlike_place(info.coordinates, (info.y, info.x), dataset, arrays[0].dims[-2:]):
             raise UserError(
                 f"--forecasts {self.path}: its coordinate {name} is not that of the test set; write forecasts of the same "
                 "places in the same order"
@@ -363,6 +360,8 @@ class StoredFields:
         plane = [dim for dim in array.dims if dim not in ("sequence", time)]
         if facts.info and set(plane) == {facts.info.y, facts.info.x}:
             plane = [facts.info.y, facts.info.x]
+        elif len(plane) == 2:
+            plane = rows_first(plane, {name: coordinate.variable for name, coordinate in array.coords.items()})
         if time not in array.dims or len(plane) != 2:
             raise UserError(
                 f"--forecasts {self.path}: {array.name} has the dimensions {', '.join(map(str, array.dims))}; they must be "

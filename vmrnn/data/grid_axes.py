@@ -4,6 +4,8 @@ Names of dimensions are those of CF (https://cfconventions.org, sections 4 and 5
 products.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from vmrnn.data.grid_info import DEGREES_NORTH, plain_attributes, unpacked
@@ -87,6 +89,106 @@ def place_names(coordinates, dims):
     """
     return [name for name, found in coordinates.variables.items()
             if found.dims and set(found.dims) <= set(dims) and (name in dims or is_rows(found) or is_columns(found))]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A coordinate that says where the rows, the columns or the pixels of a map lie.
+
+    name     in its file
+    axis     0: it tells rows apart, 1: columns
+    flat     whether it has one dimension
+    kind     what it measures: its standard_name, or latitude or longitude by its unit; "": the file does not say
+    values   (H, W), (H, 1) or (1, W)
+    """
+
+    name: str
+    axis: int
+    flat: bool
+    kind: str
+    values: np.ndarray
+
+    def unlike(self, other):
+        """Whether another coordinate of the same axis has other values.
+
+        Numbers that differ by rounding to 32 bits are the same. Of maps of other sizes, such as a crop or another
+        resolution, only the direction is compared.
+        """
+        ours, theirs = self.values, other.values
+        numbers = ours.dtype.kind in "iuf" and theirs.dtype.kind in "iuf"
+        if any(a != b and 1 not in (a, b) for a, b in zip(ours.shape, theirs.shape)):
+            return numbers and self.direction() * other.direction() < 0
+        ours, theirs = np.broadcast_arrays(ours, theirs)
+        if not numbers:
+            return not np.array_equal(ours, theirs)
+        return not np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+    def direction(self):
+        """1: its values rise with the number of the row or column; -1: they fall; 0: neither is known."""
+        line = self.values.astype(np.float64).take(0, 1 - self.axis)
+        return np.nan_to_num(np.sign(line[-1] - line[0]))
+
+
+def places_of(coordinates, dims):
+    """The coordinates of a Dataset that say where the pixels of a map lie, a list of Place.
+
+    dims   names of the dimensions of rows and columns
+    """
+    found = []
+    for name in place_names(coordinates, dims):
+        coordinate = coordinates.variables[name].to_base_variable()
+        values = coordinate.set_dims(dict.fromkeys(dims, 1) | dict(coordinate.sizes)).transpose(*dims).values
+        flat = coordinate.ndim == 1
+        axis = dims.index(coordinate.dims[0]) if flat else int(not is_rows(coordinate))
+        found.append(Place(name, axis, flat, kind_of(coordinate), values))
+    return sorted(found, key=lambda place: place.name not in dims)
+
+
+def kind_of(coordinate):
+    """What a coordinate measures: see Place."""
+    facts = facts_of(coordinate)
+    by_unit = {unit: "latitude" for unit in DEGREES_NORTH} | {unit: "longitude" for unit in DEGREES_EAST}
+    return facts["standard_name"] or by_unit.get(facts["units"], "")
+
+
+def unlike_place(ours, dims, theirs, their_dims):
+    """The name of a coordinate that puts the pixels of a map elsewhere than those of another map; None: there is none.
+
+    ours         xarray.Dataset with the coordinates of a map
+    dims         names of its dimensions of rows and columns
+    theirs       xarray.Dataset with the coordinates of the other map; the name is that of one of these
+    their_dims   names of its dimensions of rows and columns
+
+    Coordinates of rows are compared with coordinates of rows, and those of columns with those of columns: of the same name
+    or, if none is, of the same kind or, if none is, the one-dimensional ones. What one of the maps lacks is not compared.
+    """
+    mine, its = places_of(ours, [*dims]), places_of(theirs, [*their_dims])
+    for axis in (0, 1):
+        pairs = [(a, b) for a in mine for b in its if a.axis == b.axis == axis]
+        named = [(a, b) for a, b in pairs if a.name == b.name]
+        alike = [(a, b) for a, b in pairs if a.kind and a.kind == b.kind]
+        flat = [(a, b) for a, b in pairs if a.flat and b.flat][:1]
+        for a, b in named or alike or flat:
+            if a.unlike(b):
+                return b.name
+    return None
+
+
+def rows_first(dims, coordinates):
+    """The two dimensions of a map, rows first, by the attributes of their coordinates, or else by their names.
+
+    dims          two names
+    coordinates   {name: xarray.Variable}
+
+    Where neither says which they are, they are rows and columns in this order.
+    """
+    by_facts = [(is_rows(coordinates.get(dim)), is_columns(coordinates.get(dim))) for dim in dims]
+    by_name = [(str(dim).lower() in Y_NAMES, str(dim).lower() in X_NAMES) for dim in dims]
+    for first, last in (by_facts, by_name):
+        if any((*first, *last)):
+            turned = (first[1] or last[0]) and not (first[0] or last[1])
+            return [*reversed(dims)] if turned else [*dims]
+    return [*dims]
 
 
 def is_time(coordinate):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.grid_axes import is_time, levels_of, place_names, read_roles
+from vmrnn.data.grid_axes import is_time, levels_of, place_names, read_roles, unlike_place
 from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
-from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unlike_coordinate, unpacked
+from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
 from vmrnn.data.grid_times import FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
 from vmrnn.errors import UserError
@@ -130,7 +130,7 @@ def describe(path, variables, array_axes, time_from, forcings=()):
                 )
             steady = steady_coordinates(dataset, found.roles)
             if place:
-                check_same_place(coordinates, steady, fields[0].roles, path, place)
+                check_same_place(coordinates, fields[0].roles, steady, found.roles, path, place)
             else:
                 coordinates = steady | coordinates
                 attributes = plain_attributes(dataset.attrs)
@@ -211,12 +211,23 @@ def check_size(asked, found, first_name, first, given, place, path):
                         f"{frames_text(first.size)}; name fields that are alike")  # fmt: skip
 
 
-def check_same_place(coordinates, others, roles, path, other_path):
-    """UserError if two files have different coordinates of rows, columns or pixels."""
+def check_same_place(coordinates, roles, others, other_roles, path, other_path):
+    """UserError if two files have different coordinates of rows, columns or pixels.
+
+    coordinates         of the first file, as steady_coordinates has them
+    roles               of the dimensions of its field
+    others              coordinates of the second file
+    other_roles         of the dimensions of its field
+    path, other_path    of the files
+    """
     ours, theirs = (import_xarray().Dataset(coords=found) for found in (coordinates, others))
-    dims = [plain_dim(dim, letter) for dim, letter in roles.items() if letter in "HW"]
-    if name := unlike_coordinate(ours, theirs, place_names(ours, dims)):
+    if name := unlike_place(ours, plane_of(roles), theirs, plane_of(other_roles)):
         raise UserError(f"{other_path}: its coordinate {name} is not that of {path}; they are of different places")
+
+
+def plane_of(roles):
+    """The names of the dimensions of rows and columns in a forecast."""
+    return [plain_dim(dim, letter) for wanted in "HW" for dim, letter in roles.items() if letter == wanted]
 
 
 def channel_name(variable, level):
@@ -283,7 +294,7 @@ def check_alike(first, other, first_path, path):
                                 "make them alike")  # fmt: skip
     ours, theirs, dims = first.info.coordinates, other.info.coordinates, (first.info.y, first.info.x)
     in_one = set(place_names(ours, dims)) ^ set(place_names(theirs, dims))
-    if name := min(in_one, default=None) or unlike_coordinate(ours, theirs, place_names(ours, dims)):
+    if name := min(in_one, default=None) or unlike_place(ours, dims, theirs, (other.info.y, other.info.x)):
         raise UserError(f"{path}: its coordinate {name} is not that of {first_path}; they are of different places")
     mine, its = first.part.times, other.part.times
     if (mine.values is None) != (its.values is None) or mine.calendar != its.calendar:

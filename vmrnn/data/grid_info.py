@@ -27,20 +27,6 @@ def unpacked(variable):
     return import_xarray().decode_cf(dataset, decode_times=False, decode_coords=False)["v"].values
 
 
-def unlike_coordinate(ours, theirs, names):
-    """The first of some coordinates that two Datasets both have, with other values; None: there is none.
-
-    names   of the coordinates, of rows and columns. Numbers that differ by rounding to 32 bits are the same
-    """
-    for name in names:
-        if name in ours.variables and name in theirs.variables:
-            a, b = np.asarray(ours[name].values), np.asarray(theirs[name].values)
-            numbers = a.dtype.kind in "iuf" and b.dtype.kind in "iuf" and a.shape == b.shape
-            if not (np.allclose(a, b, rtol=1e-5, atol=1e-6) if numbers else np.array_equal(a, b)):
-                return name
-    return None
-
-
 def unlike_level(level, other):
     """Whether two levels, as Channel.level_text, are known and not the same. A unit that one of them lacks is not compared."""
     known = level and other and level != other

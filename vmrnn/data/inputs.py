@@ -9,9 +9,9 @@ import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
 from vmrnn.data.clips import Source
-from vmrnn.data.grid_axes import place_names
+from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
-from vmrnn.data.grid_info import unlike_coordinate, unlike_level
+from vmrnn.data.grid_info import unlike_level
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames
 from vmrnn.data.media import images_in
@@ -206,10 +206,8 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     for name, level, number in zip(names, grid.info.levels, changing):
         if unlike_level(level, wanted := source.info.given_levels[number]):
             raise UserError(f"{path}: {name} is at {level}, but at {wanted} in the input; give the same level")
-    place = source.info.coordinates
-    if coordinate := unlike_coordinate(
-        grid.info.coordinates, place, place_names(place, (source.info.y, source.info.x))
-    ):
+    plane, other = (source.info.y, source.info.x), (grid.info.y, grid.info.x)
+    if coordinate := unlike_place(source.info.coordinates, plane, grid.info.coordinates, other):
         raise UserError(f"{path}: its coordinate {coordinate} is not that of the input; they are of different places")
     # Find the frame of each time. Without times the frames are taken in order.
     numbers = range(count)
