@@ -23,6 +23,7 @@ from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
 from vmrnn.field_facts import climatology
+from vmrnn.forecast_files import Forecast
 from vmrnn.values import ValueRange
 
 SIX_HOURS = np.arange("2020-01-01", "2020-01-03", dtype="datetime64[6h]").astype("datetime64[ns]")
@@ -467,6 +468,53 @@ def test_times_of_single_frames(tmp_path):
     assert sources["name"] == ("the file's name (%Y%m%d_%H%M)", seconds(SIX_HOURS)[3])
     grid = open_grid(tmp_path / "name")
     assert grid.info.times is None and "times: none" in grid.notes[1]
+
+
+def initial(times):
+    """When forecasts for these times began."""
+    return times - np.timedelta64(6, "h")
+
+
+def valid(dim, **facts):
+    return {"valid_time": (dim, SIX_HOURS, facts)}
+
+
+REFERENCE, VALID = {"standard_name": "forecast_reference_time"}, {"standard_name": "time"}
+LEAD = {"standard_name": "forecast_period"}
+# What a forecast holds instead of the time coordinate of its field: {layout: (coordinates, new name of the dimension)}
+LAYOUTS = {
+    "initial times": ({"time": ("time", initial(SIX_HOURS), REFERENCE), **valid("time", **VALID)}, "time"),
+    "no standard names": ({"time": ("time", initial(SIX_HOURS)), **valid("time")}, "time"),
+    "named initial": (
+        {"initial_time": ("initial_time", initial(SIX_HOURS)), "time": ("initial_time", SIX_HOURS, VALID)},
+        "initial_time",
+    ),
+    "leads": ({"step": ("step", np.arange(8), LEAD), "time": SIX_HOURS[0], **valid("step")}, "step"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_times_are_those_for_which_forecasts_hold(tmp_path, layout):
+    coordinates, dim = LAYOUTS[layout]
+    whole = field().rename({} if dim == "time" else {"time": dim}).drop_vars(dim).assign_coords(coordinates)
+    whole = whole.assign_coords(forecast_period=((), 6.0, LEAD | {"units": "hours"}), height=((), 2.0, {"units": "m"}))
+    info = open_grid(write(whole.assign_attrs(time_coverage_end="2020-01-02", title="a title"), tmp_path / "a.nc")).info
+    np.testing.assert_array_equal(info.times, seconds(SIX_HOURS))
+    frames = np.zeros((1, 2, 9, 12, 1))
+    times = [info.times, info.times]
+    written = Forecast(frames, ValueRange(), np.dtype("f4"), False, info, times, 1, None, None).dataset()
+    np.testing.assert_array_equal(written["time"], SIX_HOURS[-1] + np.timedelta64(6, "h") * np.arange(1, 3))
+    assert written["t2m"].dims[0] == "time" and written["forecast_reference_time"] == SIX_HOURS[-1]
+    assert set(written.coords) == {"time", "lead_time", "forecast_reference_time", "height", "latitude", "longitude"}
+    assert written.attrs == {"title": "a title"}
+
+
+def test_one_frame_has_the_time_for_which_it_holds(tmp_path):
+    coordinates = {"time": ("time", initial(SIX_HOURS[:1]), REFERENCE), "valid_time": SIX_HOURS[0]}
+    info = open_grid(write(field(SIX_HOURS[:1]).assign_coords(coordinates), tmp_path / "a.nc")).info
+    assert (info.time_source, info.times[0]) == ("the variable valid_time", seconds(SIX_HOURS)[0])
+    began = field().assign_coords(time=("time", SIX_HOURS, REFERENCE))
+    assert "the times at which forecasts began" in open_grid(write(began, tmp_path / "b.nc")).notes[1]
 
 
 HOURS = {"units": "hours since 2020-01-01"}

@@ -13,6 +13,8 @@ from vmrnn.errors import UserError
 
 T_NAMES = ("time", "t", "valid_time", "date", "datetime", "month", "year", "day", "hour", "step", "lead_time", "frame",
            "page")  # fmt: skip
+REFERENCE_NAMES = ("forecast_reference_time", "reference_time", "reftime", "initial_time", "init_time", "analysis_time")
+LEAD_NAMES = ("step", "lead_time", "leadtime", "forecast_period")
 Y_NAMES = ("y", "lat", "latitude", "rlat", "nav_lat", "south_north", "northing", "row", "rows", "line", "lines", "nlat",
            "ny", "nj", "j", "height")  # fmt: skip
 X_NAMES = ("x", "lon", "long", "longitude", "rlon", "nav_lon", "west_east", "easting", "col", "cols", "column",
@@ -194,6 +196,16 @@ def rows_first(dims, coordinates):
 def is_time(coordinate):
     facts = facts_of(coordinate)
     return facts["axis"] == "t" or facts["standard_name"] == "time" or " since " in facts["units"]
+
+
+def is_reference(name, coordinate):
+    """Whether a coordinate holds the times at which forecasts began, and not those for which they hold."""
+    return facts_of(coordinate)["standard_name"] == "forecast_reference_time" or str(name).lower() in REFERENCE_NAMES
+
+
+def is_lead(name, coordinate):
+    """Whether a coordinate says how long before its time a forecast began."""
+    return facts_of(coordinate)["standard_name"] == "forecast_period" or str(name).lower() in LEAD_NAMES
 
 
 def is_vertical(name, coordinate):

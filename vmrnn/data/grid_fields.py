@@ -7,10 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.grid_axes import is_time, levels_of, place_names, read_roles, unlike_place
+from vmrnn.data.grid_axes import (
+    LEAD_NAMES,
+    REFERENCE_NAMES,
+    is_lead,
+    is_reference,
+    is_time,
+    levels_of,
+    place_names,
+    read_roles,
+    unlike_place,
+)
 from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
-from vmrnn.data.grid_times import FrameTimes, find_times
+from vmrnn.data.grid_times import TIME_ATTRIBUTES, FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
 from vmrnn.errors import UserError
 
@@ -133,7 +143,7 @@ def describe(path, variables, array_axes, time_from, forcings=()):
                 check_same_place(coordinates, fields[0].roles, steady, found.roles, path, place)
             else:
                 coordinates = steady | coordinates
-                attributes = plain_attributes(dataset.attrs)
+                attributes = plain_attributes({k: v for k, v in dataset.attrs.items() if not of_time(k)})
         found.selection = replace(found.selection, path=place)
         fields.append(found)
 
@@ -142,13 +152,15 @@ def describe(path, variables, array_axes, time_from, forcings=()):
     if times.values is not None and times.values.shape[-1] != count:
         raise UserError(f"{path}: {times.source} has {times.values.shape[-1]} times for {count} frames; name another")
     dims = {letter: plain_dim(dim, letter) for dim, letter in first.roles.items()}
+    # A dimension of leads or of reference times holds the times of the frames in a forecast
+    began = dims.get("T", "").lower() in (*LEAD_NAMES, *REFERENCE_NAMES)
     info = GridInfo(
         channels=[channel for f in forecast for channel in f.channels],
         forcings=[file_of(name)[1] for name in forcings],
         given_units=[str(f.attributes.get("units", "")) for f in fields[len(variables) :]],
         given_levels=[f.channels[0].level_text for f in fields[len(variables) :]],
         variables={f.selection.variable: f.attributes for f in forecast},
-        y=dims["H"], x=dims["W"], time=dims.get("T", "time"),
+        y=dims["H"], x=dims["W"], time="time" if times.calendar and began else dims.get("T", "time"),
         coordinates=import_xarray().Dataset(coords=coordinates, attrs=attributes),
     )  # fmt: skip
     return Description(info, Part(path, *first.size[:2], times, [f.selection for f in fields]), fields)
@@ -265,6 +277,7 @@ def field_attributes(variable):
 def steady_coordinates(dataset, roles):
     """The coordinates and the map projection of a field that do not change with time: {name: (dims, values, attributes)}.
 
+    Without how long before a frame its forecast began, and when: a forecast has these of its own.
     roles   of the field's dimensions
     """
     with warnings.catch_warnings():
@@ -276,11 +289,18 @@ def steady_coordinates(dataset, roles):
         own = [dim for dim in coordinate.dims if dim in roles]
         # Bounds have a dimension of their own
         about = all(dim in names for dim in own) and (own or not coordinate.dims)
-        if about and coordinate.dtype.kind in "buifSU" and not is_time(coordinate.variable):
+        timed = is_time(coordinate.variable)
+        timed = timed or (not own and (is_lead(key, coordinate) or is_reference(key, coordinate)))
+        if about and coordinate.dtype.kind in "buifSU" and not timed:
             facts = {k: v for k, v in dataset.variables[key].attrs.items() if k not in PACKING}
             dims = [names.get(dim, dim) for dim in coordinate.dims]
             kept[str(key)] = (dims, unpacked(dataset.variables[key]), plain_attributes(facts))
     return kept
+
+
+def of_time(attribute):
+    """Whether an attribute of a file is about the times of its own frames, which are not those of a forecast."""
+    return attribute in TIME_ATTRIBUTES or attribute.startswith("time_coverage_")
 
 
 def check_alike(first, other, first_path, path):

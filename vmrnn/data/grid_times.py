@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vmrnn.data.grid_axes import T_NAMES, facts_of, is_time
+from vmrnn.data.grid_axes import T_NAMES, facts_of, is_reference, is_time
 from vmrnn.data.grid_files import NUMBERS, format_of, open_groups
 from vmrnn.data.grid_info import import_xarray, plain_attributes
 from vmrnn.data.grid_values import PACKING
@@ -79,8 +79,9 @@ def find_times(dataset, roles, path, time_from):
     roles       of its dimensions (read_roles)
     time_from   "" or name:FORM, attribute:NAME, variable:NAME, which goes before all else
 
-    A time dimension has them in its coordinate. A file with one frame and no time dimension has its time in a scalar
-    variable or, if there is none, in an attribute. Its name counts only if time_from says so.
+    A time dimension has them in its coordinate or in another variable over it, see best_times. A file with one frame and no
+    time dimension has its time in a scalar variable or, if there is none, in an attribute. Its name counts only if time_from
+    says so. Times at which forecasts began count only where the file has none for which they hold.
     UserError: time_from names nothing in the file, or two scalar variables may be the time.
     """
     kind, _, wanted = time_from.partition(":")
@@ -93,16 +94,15 @@ def find_times(dataset, roles, path, time_from):
         return scalar_or_axis(dataset, wanted, axis, path)
     # Coordinate of the time dimension, or a variable over it
     if axis is not None and not time_from:
-        names = [axis, "valid_time", *(name for name, v in dataset.variables.items() if is_time(v))]
-        for name in names:
-            if name in dataset.variables and axis in dataset.variables[name].dims:
-                if all(roles.get(dim) in ("N", "T") for dim in dataset.variables[name].dims):
-                    return scalar_or_axis(dataset, name, axis, path)
+        name = best_times(dataset, roles, axis)
+        if name is not None and not (dataset.sizes[axis] == 1 and is_reference(name, dataset.variables[name])):
+            return scalar_or_axis(dataset, name, axis, path)
         if dataset.sizes[axis] > 1:
             return FrameTimes()
     # One frame
     if not time_from:
         scalars = [name for name, v in dataset.variables.items() if v.size == 1 and is_time(v)]
+        scalars = [name for name in scalars if not is_reference(name, dataset.variables[name])] or scalars
         named = [name for name in scalars if facts_of(dataset.variables[name])["standard_name"] == "time"]
         named = named or [name for name in scalars if name in T_NAMES] or scalars
         if len(named) > 1:
@@ -122,15 +122,42 @@ def find_times(dataset, roles, path, time_from):
     return FrameTimes()
 
 
+def best_times(dataset, roles, axis):
+    """The name of the variable over the time dimension that holds the times of its frames; None: there is none.
+
+    dataset   the group of the file that holds the field
+    roles     of its dimensions
+    axis      name of the time dimension
+
+    Times for which the frames hold go before those at which forecasts began; then dates before plain numbers, such as hours
+    after the first frame; then the standard_name time or the name valid_time; then the coordinate of the dimension.
+    """
+    names = [axis, "valid_time", *(name for name, v in dataset.variables.items() if is_time(v))]
+    found = {name: dataset.variables[name] for name in names if name in dataset.variables}
+    over = {name: v for name, v in found.items()
+            if axis in v.dims and all(roles.get(dim) in ("N", "T") for dim in v.dims)}  # fmt: skip
+
+    def rank(name):
+        facts = facts_of(over[name])
+        dated = over[name].dtype.kind in "MSUO" or " since " in facts["units"]
+        return is_reference(name, over[name]), not dated, facts["standard_name"] != "time" and name != "valid_time"
+
+    return min(over, key=rank, default=None)
+
+
 def scalar_or_axis(dataset, name, axis, path):
     """FrameTimes from a variable: over the dimension `axis`, or of one value. UserError: there is none such."""
     if name not in dataset.variables:
         raise UserError(f"{path}: no variable {name} in it; it has {', '.join(map(str, dataset.variables))}")
     variable = dataset.variables[name]
+    if axis in variable.dims:
+        variable = variable.transpose(..., axis)
     values, calendar = coded_times(variable.values, variable.attrs, path)
     if values is None:
         raise UserError(f"{path}: {name} holds no times; name another with time_from variable:NAME")
     what = f"the coordinate {name}" if axis else f"the variable {name}"
+    if is_reference(name, variable):
+        what += ", the times at which forecasts began"
     facts = plain_attributes(
         {k: v for k, v in variable.attrs.items() if k not in ("units", "calendar", *PACKING, "bounds")}
     )
