@@ -5,6 +5,7 @@ import pickle
 import random
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -281,6 +282,32 @@ def test_a_network_from_a_file_alone(tmp_path):
     assert changed.value_range == ValueRange(0.0, 9.0, (-1.0,)) and same(changed.model, source)
     (tmp_path / "c.toml").write_text("missing_value = [7]\ndata_range = [0, 2]\n")
     assert vmrnn.load_network(path, tmp_path / "c.toml").value_range == ValueRange(0.0, 2.0, (7.0,))
+
+
+def test_the_range_of_the_training_stays_when_the_missing_values_change(tmp_path):
+    """The range was found in the training data, so data_range is empty; a test must not find another one."""
+    config, path = configuration.resolve(None, TINY), tmp_path / "w.safetensors"
+    forcings = ValueRange((0.0,), (4000.0,), names=("orography",), units=("m",))
+    trained = ValueRange(250.0, 310.0, given=forcings, names=("t2m",), units=("K",), step=600.0)
+    save_weights(path, build_model(**config.network_options), config.to_dict(), trained)
+    found = vmrnn.load_network(path, missing_value=[-999.0]).value_range
+    expected = replace(trained, missing=(-999.0,), given=replace(forcings, missing=(-999.0,)))
+    assert found.to_dict() == expected.to_dict()  # names and units count here
+    for change, says in (
+        ({"transform": "sqrt"}, "transform is sqrt, but the network was trained with none"),
+        ({"transform": "log", "zero_below": 0.1}, "transform is log, but the network was trained with none"),
+    ):
+        with pytest.raises(UserError, match=says):
+            vmrnn.load_network(path, **change)
+
+
+def test_the_range_of_the_training_stays_when_its_option_is_emptied(tmp_path):
+    config = configuration.resolve(None, TINY | {"data_range": [0.0, 50.0], "transform": "log", "zero_below": 0.1})
+    trained = ValueRange.of(config, config.data_range)
+    save_weights(tmp_path / "w.safetensors", build_model(**config.network_options), config.to_dict(), trained)
+    assert vmrnn.load_network(tmp_path / "w.safetensors", data_range=[]).value_range == trained
+    with pytest.raises(UserError, match="zero_below is 0.5, but the network was trained with 0.1"):
+        vmrnn.load_network(tmp_path / "w.safetensors", zero_below=0.5)
 
 
 @pytest.mark.parametrize(

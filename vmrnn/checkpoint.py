@@ -106,24 +106,35 @@ def value_range_of(content, config):
     """The ValueRange of the data that a checkpoint was trained on, None if it is not known.
 
     content   what read_checkpoint returned
-    config    Config; if its data_range, missing_value, transform or zero_below differs from the stored one, the range is
-              made from `config`
+    config    Config. Where its missing_value differs from the stored one, it replaces the missing values of the training. A
+              data_range that differs, and is not empty, replaces the low and high of the training. If the file stores no
+              range, the range is made from `config`
+
+    What the network knows of its fields and forcings stays as it was.
+    UserError: another transform or zero_below than in the training, since the network knows values on that scale alone.
     """
     stored = content["config"] or {}
-    keys = ("data_range", "missing_value", "transform", "zero_below")
-    same = all(stored[key] == getattr(config, key) for key in keys if key in stored)
-    if same and content.get("value_range"):
-        return ValueRange.from_dict(content["value_range"])
     low_high = config.data_range or DATASETS[config.dataset].data_range
-    if not low_high:
-        return None
-    changed = ValueRange.of(config, low_high)
     if not content.get("value_range"):
-        return changed
-    # What the network knows of its fields and forcings stays as it was.
+        return ValueRange.of(config, low_high) if low_high else None
     trained = ValueRange.from_dict(content["value_range"])
-    known = {key: getattr(trained, key) for key in ("given", "names", "units", "levels", "step", "directions")}
-    return replace(changed, **known)
+    keys = ("data_range", "missing_value", "transform", "zero_below")
+    changed = [key for key in keys if key in stored and stored[key] != getattr(config, key)]
+    for key in ("transform", "zero_below"):
+        if key in changed:
+            raise UserError(
+                f"{key} is {getattr(config, key)}, but the network was trained with {stored[key]}, and its values mean "
+                "nothing on another scale; leave it out"
+            )
+    # A range that is found anew, in whatever data there are now, would give the network other values than its own.
+    if "data_range" in changed and low_high:
+        wanted = ValueRange.of(config, low_high)
+        trained = replace(trained, low=wanted.low, high=wanted.high)
+    if "missing_value" in changed:
+        missing = tuple(config.missing_value)
+        forcings = replace(trained.given, missing=missing) if trained.given else None
+        trained = replace(trained, missing=missing, given=forcings)
+    return trained
 
 
 def load_weights(model, source, name="the state dict"):
