@@ -227,6 +227,8 @@ def forecasts_to_test(args, config, model, device, test_set, facts):
         shape = (config.num_frames_output, config.input_channels, *config.frame_size)
         log.info("forecasts  %s", args.forecasts)
         stored = StoredForecasts(args.forecasts, config.array_key, len(test_set), shape, test_set.value_range, facts)
+        for note in stored.notes:
+            log.info("           %s", note)
         return stored, args.forecasts
     if config.compile:
         compile_model(model, device)

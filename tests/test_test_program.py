@@ -236,6 +236,30 @@ def test_rows_and_columns_of_forecasts_are_told_by_their_coordinates(field):
         StoredFields(folder / "f.nc", 1, (2, 1, 16, 20), facts)
 
 
+def test_members_of_an_ensemble_keep_their_own_forecasts(tmp_path):
+    """Two members with the same two reference times: each sequence gets its own forecast, or the file is refused."""
+    times = np.datetime64("2024-01-31", "ns") + np.arange(4) * np.timedelta64(1, "h")
+    values = np.zeros((4, 8, 9), np.float32)
+    xarray.Dataset({"t2m": (("time", "lat", "lon"), values)}, {"time": times}).to_netcdf(tmp_path / "field.nc")
+    info = open_grid(tmp_path / "field.nc", ["t2m"]).info
+    members = [0, 1, 0, 1]
+    facts = FieldFacts(info, info.times[members], np.array([3600.0]))
+    numbered = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None, None], (4, 1, 8, 9))
+    right = xarray.Dataset(
+        {"t2m": (("sequence", "time", "lat", "lon"), numbered)},
+        {"forecast_reference_time": ("sequence", times[members]), "lead_time": ("time", [np.timedelta64(1, "h")])},
+    )
+    right.to_netcdf(tmp_path / "right.nc", engine="h5netcdf")
+    found = StoredFields(tmp_path / "right.nc", 4, (1, 1, 8, 9), facts)
+    assert [found.row(i).mean() for i in range(4)] == [0, 1, 2, 3]
+    assert found.notes == ["sequences share their reference times: forecasts are taken in the order of the test set"]
+    apart = FieldFacts(info, info.times[:2], facts.leads)
+    for number, (chosen, facts_of_test) in enumerate((([0, 2, 1, 3], facts), ([0, 1], facts), ([0, 1, 2, 3], apart))):
+        right.isel(sequence=chosen).to_netcdf(tmp_path / f"{number}.nc", engine="h5netcdf")
+        with pytest.raises(UserError, match="share a reference time, .* in the order of the test set"):
+            StoredFields(tmp_path / f"{number}.nc", len(facts_of_test.times), (1, 1, 8, 9), facts_of_test)
+
+
 def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):
     folder, options, model = field
     (tmp_path / "out").mkdir()

@@ -192,9 +192,10 @@ class StoredForecasts:
     def __init__(self, path, array_key, count, shape, value_range, facts):
         self.path, self.key, self.value_range, self.shape = Path(path), array_key, value_range, shape
         steps, channels, height, width = shape
-        self.fields = None
+        self.fields, self.notes = None, []  # notes: lines that say how the file was read, for a program's start
         if self.path.suffix.lower() in FIELDS:
             self.fields, self.channels_first = StoredFields(self.path, count, shape, facts), True
+            self.notes = self.fields.notes
             self.restart(range(count))
             return
         if self.path.suffix.lower() == ".npz":
@@ -261,13 +262,15 @@ class StoredFields:
     facts   FieldFacts of the test set
 
     Where both have times, the forecasts are found by their reference time, and the file may hold more of them than the
-    test set. Otherwise they are taken in order.
-    UserError: a variable, a forecast or a lead time that is not there, another size, unit or place, or another number of
-    forecasts.
+    test set. Where sequences share a reference time, as the members of an ensemble do, forecasts and sequences must have the
+    same times in the same order. These forecasts, and those without times, are taken in order, and `notes` says so.
+    UserError: a variable, a forecast or a lead time that is not there, another size, unit or place, another number of
+    forecasts, or shared reference times in another order.
     """
 
     def __init__(self, path, count, shape, facts):
         self.path = path
+        self.notes = []  # lines that say how forecasts and sequences were matched, for a program's start
         steps, channels, height, width = shape
         dataset = self.opened()
         arrays = self.arrays(dataset, channels, facts.info)
@@ -376,6 +379,7 @@ class StoredFields:
                 raise UserError(
                     f"--forecasts {self.path}: holds {held} forecasts without times, but the test set has {count} sequences"
                 )
+            self.notes.append("forecasts without times are taken in the order of the test set")
             return list(range(count))
         # Not when the file was opened: a field in hours would become a span of time as well
         leads = import_xarray().decode_cf(dataset[[*dataset.coords]], decode_timedelta=True).get("lead_time")
@@ -386,15 +390,27 @@ class StoredFields:
                     f"--forecasts {self.path}: its lead times are {seconds.tolist()} s, but those of the test set are "
                     f"{facts.leads.tolist()} s"
                 )
-        places = {moment_of(time): i for i, time in enumerate(np.atleast_1d(dataset["forecast_reference_time"].values))}
-        numbers = [places.get(moment_of(time)) for time in facts.info.decoded_times(facts.times)]
-        if None in numbers:
-            first = moment_of(facts.info.decoded_times(facts.times)[numbers.index(None)])
+        wanted = [moment_of(time) for time in facts.info.decoded_times(facts.times)]
+        moments = [moment_of(time) for time in dataset["forecast_reference_time"].values.ravel()]
+        moments = moments * held if len(moments) == 1 else moments
+        if len(set(moments)) < len(moments) or len(moments) != held or len(set(wanted)) < count:
+            # The time alone would give all members of an ensemble the forecast of the last one
+            if moments != wanted:
+                raise UserError(
+                    f"--forecasts {self.path}: some of its {held} forecasts, or of the {count} test sequences, share a reference "
+                    "time, and the times of both are not the same in the same order; write one forecast per test sequence, in "
+                    "the order of the test set"
+                )
+            self.notes.append("sequences share their reference times: forecasts are taken in the order of the test set")
+            return list(range(count))
+        places = {moment: i for i, moment in enumerate(moments)}
+        absent = [moment for moment in wanted if moment not in places]
+        if absent:
             raise UserError(
-                f"--forecasts {self.path}: has no forecast from {first}, the last input of a test sequence; its {held} start "
+                f"--forecasts {self.path}: has no forecast from {absent[0]}, the last input of a test sequence; its {held} start "
                 f"from {min(places)} to {max(places)}"
             )
-        return numbers
+        return [places[moment] for moment in wanted]
 
     def row(self, number):
         """The forecast of a sequence of the test set, (T, C, H, W)."""
