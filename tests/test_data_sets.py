@@ -246,6 +246,20 @@ def test_parts_by_file_and_folders_of_their_own(own, tmp_path):
     assert [clips_of(split, **apart) for split in ("train", "valid", "test")] == [[0, 1, 2], [4], [4]]
 
 
+def test_parts_by_file_keep_a_clip_with_a_gap_whole(own, tmp_path):
+    """Clips whose image number 7 is missing: both pieces of a clip are of one split."""
+    for i in range(3):
+        write_images(tmp_path / "data" / f"clip{i}", numbered(i, 12), "f_{:03d}.png")
+        (tmp_path / "data" / f"clip{i}" / "f_007.png").unlink()
+    seen = {}
+    for split in ("train", "valid", "test"):
+        part = own(split, dataset="frames", split_by="file")
+        seen[split] = {value for i in range(len(part)) for value in ids(part[i])}
+    assert seen == {
+        split: {50 * i + t for t in range(12) if t != 6} for i, split in enumerate(("train", "valid", "test"))
+    }
+
+
 LAYOUTS = {
     "(T, H, W)": ((40, 8, 10), 1),
     "(T, H, W, 1)": ((40, 8, 10, 1), 1),

@@ -265,13 +265,8 @@ def own(split, options, value_range, list_clips, pictures=False):
         clips, notes = list_clips(path, options)
         return [clip.every(options.frame_step) for clip in clips], notes
 
-    def cut(clips, split):
-        valid_fraction = 0.0 if options.valid_data_dir else options.valid_fraction
-        test_fraction = 0.0 if options.test_data_dir else options.test_fraction
-        return CUTS[options.split_by](clips, split, valid_fraction, test_fraction)
-
     all_clips, notes = read(path)
-    clips = all_clips if apart else cut(all_clips, split)
+    clips = all_clips if apart else part_of(all_clips, split, options)
     windows = cut_windows(clips, total)
     notes = [*notes, *gap_notes(all_clips, total)]
     if not len(windows):
@@ -293,7 +288,7 @@ def own(split, options, value_range, list_clips, pictures=False):
     if value_range is None:
         training, seen = clips, summary
         if search and split != "train":
-            training = cut(read(options.train_data_dir)[0] if apart else all_clips, "train")
+            training = part_of(read(options.train_data_dir)[0] if apart else all_clips, "train", options)
             seen = summarize(training, options.missing_value, options.cache_dir)
         forecast, forced = seen.parted(options.input_channels)
         data_range = data_range or range_of(forecast, training[0].name)
@@ -306,6 +301,22 @@ def own(split, options, value_range, list_clips, pictures=False):
         windows = thin(windows, getattr(options, f"{split}_sequences"))
     calendar = calendar_of(clips) if options.calendar else None
     return clip_dataset(split, clips, windows, value_range, options, notes, calendar)
+
+
+def part_of(clips, split, options):
+    """The clips of one split, out of all clips of the training path.
+
+    clips     all clips, those between gaps in time as pieces
+    split     train, valid or test; one with a path of its own takes nothing from here
+    options   Config
+    """
+    fractions = [0.0 if getattr(options, f"{name}_data_dir") else getattr(options, f"{name}_fraction")
+                 for name in ("valid", "test")]  # fmt: skip
+    if options.split_by == "time":
+        return cut_in_time(clips, split, *fractions)
+    # The pieces of one video or folder of images show one scene and stay together. The runs of a gridded field do not.
+    whole = [[clip] for clip in clips] if options.dataset == "grid" else by_clip(clips)
+    return [clip for pieces in cut_by_file(whole, split, *fractions) for clip in pieces]
 
 
 def gap_notes(clips, total):
@@ -417,7 +428,7 @@ def cut_in_time(clips, split, valid_fraction, test_fraction):
 
 
 def cut_by_file(clips, split, valid_fraction, test_fraction):
-    """Whole clips of one split: training first, then validation, then test.
+    """The elements of one split of a list of clips: training first, then validation, then test.
 
     A split with a fraction above 0 gets at least one clip.
     """
@@ -425,9 +436,6 @@ def cut_by_file(clips, split, valid_fraction, test_fraction):
     valid = max(0, test - (max(1, round(valid_fraction * len(clips))) if valid_fraction else 0))
     start, stop = {"train": (0, valid), "valid": (valid, test), "test": (test, len(clips))}[split]
     return clips[start:stop]
-
-
-CUTS = {"time": cut_in_time, "file": cut_by_file}  # by the option split_by
 
 
 # Files of a folder
