@@ -37,6 +37,7 @@ from vmrnn import config as configuration
 from vmrnn.baselines import BASELINES
 from vmrnn.checkpoint import find_checkpoint, load_network
 from vmrnn.colours import Look
+from vmrnn.data.overlap import overlap_notes
 from vmrnn.errors import UserError
 from vmrnn.field_facts import climatology, facts_of, latitude_weights
 from vmrnn.files import make_folder, without_pattern
@@ -70,13 +71,17 @@ def parse_arguments(argv=None):
 
 
 def load(args, given):
-    """(network or None, Config, ValueRange or None, device): what is tested, and how its test set is made."""
+    """What is tested, and how its test set is made.
+
+    Returns (network or None, Config, ValueRange or None, options of the training as a dict, device).
+    """
     if args.checkpoint:
         trained = load_network(args.checkpoint, args.config, given.pop("device", None), **given)
         model = None if args.forecasts else trained.model
-        return model, trained.config, trained.value_range, next(trained.model.parameters()).device
+        device = next(trained.model.parameters()).device
+        return model, trained.config, trained.value_range, trained.training, device
     config = configuration.resolve(args.config, given)
-    return None, config, None, pick_device(config.device)
+    return None, config, None, config.to_dict(), pick_device(config.device)
 
 
 def rows_of(args, config, value_range, info):
@@ -260,10 +265,11 @@ def forecast_again(roles, errors, outputs_of, test_set, device):
     return sequences
 
 
-def facts_of_report(args, config, model, device, test_set, outputs_of, losses):
+def facts_of_report(args, config, model, device, test_set, outputs_of, losses, overlap):
     """{label: text} of what was tested and how, for the report.
 
-    losses   {"loss": text}, or {} where none was computed
+    losses    {"loss": text}, or {} where none was computed
+    overlap   lines about frames of the training in the test set, a list
     The others are those of forecasts_to_test.
     """
     network = {}
@@ -274,7 +280,7 @@ def facts_of_report(args, config, model, device, test_set, outputs_of, losses):
         "checkpoint" if model else "forecasts": str(args.checkpoint if model else args.forecasts),
         **network,
         "data": data_description(config),
-        "test set": str(test_set),
+        "test set": "; ".join([str(test_set), *overlap]),
         "values": str(test_set.value_range),
         "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
         **losses,
@@ -286,7 +292,7 @@ def facts_of_report(args, config, model, device, test_set, outputs_of, losses):
 def main(argv=None):
     args, given = parse_arguments(argv)
     folder = given.get("res_dir")
-    model, config, value_range, device = load(args, given)
+    model, config, value_range, training, device = load(args, given)
     log.info("device     %s", describe_device(device))
 
     # Test set, metrics and baselines
@@ -304,7 +310,8 @@ def main(argv=None):
     outputs_of, tested = forecasts_to_test(args, config, model, device, test_set, facts)
     loss_function = make_loss(config) if model else None
     log.info("data       %s", test_set)
-    for note in test_set.notes:
+    overlap = overlap_notes(test_set, "test", config, training)
+    for note in [*test_set.notes, *overlap]:
         log.info("           %s", note)
     folder = make_folder(folder or default_folder(tested, config))
     for old in folder.glob("forecast_[0-9][0-9][0-9][0-9].png"):  # an earlier test may have drawn more sequences
@@ -356,7 +363,7 @@ def main(argv=None):
     write_report(
         folder / "report.html",
         title=f"{config.model if model else Path(args.forecasts).name} on {data_name(config)}",
-        facts=facts_of_report(args, config, model, device, test_set, outputs_of, losses),
+        facts=facts_of_report(args, config, model, device, test_set, outputs_of, losses, overlap),
         conventions=conventions,
         results=results,
         sequences=sequences,

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset import DATASETS, build_dataset, make_loader
 from functions import NonFinite, Step, evaluate, make_loss, train_one_epoch
 from vmrnn import checkpoint, config as configuration, distributed
+from vmrnn.data.overlap import overlap_notes
 from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedStep
 from vmrnn.logger import make_logger
@@ -294,7 +295,8 @@ def make_loaders(config, device):
 
 def log_plan(state, train_loader, valid_loader, parts):
     """Log what will run: network, data, validation, training, and where the run continues."""
-    config, progress, train_set = state.config, state.progress, train_loader.dataset
+    config, progress = state.config, state.progress
+    train_set, valid_set = train_loader.dataset, valid_loader.dataset
     parameters = sum(p.numel() for p in state.model.parameters())
     log.info("network    %s, %s parameters, frames %d x %d", config.model, f"{parameters:,}", *config.frame_size)
     log.info(
@@ -303,7 +305,10 @@ def log_plan(state, train_loader, valid_loader, parts):
     )  # fmt: skip
     for note in train_set.notes:
         log.info("           %s", note)
-    log.info("validation %d sequences: %s", len(valid_loader.dataset), DATASETS[config.dataset].selection(config))
+    log.info("validation %d sequences: %s", len(valid_set), DATASETS[config.dataset].selection(config))
+    own_notes = [note for note in valid_set.notes if note not in train_set.notes]
+    for note in own_notes + overlap_notes(valid_set, "valid", config, config.to_dict()):
+        log.info("           %s", note)
     if progress.epoch > config.epochs:
         log.info("training   %d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
         return

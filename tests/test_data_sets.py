@@ -2,17 +2,22 @@
 
 import os
 import pickle
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, assert_same, batches, data_set, shared, write_images, write_video
+from matplotlib.figure import Figure
 
+import test as test_program
 import train
-from dataset import make_loader
+from dataset import build_dataset, make_loader
 from vmrnn import command_line, config as configuration
 from vmrnn.data import cache, clips, splits
+from vmrnn.data.overlap import overlap_notes
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
@@ -258,6 +263,58 @@ def test_parts_by_file_keep_a_clip_with_a_gap_whole(own, tmp_path):
     assert seen == {
         split: {50 * i + t for t in range(12) if t != 6} for i, split in enumerate(("train", "valid", "test"))
     }
+
+
+@pytest.mark.parametrize(
+    "trained, tested, says",
+    [
+        ({}, {}, None),
+        ({}, dict(test_fraction=0.075), None),  # fewer frames of the test part
+        ({}, dict(test_data_dir="b.npy"), None),
+        ({}, dict(test_data_dir="a.npy"), "36 of the 38 sequences hold frames of the training or its validation"),
+        ({}, dict(test_fraction=0.5), "16 of the 18 sequences hold frames"),
+        (dict(test_data_dir="b.npy"), {}, "2 of the 2 sequences hold frames"),
+        (dict(valid_data_dir="b.npy"), dict(test_data_dir="b.npy"), "38 of the 38 sequences hold frames"),
+        ({}, dict(test_data_dir="."), "1 of the 2 files in .* are also files of the training or its validation"),
+        (dict(train_data_dir="gone.npy"), dict(test_fraction=0.5), "test_fraction: not as in .* is not known"),
+        (dict(train_data_dir="gone.npy"), {}, None),
+    ],
+)
+def test_frames_of_the_training_in_a_test_are_named(tmp_path, trained, tested, says):
+    """40 frames: 32 train, 4 validate, 4 test."""
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((40, 8, 10)))
+
+    def config(**paths_and_options):
+        paths = {key: str(tmp_path / value) for key, value in paths_and_options.items() if key.endswith("_dir")}
+        base = dict(
+            dataset="array", train_data_dir=str(tmp_path / "a.npy"), cache_dir=str(tmp_path / "cache"), input_size=[8, 10],
+            num_frames_input=2, num_frames_output=1,
+        )  # fmt: skip
+        return configuration.Config(**base | paths_and_options | paths)
+
+    options = config(**tested)
+    notes = overlap_notes(build_dataset("test", options), "test", options, config(**trained).to_dict())
+    assert len(notes) == (says is not None) and (says is None or re.match(says, notes[0])), notes
+
+
+def test_the_programs_say_that_a_set_holds_frames_of_the_training(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "vmrnn")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())  # most of the time
+    path = tmp_path / "a.npy"
+    np.save(path, np.random.default_rng(0).random((40, 8, 16), np.float32))
+    train.main(
+        f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir {path} --valid_data_dir "
+        f"{path} --cache_dir {tmp_path / 'cache'} --input_size 8 16 --num_frames_input 2 --num_frames_output 2 "
+        f"--train_sequences 4 --train_batch_size 4 --epochs 1 --device cpu --res_dir {tmp_path / 'run'}".split()
+    )
+    assert "36 of the 37 sequences hold frames of the training: the figures" in caplog.text
+    test_program.main(
+        f"--checkpoint {tmp_path / 'run'} --test_data_dir {path} --cache_dir {tmp_path / 'cache'} --device cpu --strips 1 "
+        f"--no-motion --res_dir {tmp_path / 'test'}".split()
+    )
+    said = "37 of the 37 sequences hold frames of the training or its validation"
+    assert said in caplog.text and said in (tmp_path / "test" / "report.html").read_text()
 
 
 LAYOUTS = {

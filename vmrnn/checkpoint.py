@@ -51,11 +51,13 @@ class Trained:
     model         the network, in evaluation mode, on its device
     config        vmrnn.config.Config that the network was built from
     value_range   ValueRange of the data that the network was trained on; None: the file does not say
+    training      options of the training, a dict: those in the file; those of `config` where the file holds weights alone
     """
 
     model: torch.nn.Module
     config: configuration.Config
     value_range: ValueRange | None
+    training: dict
 
 
 def load_network(path, config=None, device="cpu", **changes):
@@ -73,13 +75,14 @@ def load_network(path, config=None, device="cpu", **changes):
     changes = changes if device is None else changes | {"device": str(device)}
     if content["config"] is None and config is None and not configuration.for_test(changes):
         raise UserError(f"{path}: holds weights alone; name the network's configuration with config")
-    resolved = configuration.resolve(config, changes, base=configuration.for_test(content["config"] or {}))
+    stored = configuration.for_test(content["config"] or {})
+    resolved = configuration.resolve(config, changes, base=stored)
     device = pick_device(resolved.device)
     weights = weights_of(content)
     check_size(resolved, weights, path)
     model = build_model(**resolved.network_options)
     load_weights(model, weights, path)
-    return Trained(model.to(device).eval(), resolved, value_range_of(content, resolved))
+    return Trained(model.to(device).eval(), resolved, value_range_of(content, resolved), stored or resolved.to_dict())
 
 
 def check_size(config, weights, path):

@@ -220,17 +220,17 @@ def clip_dataset(split, clips, windows, value_range, options, notes=(), calendar
 
 def video(split, options, value_range=None):
     """A video, or a folder of videos: one clip per video."""
-    return own(split, options, value_range, video_clips, pictures=True)
+    return own(split, options, value_range, pictures=True)
 
 
 def frames(split, options, value_range=None):
     """A folder of folders of images: one clip per folder."""
-    return own(split, options, value_range, image_clips, pictures=True)
+    return own(split, options, value_range, pictures=True)
 
 
 def array(split, options, value_range=None):
     """A .npy or .npz file, or a folder of them."""
-    return own(split, options, value_range, array_clips)
+    return own(split, options, value_range)
 
 
 def grid(split, options, value_range=None):
@@ -239,7 +239,7 @@ def grid(split, options, value_range=None):
     The value range knows names and units of the fields. UserError: fields of other units, or others by name, than those
     of the training.
     """
-    data = own(split, options, value_range, grid_clips)
+    data = own(split, options, value_range)
     info = GridInfo.load(Path(data.clips[0].path).parent)
     if value_range is not None:
         data.notes = [*data.notes, *info.notes(value_range, options)]
@@ -247,10 +247,9 @@ def grid(split, options, value_range=None):
     return data
 
 
-def own(split, options, value_range, list_clips, pictures=False):
+def own(split, options, value_range, pictures=False):
     """One split of your own data.
 
-    list_clips    list_clips(path, options) returns (clips of a file or folder, lines that say how they were read)
     value_range   ValueRange of the training data, if it is known already; None: it is found here
     pictures      True: the range of 8-bit frames is 0 to 255; False: it is that of the training data
 
@@ -261,11 +260,7 @@ def own(split, options, value_range, list_clips, pictures=False):
     path, total = split_path(split, options), sum(frames_wanted(options))
     apart = split != "train" and getattr(options, f"{split}_data_dir")
 
-    def read(path):
-        clips, notes = list_clips(path, options)
-        return [clip.every(options.frame_step) for clip in clips], notes
-
-    all_clips, notes = read(path)
+    all_clips, notes = read_clips(path, options)
     clips = all_clips if apart else part_of(all_clips, split, options)
     windows = cut_windows(clips, total)
     notes = [*notes, *gap_notes(all_clips, total)]
@@ -288,7 +283,7 @@ def own(split, options, value_range, list_clips, pictures=False):
     if value_range is None:
         training, seen = clips, summary
         if search and split != "train":
-            training = part_of(read(options.train_data_dir)[0] if apart else all_clips, "train", options)
+            training = part_of(read_clips(options.train_data_dir, options)[0] if apart else all_clips, "train", options)
             seen = summarize(training, options.missing_value, options.cache_dir)
         forecast, forced = seen.parted(options.input_channels)
         data_range = data_range or range_of(forecast, training[0].name)
@@ -301,6 +296,12 @@ def own(split, options, value_range, list_clips, pictures=False):
         windows = thin(windows, getattr(options, f"{split}_sequences"))
     calendar = calendar_of(clips) if options.calendar else None
     return clip_dataset(split, clips, windows, value_range, options, notes, calendar)
+
+
+def read_clips(path, options):
+    """(clips of your own file or folder, every frame_step-th frame of them; lines that say how they were read)."""
+    clips, notes = READERS[options.dataset](path, options)
+    return [clip.every(options.frame_step) for clip in clips], notes
 
 
 def part_of(clips, split, options):
@@ -407,6 +408,9 @@ def array_clips(path, options):
 
 def shape_text(frame_shape):
     return f"{frame_shape[0]}x{frame_shape[1]} {frame_shape[2]}"
+
+
+READERS = {"video": video_clips, "frames": image_clips, "array": array_clips, "grid": grid_clips}
 
 
 def cut_in_time(clips, split, valid_fraction, test_fraction):
