@@ -472,6 +472,32 @@ def test_what_cannot_be_used_says_so_in_one_line(own, tmp_path, options, write, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "scale, offset, says",
+    [
+        (1.0, 0.0, None),
+        (1.2, -56.0, None),  # a wider range than that of the training
+        (1.0, -273.15, "the values -23.15 to 36.85 lie outside the range 250 to 310 of the training"),
+        (100.0, 0.0, "the values 25000 to 31000 lie outside the range"),
+        (7.0, -1500.0, "the values 250 to 670 lie in part far outside the range"),
+    ],
+)
+def test_a_test_in_other_units_than_the_training_is_named(own, tmp_path, scale, offset, says):
+    kelvins = np.linspace(250, 310, 40 * 80).reshape(40, 8, 10)
+    np.save(tmp_path / "data" / "a.npy", kelvins * scale + offset)
+    data = own("test", value_range=ValueRange(250.0, 310.0), dataset="array", test_data_dir=tmp_path / "data" / "a.npy")
+    notes = [note for note in data.notes if "of the training" in note]
+    assert len(notes) == (says is not None) and (says is None or re.match(f"test data: {says}", notes[0])), notes
+
+
+def test_each_channel_is_held_against_its_own_range(own, tmp_path):
+    values = np.stack((np.full((40, 8, 10), 280.0), np.full((40, 8, 10), 300.0)), axis=-1)
+    np.save(tmp_path / "data" / "a.npy", values)
+    data = own("test", value_range=ValueRange((250.0, 0.0), (310.0, 50.0)), dataset="array", input_channels=2)
+    (note,) = [note for note in data.notes if "of the training" in note]
+    assert "the values 300 to 300 of channel 1 lie outside" in note
+
+
 def test_clips_of_several_sizes(own, tmp_path):
     write_video(tmp_path / "data" / "a.avi", numbered(0, 20))
     write_video(tmp_path / "data" / "b.avi", numbered(0, 20, height=9))

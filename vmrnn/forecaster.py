@@ -25,11 +25,9 @@ from vmrnn.errors import UserError
 from vmrnn.graphs import GraphedForward
 from vmrnn.motion import Motion
 from vmrnn.rollout import network_input
-from vmrnn.values import ValueRange
+from vmrnn.values import ROUNDING, ValueRange, outside
 
 UNIT_RANGE, BYTE_RANGE = (0.0, 1.0), (0.0, 255.0)
-ROUNDING = 1e-3  # how far outside [0, 1] a value may lie, where no range is known
-FAR = 5  # widths of the training range; values so far from its middle are reported
 
 log = logging.getLogger("vmrnn")
 
@@ -148,9 +146,8 @@ class Forecaster:
         unit          tensor of a prepared frame, on the network's scale
         value_range   ValueRange of the frame
         """
-        far = (unit - 0.5).abs() > FAR
-        outside = (unit < -ROUNDING) | (unit > 1 + ROUNDING)
-        if self._warned or not (far.any() or outside.sum() > 0.5 * unit.isfinite().sum()):
+        beyond, far = outside(unit)
+        if self._warned or not (far.any() or beyond.sum() > 0.5 * unit.isfinite().sum()):
             return
         self._warned = True
         known = unit[~unit.isnan()]
@@ -158,7 +155,7 @@ class Forecaster:
         log.warning(
             "frame %d: %d of its %d values lie outside the range of the training (%s), %d of them far outside "
             "(the farthest is %.4g on the scale from 0 to 1); name a fill value with missing_value, or check the units",
-            self.count, int(outside.sum()), unit.numel(), value_range, int(far.sum()), worst,
+            self.count, int(beyond.sum()), unit.numel(), value_range, int(far.sum()), worst,
         )  # fmt: skip
 
     def forecast(self, horizon, forcings=None, dates=None):

@@ -8,6 +8,8 @@ import numpy as np
 from vmrnn.errors import UserError
 
 TRANSFORMS = ("none", "sqrt", "log")
+ROUNDING = 1e-3  # how far outside [0, 1] a value may lie by rounding
+FAR = 5  # widths of the training range; a value so far from its middle has other units, or is a fill value
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,14 @@ class ValueRange:
     def from_dict(cls, values):
         facts = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**facts | ({"given": cls.from_dict(values["given"])} if values.get("given") else {}))
+
+
+def outside(unit):
+    """Which values on the network's scale lie outside [0, 1], and which of them far outside: two bool arrays.
+
+    unit   array or tensor; NaN lies nowhere
+    """
+    return (unit < -ROUNDING) | (unit > 1 + ROUNDING), abs(unit - 0.5) > FAR
 
 
 def equals(frames, value):

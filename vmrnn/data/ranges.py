@@ -9,7 +9,7 @@ import numpy as np
 from vmrnn.data.cache import cached_folder, stamp
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar
-from vmrnn.values import ValueRange, equals
+from vmrnn.values import ValueRange, equals, outside
 
 BLOCK = 2**22  # values that are read at once
 LOOK = 2**28  # values that are looked at where the range need not be exact
@@ -98,6 +98,34 @@ def check_reach(summary, value_range, name):
                     f"{name}: holds the value {value:g} in channel {channel}, far outside the range {low:g} to {high:g} "
                     "of the training data; name it with missing_value if it means missing"
                 )
+
+
+def outside_notes(summary, value_range, split):
+    """Lines about channels whose values lie outside the range of the training, all of them or some of them far outside.
+
+    summary       Summary of a split
+    value_range   ValueRange of the training data
+    split         train, valid or test
+    """
+    # (2, C). Infinite values are refused where they are read.
+    ends = np.array([summary.low, summary.high], np.float64)  # None becomes NaN
+    units = value_range.to_unit(np.where(np.isinf(ends), np.nan, ends))
+    _, far = outside(units)
+    all_outside, _ = outside(
+        np.clip(0.5, *units)
+    )  # the place between both ends that is nearest to the middle of the range
+    given = list(value_range.given.pairs()) if value_range.given else []
+    pairs = list(value_range.pairs())
+    pairs = pairs * (len(summary.low) - len(given)) if len(pairs) == 1 else pairs
+    lines = []
+    for channel, ((low, high), trained) in enumerate(zip(ends.T, pairs + given)):
+        if all_outside[channel] or far[:, channel].any():
+            what = "outside" if all_outside[channel] else "in part far outside"
+            lines.append(
+                f"{split} data: the values {low:g} to {high:g}{summary.of_channel(channel)} lie {what} the range "
+                f"{trained[0]:g} to {trained[1]:g} of the training; name a fill value with missing_value, or check the units"
+            )
+    return lines
 
 
 def blocks(clips, step=1):

@@ -21,7 +21,7 @@ from vmrnn.data.grids import calendar_of, grid_clips
 from vmrnn.data.images import IMAGES, has_palette, page_count
 from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
-from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, range_of, summarize
+from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, outside_notes, range_of, summarize
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import parse_step, runs_without_gap, usual_step
 from vmrnn.data.videos import VIDEOS
@@ -291,7 +291,7 @@ def own(split, options, value_range, pictures=False):
 
     # The data set
     check_reach(summary, value_range, clips[0].name)
-    notes += summary.notes(options, split)
+    notes += summary.notes(options, split) + outside_notes(summary, value_range, split)
     if split != "train":
         windows = thin(windows, getattr(options, f"{split}_sequences"))
     calendar = calendar_of(clips) if options.calendar else None
