@@ -24,8 +24,14 @@ from vmrnn.data.table import DATASETS, OWN, SPLITS
 from vmrnn.errors import UserError
 from vmrnn.runtime import ignore_stop_signals, keep_child_handler, kill_workers_at_exit
 
+FROM_FILES = tuple(name for name in DATASETS if name != "moving_mnist")  # it generates its sequences
+
 # Options that only some data sets use. With another data set they are refused, not silently ignored.
 ONLY_FOR = {
+    "valid_data_dir": FROM_FILES,
+    "split_by": OWN,
+    "valid_fraction": OWN,
+    "test_fraction": OWN,
     "variables": ("grid",),
     "time_from": ("grid",),
     "array_axes": ("grid", "array"),
@@ -36,7 +42,7 @@ ONLY_FOR = {
     "frame_fit": OWN,
     "missing_value": OWN,
     "transform": OWN,
-    "base": tuple(name for name in DATASETS if name != "moving_mnist"),
+    "base": FROM_FILES,
 }
 DEFAULTS = Config()
 

@@ -461,6 +461,10 @@ def test_nothing_is_loaded_whole(own, tmp_path):
         (dict(dataset="kth", input_channels=3), {}, "kth has 1"),
         (dict(dataset="kth", data_range=[0.0, 1.0]), {}, "data_range .* kth has one of its own"),
         (dict(dataset="moving_mnist", frame_fit="crop"), {}, "frame_fit .* not for moving_mnist"),
+        (dict(dataset="moving_mnist", valid_data_dir="nowhere.npy"), {}, "valid_data_dir .* not for moving_mnist"),
+        (dict(dataset="moving_mnist", test_fraction=0.2), {}, "test_fraction .* not for moving_mnist"),
+        (dict(dataset="kth", split_by="file", train_data_dir="."), {}, "split_by .* not for kth"),
+        (dict(dataset="taxibj", input_channels=2, valid_fraction=0.2), {}, "valid_fraction .* not for taxibj"),
     ],
 )
 def test_what_cannot_be_used_says_so_in_one_line(own, tmp_path, options, write, says):
