@@ -511,6 +511,18 @@ def test_a_malicious_file_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("step_length", [0.05, 0.1, 0.3])
+def test_a_file_with_sequences_before_frames_is_refused(tmp_path, step_length):
+    """The order of torchvision's MovingMNIST; with as many frames as sequences, the shape alone does not tell."""
+    data = data_set("test", length=20, step_length=step_length)
+    sequences = np.stack([(torch.cat(data[i])[:, 0] * 255).round().byte().numpy() for i in range(20)])
+    np.save(tmp_path / "wrong.npy", sequences)
+    np.save(tmp_path / "right.npy", sequences.swapaxes(0, 1))
+    assert torch.equal(MovingMNISTFile(tmp_path / "right.npy")[3][0], data[3][0])
+    with pytest.raises(UserError, match=r"wrong.npy: its shape \(20, 20, 64, 64\) .*; write np.swapaxes\(a, 0, 1\)"):
+        MovingMNISTFile(tmp_path / "wrong.npy")
+
+
 def test_test_file_of_another_size(tmp_path, sequences):
     np.save(tmp_path / "a.npy", sequences)
     with pytest.raises(UserError, match=r"5x8.*64x64"):

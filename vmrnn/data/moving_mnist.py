@@ -268,7 +268,7 @@ class MovingMNISTFile(Dataset):
     array_key           as in arrays.npz_member
 
     A key is an index or (epoch, index).
-    UserError: a missing, damaged or foreign file, or too few frames.
+    UserError: a missing, damaged or foreign file, too few frames, or sequences before frames.
     """
 
     notes = ()  # nothing to say of how the data were read
@@ -282,6 +282,7 @@ class MovingMNISTFile(Dataset):
         self.num_frames_input = num_frames_input
         self.num_frames_output = num_frames_output
         self.frames = open_sequences(path, array_key)
+        check_order(path, self.frames)
         total = num_frames_input + num_frames_output
         if len(self.frames) < total:
             raise UserError(
@@ -332,6 +333,27 @@ def open_sequences(path, array_key):
             f"{path}: holds {frames.dtype} {frames.shape}; it must hold uint8 (frames, sequences, height, width)"
         )
     return frames
+
+
+def check_order(path, frames):
+    """UserError: the first axis counts sequences and the second one frames, as in torchvision's MovingMNIST.
+
+    path     of the file, for messages
+    frames   uint8 (frames, sequences, H, W)
+
+    The shape does not tell, so a sample of frames is read. Neighbours in time are alike, neighbouring sequences are not: in
+    the test sequences of Moving MNIST the mean absolute difference in time is 0.7 times that between sequences.
+    """
+    if min(frames.shape[:2]) < 2:
+        return
+    t, n = (np.linspace(0, count - 2, min(count - 1, 16)).round().astype(np.int64) for count in frames.shape[:2])
+    here = frames[np.ix_(t, n)].astype(np.float32)
+    along_first, along_second = (abs(frames[np.ix_(*places)] - here).mean() for places in ((t + 1, n), (t, n + 1)))
+    if along_second < 0.85 * along_first:
+        raise UserError(
+            f"{path}: its shape {frames.shape} must be (frames, sequences, height, width), but frames that follow one another "
+            "lie along the second axis; write np.swapaxes(a, 0, 1) instead"
+        )
 
 
 def as_items(frames, num_frames_input, num_frames_output):
