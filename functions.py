@@ -260,7 +260,7 @@ def compare(
                   missing pixel
     metrics       rows or names of vmrnn.metrics
     loss          RolloutLoss; None: no loss is computed
-    baselines     {label: function(inputs, horizon) -> forecast}, see vmrnn.baselines
+    baselines     {label: function(inputs, horizon, value_range) -> forecast}, see vmrnn.baselines
     value_range   ValueRange of the data; None: no transform. Baselines and metrics are computed without its transform
     weights       (H, W), weights of the pixels in sums of errors, see vmrnn.metrics.Comparison
     on_batch      called with (step, inputs, targets, forecast) of every batch of this process, without forcings
@@ -284,7 +284,7 @@ def compare(
         known, truth, own = (value_range.to_linear(each, axis=2) for each in (inputs, targets, forecast))
         meters["forecast"].update(own, truth)
         for label, baseline in baselines.items():
-            meters[label].update(baseline(known, horizon), truth)
+            meters[label].update(baseline(known, horizon, value_range), truth)
         if on_batch:
             on_batch(step, inputs, targets, forecast)
         bar.update(frames)

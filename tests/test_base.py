@@ -60,6 +60,23 @@ def test_an_untrained_network_is_the_motion_baseline(options):
         assert torch.equal(outputs[:, t : t + 1], motion(inputs[:, : t + 1, :1], 1))
 
 
+def test_the_base_of_a_field_that_does_not_begin_at_0_is_the_baseline(options, tmp_path):
+    """The data set, the baseline and a stream take the nearest value where it is not known what flows in."""
+    options = options | {"input_size": [40, 48], "data_range": [-5.0, 10.0]}
+    data = data_set("test", **options)
+    inputs, targets = (frames[None] for frames in data[0])
+    expected = motion(inputs[:, :, :1], 3, data.value_range)
+    assert expected.min() > 0.2
+    model, config = network(options, loud=False), configuration.resolve(None, options)
+    assert torch.equal(rollout(model, inputs, 3, following=targets)[:, 3:], expected)
+    save_weights(tmp_path / "w.safetensors", model, config.to_dict(), data.value_range)
+    forecaster = Forecaster(tmp_path / "w.safetensors", device="cpu")
+    first = int(data.windows[0][1])
+    for frame in np.asarray(data.clips[0].frames()[first : first + 4, ..., 0]):
+        forecaster.observe(frame)
+    torch.testing.assert_close(torch.from_numpy(forecaster.forecast_in_unit(3)[..., 0]), expected[0, :, 0])
+
+
 def test_a_crop_has_the_base_of_the_whole_map(options):
     """So that what moves into the crop comes from the map, not from nothing."""
     whole, crop = (data_set("test", **options | {"input_size": size})[0] for size in ([40, 48], [24, 32]))

@@ -47,6 +47,21 @@ def test_channels_move_together_and_missing_pixels_are_0():
     assert BASELINES["motion"] is motion
 
 
+def test_what_is_not_known_is_nothing_only_where_0_means_nothing():
+    """A channel that begins at 250 K, and one that begins at 0 mm/h: both move by 3 pixels per frame, out of the frame."""
+    frames = (0.2 + 0.8 * moving_field((0, -3), 6)).repeat(1, 1, 2, 1, 1)
+    value_range = ValueRange((250.0, 0.0), (310.0, 64.0))
+    warm, rain = motion(frames[:, :4], 2, value_range)[0, -1]
+    assert (rain[:, -4:] == 0).all() and warm[:, -4:].min() > 0.2
+    assert torch.equal(warm[8:-8, :-8], rain[8:-8, :-8])
+    error = (warm - frames[0, -1, 0]).square().mean()
+    assert error < 0.3 * (last_frame(frames[:, :4], 1)[0, 0, 0] - frames[0, -1, 0]).square().mean()
+    frames[:, :, :, 40:44, 50:54] = torch.nan
+    for forecast in (motion, last_frame):
+        warm, rain = forecast(frames[:, :4], 2, value_range)[0, -1]
+        assert warm.min() > 0.2 and rain[40:44, 40:60].min() == 0  # the hole moves with the field
+
+
 def test_motion_beats_the_last_frame_on_real_radar():
     """The three sequences of the README, whole maps, in units of 0.05 kg/m2 in 6 minutes."""
     frames = np.load(shared("radar/bom_r2_20180616_int16.npz"))["frames"].astype(np.float32) / 32

@@ -80,7 +80,7 @@ class Forecaster:
         self._size = None  # (h, w) of the prepared frames
         self._next_frame = None  # the forecast of the frame after the last observed one
         self._states = None  # the network's states after the last observed frame
-        self._motion = Motion()  # of the last frames, for a network whose base it is
+        self._motion = Motion(self.value_range or ValueRange())  # of the last frames, for a network whose base it is
 
     @torch.inference_mode()
     def observe(self, frame, date=None):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 from skimage.registration import optical_flow_ilk
 from skimage.transform import downscale_local_mean
 
@@ -54,12 +54,45 @@ def mean_flow(flows):
     return Flow(np.stack([gaussian_filter(part, width) for part in mean]).astype(np.float32), coarse)
 
 
-def advect(frame, flow, horizon, place=None):
-    """A frame moved along a flow, traced backwards (semi-Lagrangian). What comes from outside the frame is 0.
+def zero_is_nothing(value_range, channels):
+    """Per channel, whether 0 on the scale [0, 1] means that there is nothing, a list of bool.
+
+    value_range   ValueRange of the data
+    channels      number of channels
+
+    It does if it stands for 0 in the units of the data, as for rain and for the black of a picture. Otherwise it is only
+    the lowest value of the range, such as the coldest temperature of the training data.
+    """
+    nothing = [bool(value_range.forward(np.asarray(low, np.float64)) == 0) for low, _ in value_range.pairs()]
+    return nothing * channels if len(nothing) == 1 else nothing
+
+
+def without_missing(frame, nothing):
+    """A frame (C, H, W) with a value in place of each missing one (NaN).
+
+    nothing   from zero_is_nothing: such a channel gets 0; another one gets the nearest known value, or 0 if it has none
+    """
+    missing = np.isnan(frame)
+    if not missing.any():
+        return frame
+    filled = np.where(missing, np.float32(0), frame)
+    for values, absent, empty in zip(filled, missing, nothing):
+        if not empty and absent.any() and not absent.all():
+            rows, columns = distance_transform_edt(absent, return_distances=False, return_indices=True)
+            values[absent] = values[rows, columns][absent]
+    return filled
+
+
+def advect(frame, flow, horizon, nothing, place=None):
+    """A frame moved along a flow, traced backwards (semi-Lagrangian).
+
+    What comes from outside the frame is not known: a channel whose 0 is nothing gets 0, another one the nearest value at
+    the edge.
 
     frame     (C, H, W)
     flow      Flow; None: the frame stands still
     horizon   frames to forecast
+    nothing   from zero_is_nothing
     place     (rows, columns): the slices of the frame that are returned; None: all of it
 
     Returns float32 (horizon, C, h, w): the frame after 1 to `horizon` steps.
@@ -71,28 +104,34 @@ def advect(frame, flow, horizon, place=None):
     moved = []
     for _ in range(horizon):
         origin = origin - flow.at(origin)
-        moved.append([map_coordinates(channel, origin, order=1, mode="constant") for channel in frame])
+        moved.append([
+            map_coordinates(channel, origin, order=1, mode="constant" if empty else "nearest")
+            for channel, empty in zip(frame, nothing, strict=True)
+        ])  # fmt: skip
     return np.array(moved, dtype=np.float32)
 
 
 class Motion:
     """Frames of a stream, moved along their optical flow. Channels move together.
 
-    flow_of   function of two frames (C, H, W) that returns their Flow, such as one that remembers; None: flow_between
-              of the means over channels
+    value_range   ValueRange of the data: see zero_is_nothing
+    flow_of       function of two frames (C, H, W) that returns their Flow, such as one that remembers; None: flow_between
+                  of the means over channels
     """
 
-    def __init__(self, flow_of=None):
+    def __init__(self, value_range, flow_of=None):
+        self.value_range = value_range
         self.flow_of = flow_of or (lambda first, second: flow_between(first.mean(0), second.mean(0)))
-        self.flows, self.frame = (), None
+        self.flows, self.frame, self.nothing = (), None, None
 
     def observe(self, frame):
-        """Take the next frame, float32 (C, H, W) on the scale [0, 1]. A missing pixel (NaN) counts as 0."""
-        frame = np.nan_to_num(frame, nan=0.0)
+        """Take the next frame, float32 (C, H, W) on the scale [0, 1]; NaN is a missing pixel, see without_missing."""
+        self.nothing = zero_is_nothing(self.value_range, len(frame))
+        frame = without_missing(frame, self.nothing)
         if self.frame is not None:
             self.flows = (*self.flows, self.flow_of(self.frame, frame))[-PAIRS:]
         self.frame = frame
 
     def forecast(self, horizon, place=None):
         """The next frames, (horizon, C, h, w): `advect` of the last frame along the mean of the last flows."""
-        return advect(self.frame, mean_flow(self.flows) if self.flows else None, horizon, place)
+        return advect(self.frame, mean_flow(self.flows) if self.flows else None, horizon, self.nothing, place)

@@ -156,7 +156,7 @@ class ClipDataset(Dataset):
             inputs = frames[: self.num_frames_input]
         inputs = inputs[:, : self.moved_channels].numpy()
         numbers = iter(range(first, first + len(inputs)))
-        stream = Motion(lambda before, after: self.flow(clip, next(numbers), before, after))
+        stream = Motion(self.value_range, lambda before, after: self.flow(clip, next(numbers), before, after))
         moved = []
         for t, frame in enumerate(inputs):
             stream.observe(frame)
