@@ -265,11 +265,25 @@ def forecast_again(roles, errors, outputs_of, test_set, device):
     return sequences
 
 
-def facts_of_report(args, config, model, device, test_set, outputs_of, losses, overlap):
+def about_motion(baselines, config, test_set):
+    """{"motion": what the baseline does not see}, where the network sees more than it; else {}.
+
+    The base of a network is moved on the whole map. The baseline gets the inputs of the test, which may be crops.
+    """
+    if "motion" not in baselines or not config.base_channels or config.frame_fit != "crop":
+        return {}
+    height, width = test_set.clips[0].frames().shape[1:3]
+    if (height, width) == test_set.size:
+        return {}
+    return {"motion": "this baseline sees the crop alone, but the network's base is moved on the whole map: compare the two "
+                      f"on whole maps, with --input_size {height} {width}"}  # fmt: skip
+
+
+def facts_of_report(args, config, model, device, test_set, outputs_of, overlap, remarks):
     """{label: text} of what was tested and how, for the report.
 
-    losses    {"loss": text}, or {} where none was computed
     overlap   lines about frames of the training in the test set, a list
+    remarks   {"loss": text} where one was computed, and that of about_motion
     The others are those of forecasts_to_test.
     """
     network = {}
@@ -283,7 +297,7 @@ def facts_of_report(args, config, model, device, test_set, outputs_of, losses, o
         "test set": "; ".join([str(test_set), *overlap]),
         "values": str(test_set.value_range),
         "task": f"{config.num_frames_input} frames given, {config.num_frames_output} to forecast",
-        **losses,
+        **remarks,
         "device": describe_device(device),
         **({"speed": str(outputs_of)} if model else {}),
     }
@@ -309,6 +323,7 @@ def main(argv=None):
     # The forecasts to test: those of a network, or those of a file
     outputs_of, tested = forecasts_to_test(args, config, model, device, test_set, facts)
     loss_function = make_loss(config) if model else None
+    about = about_motion(baselines, config, test_set) if model else {}
     log.info("data       %s", test_set)
     overlap = overlap_notes(test_set, "test", config, training)
     for note in [*test_set.notes, *overlap]:
@@ -342,7 +357,7 @@ def main(argv=None):
         log.info("forecasts  of all sequences are in %s", args.save_forecasts)
     losses = {"loss": f"{loss:.4f} ({loss_function}, over all outputs)"} if model else {}
     log.info("%d sequences%s", results["forecast"]["count"], "".join(f", {k} {v}" for k, v in losses.items()))
-    for line in table(results, rows, config.to_dict()):
+    for line in [*table(results, rows, config.to_dict()), *(f"{name}: {text}" for name, text in about.items())]:
         log.info("%s", line)
 
     # Forecast the sequences of the report again. The errors of all sequences decide which ones it shows.
@@ -356,14 +371,14 @@ def main(argv=None):
     spectrum.draw(folder / "spectrum.png", leads)
     content = {
         "checkpoint": str(tested), "data": str(test_set), "loss": loss, "conventions": conventions,
-        "results": results, "value_range": value_range.to_dict(), "lead_times": leads,
+        "results": results, "value_range": value_range.to_dict(), "lead_times": leads, "baselines": about,
         "spectrum": {label: power.tolist() for label, power in spectrum.compute().items()}, "config": config.to_dict(),
     }  # fmt: skip
     (folder / "metrics.json").write_text(strict_json(content, indent=1), encoding="utf-8")
     write_report(
         folder / "report.html",
         title=f"{config.model if model else Path(args.forecasts).name} on {data_name(config)}",
-        facts=facts_of_report(args, config, model, device, test_set, outputs_of, losses, overlap),
+        facts=facts_of_report(args, config, model, device, test_set, outputs_of, overlap, losses | about),
         conventions=conventions,
         results=results,
         sequences=sequences,

@@ -85,6 +85,15 @@ def test_a_crop_has_the_base_of_the_whole_map(options):
     assert crop[0][:, 1].abs().max() > 0
 
 
+def test_a_test_on_crops_says_that_the_baseline_sees_less(options):
+    for size, said in (([24, 32], True), ([40, 48], False)):
+        config = configuration.resolve(None, options | {"input_size": size})
+        about = test_program.about_motion(
+            {"motion": motion}, config, data_set("test", **options | {"input_size": size})
+        )
+        assert ("--input_size 40 48" in about.get("motion", "")) == said
+
+
 def test_the_forecaster_forecasts_as_the_rollout(options, tmp_path):
     """A stream of frames, and an untouched state after a forecast."""
     model, config = network(options), configuration.resolve(None, options)
