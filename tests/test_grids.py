@@ -117,6 +117,58 @@ def test_signs_are_those_that_the_file_says(tmp_path, stored, facts, expected):
     np.testing.assert_array_equal(read(open_grid(tmp_path / "a.nc", ["v"])).ravel(), expected)
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"SCALING_FACTOR": 100.0, "MISSING_VALUE": -8000, "UNITS": "C"}, "SCALING_FACTOR 100, MISSING_VALUE -8000"),
+        ({"nodata": -8000, "gain": 0.5, "offset": 0}, "nodata -8000, gain 0.5, offset 0"),
+        ({"FillValue": -8000, "Slope": 0.5, "Intercept": 2.0}, "FillValue -8000, Slope 0.5, Intercept 2"),
+        # Applied by another name, applied by cfgrib, or nothing of the kind
+        ({"_FillValue": -8000, "CodeMissingValue": "-8000", "GRIB_missingValue": 9.0, "long_name": "a"}, ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_names_that_are_not_those_of_cf_are_said(tmp_path, facts, said):
+    stored = np.array([-8000, 0, 1, 2], "i2").reshape(1, 2, 2)
+    write_stored(
+        tmp_path / "a.nc", stored, {key: v if isinstance(v, str | int) else np.float64(v) for key, v in facts.items()}
+    )
+    notes = [note for note in open_grid(tmp_path / "a.nc", ["v"]).notes if "not applied" in note]
+    found = notes[0].removeprefix("values: the file says ").removesuffix(", which is not applied") if notes else ""
+    assert sorted(found.replace(".0", "").split(", ")) == sorted(said.split(", "))
+
+
+def test_the_missing_value_and_the_scale_of_gdal(tmp_path):
+    """A TIFF stack without the keys of a map."""
+    import tifffile
+
+    stored = np.array([[[0, 255], [7, 9]]] * 2, "u1")
+    metadata = '<GDALMetadata><Item name="SCALE" sample="0" role="scale">0.1</Item></GDALMetadata>'
+    tags = [(42112, "s", 0, metadata, True), (42113, "s", 0, "255", True)]
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", metadata=None, extratags=tags)
+    grid = open_grid(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read(grid)[0, ..., 0], [[0, np.nan], [7, 9]])
+    assert "values: the file says scale 0.1, which is not applied" in grid.notes
+    assert "missing: the stored 255, by the file's attributes" in grid.notes
+
+
+def test_bands_of_different_scales_are_refused(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    pytest.importorskip("rioxarray")
+    place = {"crs": "EPSG:4326", "transform": rasterio.transform.from_origin(0, 60, 0.1, 0.1)}
+    for scales, refused in (((0.1, 0.1), False), ((0.1, 0.01), True)):
+        with rasterio.open(
+            tmp_path / "a.tif", "w", driver="GTiff", height=4, width=4, count=2, dtype="uint8", **place
+        ) as file:
+            file.write(np.full((2, 4, 4), 50, "u1"))
+            file.scales = scales
+        if refused:
+            with pytest.raises(UserError, match="different scales or offsets"):
+                open_grid(tmp_path / "a.tif")
+        else:
+            np.testing.assert_allclose(read(open_grid(tmp_path / "a.tif")), 5)
+
+
 def test_wide_types_and_whole_numbers_keep_their_values(tmp_path):
     values = {"i4": 2**31 - 1 - np.arange(6), "u2": 65535 - np.arange(6), "f8": 1 + np.arange(6) * 1e-12}
     for dtype, numbers in values.items():

@@ -15,7 +15,7 @@ from PIL import Image
 from vmrnn.config import Config
 from vmrnn.data.arrays import find_axes
 from vmrnn.data.grids import open_grid
-from vmrnn.data.images import image_frames, page_count
+from vmrnn.data.images import image_frames, image_notes, page_count
 from vmrnn.data.inputs import open_input
 from vmrnn.data.media import files_in
 from vmrnn.data.videos import video_frames
@@ -247,6 +247,35 @@ def test_tiff_keeps_its_values(tmp_path, dtype, channels):
     tifffile.imwrite(tmp_path / "a.tif", values if channels == 3 else values[..., 0], photometric=photometric)
     got = read_frames(tmp_path / "a.tif")
     assert got.dtype == np.dtype(dtype) and np.array_equal(got, values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "kept"), [("u1", "255", "f4"), ("i4", "-9999", "f8"), ("f4", "-3.4028234663852886e+38", "f4"),
+                                  ("u1", "-9999", "u1"), ("f4", "nan", "f4")])  # fmt: skip
+def test_the_missing_value_of_gdal_is_read_as_missing(tmp_path, dtype, number, kept):
+    stored = np.arange(54).reshape(6, 9).astype(dtype)
+    holes = kept != "u1" and number != "nan"
+    if holes:
+        stored[:2] = float(number)
+    tifffile.imwrite(tmp_path / "a.tif", stored, extratags=[(42113, "s", 0, number, True)])
+    (frame,) = image_frames([tmp_path / "a.tif"], 1)
+    assert frame.dtype == np.dtype(kept) and np.isnan(frame[:2]).all() == holes
+    assert np.array_equal(frame[2:, :, 0], stored[2:])
+    assert any("GDAL_NODATA" in note for note in image_notes(tmp_path / "a.tif")) == (number != "nan")
+
+
+def test_bands_of_a_tiff_are_no_transparency(tmp_path):
+    """Only ExtraSamples of kinds 1 and 2 are."""
+    values = RNG.integers(0, 256, (6, 9, 5), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unspecified", "unassalpha"])
+    (frame,) = image_frames([tmp_path / "a.tif"])
+    assert np.array_equal(frame, values[..., :4])
+    for channels in (1, 3):
+        assert "4 channels of uint8" in refusal(tmp_path / "a.tif", channels=channels)
+    tifffile.imwrite(tmp_path / "a.tif", values[..., :3], photometric="minisblack", planarconfig="contig")
+    (frame,) = image_frames([tmp_path / "a.tif"], 3)
+    assert np.array_equal(frame, values[..., :3])
+    assert "3 channels of uint8, but 1" in refusal(tmp_path / "a.tif", channels=1)
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):

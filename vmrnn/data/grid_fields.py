@@ -21,7 +21,7 @@ from vmrnn.data.grid_axes import (
 from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
 from vmrnn.data.grid_times import TIME_ATTRIBUTES, FrameTimes, find_times
-from vmrnn.data.grid_values import PACKING, missing_flags, stored_type
+from vmrnn.data.grid_values import PACKING, missing_flags, not_applied, stored_type
 from vmrnn.errors import UserError
 
 
@@ -85,7 +85,7 @@ class Field:
     dtype        of its values once they are unpacked
     channels     list of Channel, one per level
     attributes   that its forecast gets
-    said         what an HDF5 file says of its values that is not applied
+    said         what the file says of its values that is not applied
     facts        what all files must share, {what: text}
     """
 
@@ -195,9 +195,13 @@ def describe_field(dataset, variable, level, path, array_axes):
     channels = [Channel(channel_name(variable, value), variable, at, value, text) for _, at, value, text in levels]
     # Values
     flags, said = missing_flags(path, variable, found.attrs)
+    unused = {key: f"{key} {str(value)[:60]}" for key, value in not_applied(found.attrs, flags).items()}
+    # Files may differ in how much is missing, such as percent_missing
+    alike = [said, *(text for key, text in unused.items() if "missing" not in key.lower())]
+    said = ", ".join(filter(None, [said, *unused.values()]))
     selection = Selection(variable, "".join(roles.values()), tuple(position for position, *_ in levels), tuple(flags))
     facts = {
-        f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": said,
+        f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": ", ".join(filter(None, alike)),
         f"{variable} dimensions": dims_text(found, roles), f"{variable} missing": " ".join(map(str, flags)),
         f"{variable} level": "; ".join(dict.fromkeys(channel.level_text for channel in channels)),
     }  # fmt: skip

@@ -13,6 +13,7 @@ import tifffile
 
 from vmrnn.data.grid_axes import is_columns, is_rows
 from vmrnn.data.grid_info import import_xarray
+from vmrnn.data.images import gdal_scales, nodata_of
 from vmrnn.data.media import files_in, in_order
 from vmrnn.errors import UserError
 
@@ -173,7 +174,14 @@ def open_tiff(path):
     file = tifffile.TiffFile(path)
     if 34735 in file.pages[0].tags:  # the keys of a map projection
         file.close()
-        return xarray.open_dataset(path, engine="rasterio", mask_and_scale=False, decode_coords="all", cache=False)
+        store = xarray.open_dataset(path, engine="rasterio", mask_and_scale=False, decode_coords="all", cache=False)
+        for name, variable in store.variables.items():
+            # The library passes on a scale and an offset that all bands share. Others would be left out.
+            if {"scales", "offsets"} & set(variable.attrs):
+                store.close()
+                raise UserError(f"{path}: the bands of {name} have different scales or offsets; write their values as they "
+                                "are (gdal_translate -unscale -ot Float32)")  # fmt: skip
+        return store
     whole = file.series[0]  # its first level is the pages at their full size
     leading = [letter for letter in whole.axes if letter not in "YXSC"]
     letters = {"Y": "y", "X": "x", "S": "sample", "C": "channel", "T": "time"}
@@ -184,7 +192,10 @@ def open_tiff(path):
     # Plain pages one behind the other are one array of the file; others are read page by page
     plain = whole.dataoffset is not None
     pages = tifffile.memmap(path, series=0, mode="r") if plain else lazy_pages(whole)
-    store = xarray.Dataset({"image": xarray.Variable(dims, pages)})
+    facts, missing = gdal_scales(whole.keyframe), nodata_of(whole.keyframe, path)
+    if missing is not None:
+        facts["GDAL_NODATA"] = missing
+    store = xarray.Dataset({"image": xarray.Variable(dims, pages, facts)})
     store.set_close(file.close)
     return store
 

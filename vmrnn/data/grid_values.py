@@ -1,5 +1,6 @@
 """The values of a field: unpacked, and NaN where the file allows none."""
 
+import math
 import warnings
 
 import numpy as np
@@ -10,16 +11,21 @@ from vmrnn.errors import UserError
 from vmrnn.values import equals
 
 # Attributes that say how values are packed. Reading uses them up.
-PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates")
+PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates", "GDAL_NODATA")
+# Parts of the names, in small letters and without _, of attributes that may say what is missing or how values are scaled
+HINTS = ("nodata", "fillvalue", "missing", "scale", "scaling", "slope", "intercept", "gain", "offset")
 
 
 def missing_flags(path, variable, attributes):
-    """Stored numbers that mean missing in an HDF5 file without CF attributes, and what the file says of its values.
+    """Stored numbers that mean missing in a file without CF attributes, and what its groups say of its values.
 
     attributes   of the variable
 
-    Returns (numbers, text). Read are the attributes of KNMI's files (calibration) and of ODIM's (what; EUMETNET OPERA).
+    Returns (numbers, text). Read are the attributes of KNMI's HDF5 files (calibration) and of ODIM's (what; EUMETNET
+    OPERA), and the tag GDAL_NODATA of a TIFF file.
     """
+    if "GDAL_NODATA" in attributes:
+        return [attributes["GDAL_NODATA"]], ""
     if format_of(path) != "hdf5" or set(attributes) & {*PACKING, "units"}:
         return [], ""
     group, _ = split_path(variable)
@@ -37,6 +43,33 @@ def missing_flags(path, variable, attributes):
         said += [f"{name} {attributes[name]}" for name in ("calibration_formulas", "gain", "offset", "undetect")
                  if name in attributes]  # fmt: skip
     return sorted(found), ", ".join(said)
+
+
+def not_applied(attributes, flags):
+    """What attributes of a variable say of missing values and scales, and reading does not apply: {name: value}.
+
+    flags   from missing_flags
+
+    Only the names of CF are applied. Other names are many, and what they mean is not certain: some divide by the scale. NaN
+    and a missing value that is applied by another name are left out, and so is what cfgrib writes: it has applied it.
+    """
+    named = [number for key in ("_FillValue", "missing_value") for number in np.ravel(attributes.get(key, ()))]
+    found = {}
+    for name, value in plain_attributes(attributes).items():
+        plain = name.lower().replace("_", "")
+        if name in PACKING or name.startswith("GRIB_") or not any(hint in plain for hint in HINTS):
+            continue
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        try:
+            number = float(value)
+            if math.isnan(number) or any(
+                math.isclose(number, float(other), rel_tol=1e-6) for other in (*named, *flags)
+            ):
+                continue
+        except (TypeError, ValueError):  # a text or several numbers
+            pass
+        found[name] = value
+    return found
 
 
 def counted_type(dtype, attributes):

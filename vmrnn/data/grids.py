@@ -305,7 +305,7 @@ def notes_of(first, files, shape, breaks):
     if breaks:
         notes.append(f"sequences: {len(breaks) + 1}, each stands for itself")
     if said := "; ".join(dict.fromkeys(f.said for f in first.fields if f.said)):
-        notes.append(f"values: as stored; the file says {said}, which is not applied")
+        notes.append(f"values: the file says {said}, which is not applied")
     flags = sorted({flag for f in first.fields for flag in f.selection.flags})
     if flags:
         notes.append(f"missing: the stored {', '.join(f'{flag:g}' for flag in flags)}, by the file's attributes")

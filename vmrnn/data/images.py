@@ -1,6 +1,8 @@
 """Frames of images, upright and in the depth that they are stored in."""
 
 import logging
+import math
+import re
 
 import av
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image, ImageOps
 
 from vmrnn.data.reading import check_size, local_path, reading
 from vmrnn.errors import UserError
+from vmrnn.values import equals
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".gif")
 # The formats of these endings. Some of Pillow's others start a program on the file.
@@ -16,6 +19,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 ANIMATED = ("PNG", "WEBP", "GIF")  # formats whose pages are frames; those of a JPEG are previews and depth maps
 REDUCED, MASK = 1, 4  # bits of TIFF's NewSubfileType: a page of the pyramid, a mask
 ORIENTATION = 274  # tag of TIFF and EXIF
+PALETTE = "{}: has a palette, whose colours are read; if its numbers are the values, write them as grey"
+GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags of TIFF
+ALPHA = (1, 2)  # kinds of TIFF's ExtraSamples that are transparency; a sample of kind 0 is a band with values
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would log a line per damaged tag
 
@@ -26,7 +32,8 @@ def image_frames(paths, channels=None):
     paths      of image files; of several each must hold one frame
     channels   1 (grey) or 3 (RGB); None: as the files store them; an alpha channel is dropped
 
-    The frames are uint8, or what a deeper image stores: bool becomes uint8, all other types stay.
+    The frames are uint8, or what a deeper image stores: bool becomes uint8, all other types stay. Where a TIFF file names a
+    number that means missing (GDAL_NODATA), whole numbers become floats, and that number NaN.
     UserError: no image, a damaged one, images of different sizes, types or channel counts, more bits than can be kept.
     """
     first = None
@@ -62,10 +69,13 @@ def frame_numbers(image):
     return range(1 if count > 1 and image.info.get("default_image") else 0, count)
 
 
-def has_palette(path):
-    """Whether an image stores numbers of colours in a palette."""
-    with reading(path, "an image"), Image.open(path, formats=FORMATS) as image:
-        return image.mode in ("P", "PA")
+def image_notes(path):
+    """Lines for a program's start on what an image says of its values, a list."""
+    with reading(path, "an image"):
+        if is_tiff(path):
+            return tiff_notes(path)
+        with Image.open(path, formats=FORMATS) as image:
+            return [PALETTE.format(path)] if image.mode in ("P", "PA") else []
 
 
 def pages(path, channels):
@@ -128,12 +138,11 @@ def deep_png(path, image, channels):
 
 
 def in_channels(path, frame, channels):
-    """A deep frame with the channels that are asked for. UserError: it would have to be made grey or coloured."""
-    if channels not in (None, frame.shape[2]):
-        raise UserError(
-            f"{path}: {frame.shape[2]} channels of {frame.dtype}, but {channels} are asked for; choose input_channels "
-            f"{frame.shape[2]}"
-        )
+    """A frame with the channels that are asked for. UserError: it would have to be made grey or coloured."""
+    count = frame.shape[2]
+    if channels not in (None, count):
+        hint = f"choose input_channels {count}" if count in (1, 3) else "read it with dataset grid"
+        raise UserError(f"{path}: {count} channels of {frame.dtype}, but {channels} are asked for; {hint}")
     return frame
 
 
@@ -178,33 +187,89 @@ def tiff_pages(path, channels):
             height, width = page.imagelength, page.imagewidth
             check_size(path, width, height)
             plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
+            missing = nodata_of(page, path)
             if not plain or page.axes not in ("YX", "YXS", "SYX"):
-                # Palettes, inverted grey, other colour spaces: pictures of 8 bits
-                if page.dtype is None or page.dtype.itemsize > 1:
-                    raise UserError(f"{path}: page {number} is {page.photometric.name} {page.axes} of {page.dtype}; "
+                # Palettes, inverted grey, other colour spaces: pictures of 8 bits, whose values are not the stored ones
+                if page.dtype is None or page.dtype.itemsize > 1 or missing is not None:
+                    holes = "" if missing is None else f" with missing values (GDAL_NODATA {missing:g})"
+                    raise UserError(f"{path}: page {number} is {page.photometric.name} {page.axes} of {page.dtype}{holes}; "
                                     "write it as grey or RGB")  # fmt: skip
                 yield pillow_page(path, number, channels)
                 continue
             try:
                 frame = page.asarray()
             except ValueError as error:  # a compression that needs the package imagecodecs
-                if "imagecodecs" not in str(error) or page.dtype != np.uint8:
+                if "imagecodecs" not in str(error) or page.dtype != np.uint8 or missing is not None:
                     raise
                 yield pillow_page(path, number, channels)
                 continue
             frame = frame.transpose(1, 2, 0) if page.axes == "SYX" else frame
             frame = frame.reshape(height, width, -1)
-            frame = frame[..., : frame.shape[2] - len(page.extrasamples)] if page.extrasamples else frame
+            colours = frame.shape[2] - len(page.extrasamples)
+            kept = [*range(colours), *(colours + i for i, kind in enumerate(page.extrasamples) if kind not in ALPHA)]
+            frame = frame[..., kept] if len(kept) < frame.shape[2] else frame
             if frame.dtype.kind not in "buif":
                 raise UserError(f"{path}: page {number} holds {frame.dtype}; real numbers are needed")
             if frame.dtype == bool:
                 frame = frame.astype(np.uint8) * np.uint8(255)
+                missing = missing and 255 * missing
+            frame = with_holes(frame, missing)
             tag = page.tags.get(ORIENTATION)
             frame, stored = oriented(frame, tag.value if tag else 1), frame.shape[2]
-            if frame.dtype == np.uint8 and channels and channels != stored:
+            # Grey becomes colours and colours grey. Other bands have no such meaning, and in_channels refuses them.
+            coloured = stored == 3 and page.photometric == tifffile.PHOTOMETRIC.RGB
+            if frame.dtype == np.uint8 and channels and channels != stored and (coloured or stored == 1):
                 picture = Image.fromarray(frame[..., 0] if stored == 1 else frame)
                 frame = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
             yield in_channels(path, frame.reshape(*frame.shape[:2], -1), channels), stored
+
+
+def nodata_of(page, path):
+    """The stored number that means missing in a page of a TIFF file, by GDAL's tag; None: none, or NaN.
+
+    UserError: the tag holds no number.
+    """
+    tag = page.tags.get(GDAL_NODATA)
+    text = tag.value if tag else ""
+    text = (text.decode("latin-1") if isinstance(text, bytes) else str(text)).strip(" \0")
+    if not text:
+        return None
+    try:
+        number = int(text) if re.fullmatch("[-+]?[0-9]+", text) else float(text)
+    except ValueError:
+        raise UserError(f"{path}: its tag GDAL_NODATA is {text[:40]!r}, no number; correct or remove it") from None
+    return None if math.isnan(number) else number
+
+
+def gdal_scales(page):
+    """What GDAL says of the scale of a TIFF page's values, {"scale": "0.1", "offset": "5"}; of several bands "0.1, 0.01"."""
+    tag, found = page.tags.get(GDAL_METADATA), {}
+    for role, text in re.findall(r'role="(scale|offset)"[^>]*>([^<]*)<', str(tag.value) if tag else ""):
+        found[role] = f"{found[role]}, {text}" if role in found else text
+    return found
+
+
+def with_holes(frame, number):
+    """A frame with NaN in place of a number; as it is if the number is None or its type has no such number."""
+    if number is None:
+        return frame
+    whole = frame.dtype.kind in "iu"
+    if whole and not np.iinfo(frame.dtype).min <= number <= np.iinfo(frame.dtype).max:
+        return frame
+    values = frame.astype(np.result_type(frame.dtype, np.float32) if whole else frame.dtype)
+    values[equals(frame, number)] = np.nan
+    return values
+
+
+def tiff_notes(path):
+    """The lines of `image_notes` for a TIFF file."""
+    with tifffile.TiffFile(path) as file:
+        if not (taken := full_pages(file)):
+            return []
+        missing, scales = nodata_of(taken[0], path), gdal_scales(taken[0])
+    notes = [] if missing is None else [f"{path}: {missing:g} is read as missing, by its tag GDAL_NODATA"]
+    said = ", ".join(f"{role} {text}" for role, text in scales.items())
+    return notes + ([f"{path}: the file says {said}, which is not applied"] if said else [])
 
 
 def pillow_page(path, number, channels):

@@ -13,7 +13,7 @@ from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
 from vmrnn.data.grid_info import unlike_level
 from vmrnn.data.grids import open_grid
-from vmrnn.data.images import IMAGES, image_frames
+from vmrnn.data.images import IMAGES, image_frames, image_notes
 from vmrnn.data.media import images_in
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import moment, runs_without_gap, times_from_names, usual_step
@@ -84,7 +84,8 @@ def open_input(path, config, whole=False):
     file = Path(path)
     suffix = file.suffix.lower()
     if suffix in IMAGES and (suffix not in GRIDS or DATASETS[config.dataset].pictures) and file.is_file():
-        return Input("frames", [Sequence(lambda: image_frames([file], picture_channels(config)))])
+        read = Sequence(lambda: image_frames([file], picture_channels(config)))
+        return Input("frames", [read], notes=image_notes(file))
     if config.dataset == "grid" or suffix in GRIDS or is_zarr(file) or holds_grids(file):
         return grid_input(path, config, whole)
     if file.is_dir():
@@ -120,6 +121,7 @@ def image_input(images, config, whole, notes):
             notes.append(
                 f"{len(runs) - 1} gaps in the names' numbers: only the {len(images)} images after the last are used"
             )
+    notes += image_notes(images[0])
     source = Source(images[0].parent.name, tuple(images), False)
     return Input("frames", [picture_sequence(source, config, len(images))], notes=notes)
 

@@ -18,7 +18,7 @@ from vmrnn.data.clips import Clip, Source, decode, times_of
 from vmrnn.data.draws import split_seed
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import calendar_of, grid_clips
-from vmrnn.data.images import IMAGES, has_palette, page_count
+from vmrnn.data.images import IMAGES, image_notes, page_count
 from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
 from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, outside_notes, range_of, summarize
@@ -349,10 +349,8 @@ def image_clips(path, options):
     """Clips of a folder of folders of images, decoded into the cache."""
     notes = []
     sources = frame_sources(path, notes=notes)
-    if sources and has_palette(sources[0].files[0]):
-        notes.append(
-            f"{sources[0].files[0]}: has a palette, whose colours are read; if its numbers are the values, write them as grey"
-        )
+    if sources:
+        notes += image_notes(sources[0].files[0])
     return decoded(sources, IMAGES, path, options, notes), notes
 
 
