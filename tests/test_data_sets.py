@@ -188,6 +188,7 @@ def test_taxibj(own, tmp_path, layout):
     [
         (dict(X_train=None), "no array 'X_train'"),
         (dict(X_train=np.full((20, 4, 2, 8, 10), 3.0)), r"outside \[-1, 1\]"),
+        (dict(Y_train=np.full((20, 4, 2, 8, 10), 0.5)), r"scaled to \[0, 1\] and not to \[-1, 1\]"),
         (dict(Y_train=np.zeros((19, 4, 2, 8, 10))), "X and Y"),
         (dict(X_train=np.zeros((20, 4, 2, 8, 10), np.uint8)), "X and Y"),
         (dict(X_train=np.zeros((20, 2, 2, 8, 10))), "2\\+4 frames, but 4\\+4"),

@@ -22,7 +22,7 @@ from vmrnn.data.grids import grid_clips, open_grid
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
-from vmrnn.field_facts import climatology
+from vmrnn.field_facts import climatology, latitude_weights
 from vmrnn.forecast_files import Forecast
 from vmrnn.values import ValueRange
 
@@ -862,6 +862,24 @@ def test_a_climatology_is_of_the_places_of_the_test_set(tmp_path):
     climatology(tmp_path / "b.nc", config, value_range, info)
     with pytest.raises(UserError, match="--climatology .*c.nc: its coordinate latitude is not that of the test set"):
         climatology(tmp_path / "c.nc", config, value_range, info)
+
+
+def test_the_weights_of_a_crop_are_those_of_its_rows(tmp_path):
+    """21 rows of which 8 are shown: the margin is odd."""
+    dataset = field(height=21, width=16)
+    dataset["t2m"][:] = dataset.latitude
+    config = options(
+        write(dataset, tmp_path / "a.nc"),
+        tmp_path,
+        input_size=[8, 16],
+        frame_fit="crop",
+        data_range=[0.0, 1.0],
+        test_fraction=0.5,
+    )
+    data = build_dataset("test", config)
+    weights = data[0][0][0, 0].double().deg2rad().cos()
+    info = GridInfo.load(os.path.dirname(data.clips[0].path))
+    torch.testing.assert_close(latitude_weights(info, config), weights / weights.mean(), atol=1e-6, rtol=0)
 
 
 def test_random_crops_show_values_where_most_of_the_map_is_missing(tmp_path):

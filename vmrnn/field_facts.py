@@ -12,6 +12,7 @@ from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.inputs import open_input
 from vmrnn.data.prepare import Preparation, resize
 from vmrnn.data.times import lead_names, moment, usual_step
+from vmrnn.data.windows import crop_start
 from vmrnn.errors import UserError
 
 
@@ -74,8 +75,8 @@ def latitude_weights(info, config):
     weights = torch.from_numpy(np.cos(np.deg2rad(latitude)))
     height, width = config.frame_size
     if config.frame_fit == "crop":  # the test takes the centre
-        top, left = ((side - own) // 2 for side, own in zip(weights.shape, (height, width)))
-        top, left = max(top, 0), max(left, 0)  # those of a row or a column alone are below
+        # A side of 1 is that of a row or a column alone, which is repeated below
+        top, left = (int(crop_start(max(side - own, 0))) for side, own in zip(weights.shape, (height, width)))
         weights = weights[top : top + height, left : left + width]
     else:
         size = [1 if own == 1 else side for side, own in zip((height, width), weights.shape)]

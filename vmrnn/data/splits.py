@@ -174,11 +174,16 @@ def taxibj(split, options, value_range=None):
 
     def write(folder):
         def sequences():
+            low = np.inf
             for x, y in zip(*(npz_rows(path, member) for member in members)):
                 values = np.concatenate((x, y)).astype(np.float32)
                 if not np.abs(values).max() <= 1:
                     raise UserError(f"{path}: values outside [-1, 1] in {set_name}; fetch the scaled data set")
+                low = min(low, values.min())
                 yield values.transpose(0, 2, 3, 1) if channels_first else values
+            if low >= 0:  # in the data set most values are near -1: hardly any taxis
+                raise UserError(f"{path}: no value below 0 in {set_name}, so it is scaled to [0, 1] and not to [-1, 1]; write "
+                                "2 v - 1 in place of each value v")  # fmt: skip
 
         write_npy(folder / "frames.npy", sequences())
 

@@ -39,6 +39,15 @@ def thin(windows, length):
     return windows[np.linspace(0, len(windows) - 1, length).round().astype(np.int64)]
 
 
+def crop_start(room, draw=0.5):
+    """The first row or column of a crop, an int or int64 array.
+
+    room   rows or columns of the frame that the crop leaves out, 0 or more
+    draw   number from 0 to below 1: 0 is the first place, 0.5 the centre
+    """
+    return np.minimum((np.asarray(draw) * (np.asarray(room) + 1)).astype(np.int64), room)
+
+
 class ClipDataset(Dataset):
     """Windows of clips. An item is (inputs, targets), float32 (T, C, H, W); a missing value is NaN.
 
@@ -188,7 +197,7 @@ class ClipDataset(Dataset):
         room = np.array(frames.shape[1:3]) - self.size
         draws = uniform_draws(self.seed, [epoch], [index], 2 * PLACES).reshape(-1, 2) if self.random else [[0.5, 0.5]]
         fewest = None
-        for y, x in np.minimum((np.array(draws) * (room + 1)).astype(np.int64), room):
+        for y, x in crop_start(room, draws):
             place = slice(y, y + self.size[0]), slice(x, x + self.size[1])
             missing = self.value_range.is_missing(frames[0, *place]).mean() if self.random else 0
             if fewest is None or missing < fewest:
