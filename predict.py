@@ -8,6 +8,7 @@
 --input is a video, a folder of images, a .npy or .npz, (T, H, W[, C]) or (N, T, H, W[, C]), or a gridded field (NetCDF,
 HDF5, Zarr, GRIB, GeoTIFF, TIFF). Frames are read one at a time and prepared as in training: a frame of another size than
 the network's is resized, and the forecast is resized back. Every one of N sequences gets a forecast of its own.
+Where the times of the frames have gaps, only the frames after the last gap are used.
 
 --output, by its ending: .nc and .zarr hold a field with the names, units and coordinates of the input, whose time
 continues; .npy and .npz an array in the units and the type of the input, whole numbers rounded; .gif and .mp4 a film of the

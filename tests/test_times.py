@@ -8,7 +8,8 @@ from helpers import write_images
 
 from dataset import build_dataset
 from vmrnn.config import Config
-from vmrnn.data.times import later_times, parse_step, times_from_names
+from vmrnn.data.inputs import open_input
+from vmrnn.data.times import later_times, parse_step, series_of_names, times_from_names
 from vmrnn.errors import UserError
 
 
@@ -89,6 +90,7 @@ def test_images_with_missing_numbers_are_parted_and_others_are_not(tmp_path):
         (["0.05", "0.1", "0.15"], None),
         (["a", "b"], None),
         (["a_1_2", "a_3"], None),
+        (["20240131_000", "20240131_001"], [0, 1]),  # a day and a counter
     ],
 )
 def test_times_from_names(names, times):
@@ -118,3 +120,73 @@ def test_months_are_followed_by_months_in_every_calendar(calendar, place):
     np.testing.assert_array_equal(later_times(times[6:8], 12, calendar), times[8:20])  # both of 31 days
     days = edges[0] + 86400 * np.arange(20, 50)  # over the end of a month
     np.testing.assert_array_equal(later_times(days[:15], 15, calendar), days[15:])
+
+
+@pytest.mark.parametrize(
+    ("names", "begin"),
+    [
+        (["camA_000", "camA_001", "camB_000", "camB_001", "camB_002"], [0, 2]),
+        (["camA_000", "camA_001", "camB_002", "camB_003"], [0, 2]),
+        (["video1_frame8", "video1_frame9", "video2_frame1", "video2_frame2"], [0, 2]),
+        (["camA_20240101_2350", "camA_20240102_0000", "camB_20240101_2350", "camB_20240102_0000"], [0, 2]),
+        (["20240101_000", "20240101_001", "20240101_002", "20240102_000", "20240102_001"], [0, 3]),
+        # One series each
+        (["20231231_2350", "20240101_0000", "20240101_0010"], [0]),
+        (["0.05", "0.1", "0.15", "1.5", "10.25"], [0]),
+        (["1.1", "1.2", "1.9", "1.10"], [0]),
+        (["frame_1_1706659200", "frame_2_1706659210", "frame_3_1706659220"], [0]),
+        (["sun", "mon", "tue"], [0]),
+        (["a_1", "b_1", "c_1"], [0]),
+        (["radar_1", "radar_2_v2", "radar_3"], [0]),
+    ],
+)
+def test_series_of_names(names, begin):
+    assert [start for start, _ in series_of_names([f"{name}.png" for name in names])] == begin
+
+
+def test_two_cameras_in_one_folder_are_two_clips(tmp_path):
+    write_images(tmp_path / "x" / "clip", grey_levels(5), "camA_{}.png")
+    write_images(tmp_path / "x" / "clip", grey_levels(10)[5:], "camB_{}.png")
+    found, notes = sequences(tmp_path / "x", tmp_path, dataset="frames")
+    assert found == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [5, 6, 7], [6, 7, 8], [7, 8, 9]]
+    assert any("2 series, which begin at camA_1.png, camB_1.png; each is a clip" in note for note in notes)
+    assert not any("gap" in note for note in notes)
+    source = open_input(tmp_path / "x" / "clip", Config(input_channels=1))
+    assert len(list(source.sequences[0].frames())) == 5 and "only the 5 images of the last series" in source.notes[0]
+    assert len(list(open_input(tmp_path / "x" / "clip", Config(), whole=True).sequences[0].frames())) == 10
+
+
+def test_names_without_times_are_said(tmp_path):
+    write_images(tmp_path / "x" / "clip", grey_levels(8), "radar_20240101_00{}0.png")
+    for number in (4, 6):
+        (tmp_path / "x" / "clip" / f"radar_20240101_00{number}0.png").unlink()
+    folder = tmp_path / "x" / "clip"
+    assert any("gaps in time" in note for note in sequences(tmp_path / "x", tmp_path, dataset="frames")[1])
+    (folder / "radar_20240101_0020.png").rename(folder / "radar_20240101_0020_v2.png")
+    for notes in (
+        sequences(tmp_path / "x", tmp_path, dataset="frames")[1],
+        open_input(folder, Config(input_channels=1)).notes,
+    ):
+        assert any("no times: 1 of 6 names hold none, such as radar_20240101_0020_v2.png" in note for note in notes)
+
+
+def test_clips_of_different_steps_are_said(tmp_path):
+    (tmp_path / "x").mkdir()
+    for name, step in (("a", 100), ("b", 104), ("c", 20)):
+        write_timed_video(tmp_path / "x" / f"{name}.mkv", range(0, 6 * step, step))
+    notes = sequences(tmp_path / "x", tmp_path, dataset="video")[1]
+    assert any("different steps: b.mkv every 0.104 s, c.mkv every 0.02 s" in note for note in notes)
+    (tmp_path / "x" / "c.mkv").unlink()
+    assert not any("steps" in note for note in sequences(tmp_path / "x", tmp_path, dataset="video")[1])
+
+
+@pytest.mark.parametrize("time_step", ["", "0.2s"])
+def test_only_the_frames_after_the_last_gap_of_a_video_are_continued(tmp_path, time_step):
+    write_timed_video(tmp_path / "a.mkv", [0, 100, 200, 90000, 90100, 90200, 90300])
+    options = Config(input_channels=1, time_step=time_step)
+    source = open_input(tmp_path / "a.mkv", options)
+    levels = [int(frame[0, 0, 0]) // 10 for frame in source.sequences[0].frames()]
+    assert levels == ([3, 4, 5, 6] if not time_step else [3, 5])
+    assert source.notes == [f"1 gap in time: only the {len(levels)} frames after the last are used"]
+    assert source.sequences[0].count == len(levels)
+    assert len(list(open_input(tmp_path / "a.mkv", options, whole=True).sequences[0].frames())) > len(levels)

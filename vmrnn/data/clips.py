@@ -14,7 +14,16 @@ from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.images import image_frames
 from vmrnn.data.prepare import resized
-from vmrnn.data.times import at_regular_step, check_step, dates_from_names, increases, parse_step, times_from_names
+from vmrnn.data.times import (
+    at_regular_step,
+    check_step,
+    dates_from_names,
+    increases,
+    names_without_times,
+    parse_step,
+    series_of_names,
+    times_from_names,
+)
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar
@@ -90,7 +99,7 @@ class Source:
         if not time_step:
             yield from self.all_frames(channels)
             return
-        step, times = parse_step(time_step, self.video or dates_from_names(self.files) is not None), []
+        step, times = parse_step(time_step, self.dated()), []
 
         def checked():
             for frame, time in self.all_frames(channels):
@@ -115,10 +124,36 @@ class Source:
         for i, frame in enumerate(image_frames(self.files, channels)):
             yield frame, None if times is None else times[i]
 
+    def series(self):
+        """The series of a folder of images, a list of Source: one, or several whose names count on for themselves."""
+        runs = [(0, 1)] if len(self.files) == 1 else series_of_names(self.files)
+        if len(runs) == 1:
+            return [self]
+        return [replace(self, name=f"{self.name}/{self.files[start].stem}", files=self.files[start:stop])
+                for start, stop in runs]  # fmt: skip
+
+    def dated(self):
+        """Whether the times of the frames are seconds, and no mere numbers."""
+        return self.video or dates_from_names(self.files) is not None
+
+    def no_times(self):
+        """The line that says why the frames have no times and what that means."""
+        odd = [] if self.video else names_without_times(self.files)
+        why = (
+            f"{len(odd)} of {len(self.files)} names hold none, such as {odd[0].name}" if odd else "the video holds none"
+        )
+        return f"{self.name}: no times: {why}; gaps between the frames are not seen"
+
     def named_times(self):
         """The times of the images by their names, a list of floats; None: a video, or names without times."""
         times = None if self.video else times_from_names(self.files)
         return None if times is None else times.tolist()
+
+
+def series_note(folder, series):
+    """The start of a line that says that the images of a folder, a Source, are several series."""
+    firsts = ", ".join(part.files[0].name for part in series[:4]) + (", ..." if len(series) > 4 else "")
+    return f"{folder.name}: the names count {len(series)} series, which begin at {firsts}"
 
 
 def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_step=""):

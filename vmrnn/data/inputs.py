@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
-from vmrnn.data.clips import Source
+from vmrnn.data.clips import Source, series_note
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
 from vmrnn.data.grid_info import unlike_level
@@ -16,7 +17,7 @@ from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames, image_notes
 from vmrnn.data.media import images_in
 from vmrnn.data.table import DATASETS
-from vmrnn.data.times import moment, runs_without_gap, times_from_names, usual_step
+from vmrnn.data.times import increases, moment, parse_step, runs_without_gap, usual_step
 from vmrnn.data.videos import VIDEOS
 from vmrnn.errors import UserError
 
@@ -96,7 +97,8 @@ def open_input(path, config, whole=False):
             f"{path}: no such file or folder; name a video, a folder of images, an array or a gridded field"
         )
     if suffix in VIDEOS:
-        return Input("video", [picture_sequence(Source(file.name, (file,), True), config)])
+        notes = []
+        return Input("video", [picture_sequence(Source(file.name, (file,), True), config, whole, notes)], notes=notes)
     if suffix in ARRAYS:
         return array_input(file, config)
     raise UserError(
@@ -112,27 +114,48 @@ def holds_grids(folder):
 
 
 def image_input(images, config, whole, notes):
-    """A folder of images. If numbers are missing in their names, only the images after the last gap are continued."""
-    times = times_from_names(images)
-    if times is not None and not config.time_step and not whole:
-        runs = runs_without_gap(times)
-        images = images[runs[-1][0] :]
-        if len(runs) > 1:
-            notes.append(
-                f"{len(runs) - 1} gaps in the names' numbers: only the {len(images)} images after the last are used"
-            )
-    notes += image_notes(images[0])
+    """A folder of images. If their names count several series, only the last one is continued."""
     source = Source(images[0].parent.name, tuple(images), False)
-    return Input("frames", [picture_sequence(source, config, len(images))], notes=notes)
+    notes += image_notes(images[0])
+    series = source.series()
+    if len(series) > 1 and not whole:
+        notes.append(
+            f"{series_note(source, series)}; only the {len(series[-1].files)} images of the last series are used"
+        )
+        source = series[-1]
+    return Input("frames", [picture_sequence(source, config, whole, notes)], notes=notes)
 
 
-def picture_sequence(source, config, count=None):
-    """A video or images, at the regular step of time_step if there is one."""
+def picture_sequence(source, config, whole, notes):
+    """A video or images, at the regular step of time_step if there is one.
 
-    def read():
-        return (frame for frame, _ in source.timed_frames(picture_channels(config), config.time_step))
+    whole   as in open_input
+    notes   list to which lines are added that say how the frames were read
 
-    return Sequence(read, None if config.time_step else count)
+    The times of a video are known only once it was decoded, so it is decoded twice, a frame at a time.
+    """
+    channels, step = picture_channels(config), config.time_step
+
+    def read(first=0):
+        return (frame for frame, _ in islice(source.timed_frames(channels, step), first, None))
+
+    one = len(source.files) == 1  # a video, or an image that may have several pages
+    count = None if one or step else len(source.files)
+    if whole or (one and not source.video):
+        return Sequence(read, count)
+    if source.video or step:
+        times = [time for _, time in source.timed_frames(channels, step)]
+    else:
+        times = source.named_times() or [None]
+    if None in times or not increases(times):
+        notes.append(source.no_times())
+        return Sequence(read, count)
+    runs = runs_without_gap(times, parse_step(step) if step else None)
+    first, stop = runs[-1]
+    if len(runs) > 1:
+        gaps = f"{len(runs) - 1} gap{'s' * (len(runs) > 2)} in time"
+        notes.append(f"{gaps}: only the {stop - first} frames after the last are used")
+    return Sequence(lambda: read(first), stop - first)
 
 
 def picture_channels(config):

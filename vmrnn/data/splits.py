@@ -14,7 +14,7 @@ import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
-from vmrnn.data.clips import Clip, Source, decode, times_of
+from vmrnn.data.clips import Clip, Source, decode, series_note, times_of
 from vmrnn.data.draws import split_seed
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import calendar_of, grid_clips
@@ -23,7 +23,7 @@ from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
 from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, outside_notes, range_of, summarize
 from vmrnn.data.table import DATASETS
-from vmrnn.data.times import parse_step, runs_without_gap, usual_step
+from vmrnn.data.times import parse_step, runs_without_gap, span, usual_step
 from vmrnn.data.videos import VIDEOS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
@@ -353,10 +353,22 @@ def video_clips(path, options):
 def image_clips(path, options):
     """Clips of a folder of folders of images, decoded into the cache."""
     notes = []
-    sources = frame_sources(path, notes=notes)
-    if sources:
-        notes += image_notes(sources[0].files[0])
+    folders = frame_sources(path, notes=notes)
+    if folders:
+        notes += image_notes(folders[0].files[0])
+    sources, said = [], []
+    for folder in folders:
+        series = folder.series()
+        sources += series
+        if len(series) > 1:
+            said.append(series_note(folder, series) + "; each is a clip of its own")
+    notes += first_few(said)
     return decoded(sources, IMAGES, path, options, notes), notes
+
+
+def first_few(lines, most=4):
+    """Lines of one kind; of more than `most`, the first and how many there are."""
+    return lines if len(lines) <= most else [*lines[:most], f"... {len(lines)} such lines in all"]
 
 
 def decoded(sources, endings, path, options, notes):
@@ -367,9 +379,12 @@ def decoded(sources, endings, path, options, notes):
         raise UserError(f"{path}: nothing in it for dataset {options.dataset} ({' '.join(endings)}); name another path")
     how = options.input_channels, stored_size(options), True, options.time_step
     clips, pieces = decode(sources, options.cache_dir, options.dataset, *how), []
-    for clip, times in zip(clips, times_of(clips)):
+    untimed, paces = [], {}
+    for source, clip, times in zip(sources, clips, times_of(clips)):
         if times is None or len(times) < 2:
             pieces.append(clip)
+            if len(clip) > 1 and (source.video or len(source.files) > 1):
+                untimed.append(source.no_times())
             continue
         step = parse_step(options.time_step) if options.time_step else None
         pieces += [clip.cut(start, stop) for start, stop in runs_without_gap(times, step)]
@@ -377,6 +392,12 @@ def decoded(sources, endings, path, options, notes):
         if endings is VIDEOS and not step and np.ptp(steps) > 0.1 * usual_step(times):
             notes.append(f"{clip.name}: its frame rate varies: frames are {steps.min():.3g} to {steps.max():.3g} s apart; "
                          "time_step takes frames at a regular step")  # fmt: skip
+        paces.setdefault(usual_step(times), source)
+    notes += first_few(untimed)
+    if not options.time_step and paces and max(paces) > 1.1 * min(paces):
+        slow, fast = (f"{paces[pace].name} every {span(pace) if paces[pace].dated() else format(pace, 'g')}"
+                      for pace in (max(paces), min(paces)))  # fmt: skip
+        notes.append(f"clips have different steps: {slow}, {fast}; time_step takes frames at one step")
     return pieces
 
 

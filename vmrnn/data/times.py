@@ -5,12 +5,14 @@ those numbers.
 """
 
 import re
+from collections import Counter
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from vmrnn.data.media import natural_key, whole_key
 from vmrnn.errors import UserError
 
 EPOCH = "seconds since 1970-01-01"
@@ -104,6 +106,8 @@ def parse_step(text, dated=True):
 def times_from_names(paths):
     """Times of files by the numbers in their names, float64 (n,); None: the names hold none that increase.
 
+    paths   of files that count on by their names, see series_of_names
+
     The numbers that stand in all names are read as a date and time together if they can be (20240131_2355), else the last
     one that differs between the names counts the frames.
     """
@@ -115,15 +119,52 @@ def times_from_names(paths):
     return times if times is not None and increases(times) else None
 
 
+def names_without_times(paths):
+    """The files whose names keep `times_from_names` from finding times: those with another count of numbers, or else all."""
+    counts = [len(re.findall(r"[0-9]+", Path(path).stem)) for path in paths]
+    usual = Counter(counts).most_common(1)[0][0]
+    return [path for path, count in zip(paths, counts) if count != usual] or list(paths)
+
+
 def dates_from_names(paths):
-    """Seconds since 1970-01-01 of files by the dates in their names, a list of floats; None: the names hold no dates."""
+    """Seconds since 1970-01-01 of files by the dates in their names, a list of floats; None: no dates that increase."""
+    return next((dates for _, dates in dated_columns(paths) if increases(dates)), None)
+
+
+def dated_columns(paths):
+    """Yields (number of the first column, seconds since 1970-01-01 of all files) of columns of numbers that are dates."""
     columns = numbers_in_names(paths)
     for first in range(len(columns)):
         for last in range(len(columns), first, -1):
             texts = ["".join(parts) for parts in zip(*columns[first:last])]
             if found := dates_of(texts):
-                return found
-    return None
+                yield first, found
+
+
+def series_of_names(paths):
+    """The series of files that count on by their names, a list of (start, stop).
+
+    paths   of files in natural order
+
+    A number or a date in the names counts. Another series begins where the text before it changes, or where it does not
+    increase: camA_000.png and what follows, then camB_000.png. Of several numbers that one counts which leaves the fewest
+    series. Names are one series if they do not hold equally many numbers, or if most of them would stand alone.
+    """
+    stems = [Path(path).stem for path in paths]
+    readings = []  # of each name, the text before the counting number, and that number
+    for first, dates in dated_columns(paths):
+        readings.append([(whole_key(stem)[: 2 * first + 1], date) for stem, date in zip(stems, dates)])
+    for key in (natural_key, whole_key):
+        keys = [key(stem) for stem in stems]
+        if len({len(pieces) for pieces in keys}) == 1:
+            readings += [[(pieces[:at], pieces[at]) for pieces in keys] for at in range(1, len(keys[0]), 2)]
+    cuts = [
+        [i for i, (last, this) in enumerate(pairwise(reading), 1) if this[0] != last[0] or this[1] <= last[1]]
+        for reading in readings
+    ]
+    fewest = min(cuts, key=len, default=[])
+    edges = [0, *(fewest if len(fewest) < len(paths) / 2 else []), len(paths)]
+    return list(pairwise(edges))
 
 
 def numbers_in_names(paths):
