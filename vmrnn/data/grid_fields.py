@@ -18,7 +18,7 @@ from vmrnn.data.grid_axes import (
     read_roles,
     unlike_place,
 )
-from vmrnn.data.grid_files import NUMBERS, format_of, is_field, opened, split_path
+from vmrnn.data.grid_files import NUMBERS, find_variables, format_of, opened, split_path
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
 from vmrnn.data.grid_times import TIME_ATTRIBUTES, FrameTimes, find_times
 from vmrnn.data.grid_values import PACKING, missing_flags, not_applied, stored_type
@@ -335,6 +335,6 @@ def opened_dataset(path, variable):
     group, name = split_path(variable)
     with opened(path, group, name if format_of(path) == "grib" else "") as dataset:
         if name not in dataset.variables:
-            found = [f"{group}/{other}".strip("/") for other in dataset.data_vars if is_field(dataset, other)]
-            raise UserError(f"{path}: no variable {variable} in it; it has {', '.join(found) or 'no field there'}")
+            found = ", ".join(find_variables(path)[:20])
+            raise UserError(f"{path}: no variable {variable} in it; it has {found or 'no field'}")
         yield dataset

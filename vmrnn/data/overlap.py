@@ -7,7 +7,7 @@ from vmrnn.data.arrays import ARRAYS
 from vmrnn.data.grid_files import grid_files
 from vmrnn.data.images import IMAGES
 from vmrnn.data.media import files_in
-from vmrnn.data.splits import part_of, read_clips, split_path
+from vmrnn.data.splits import part_of, path_of, read_clips
 from vmrnn.data.table import DATASETS
 from vmrnn.data.videos import VIDEOS
 from vmrnn.errors import UserError
@@ -52,7 +52,7 @@ def overlap_notes(data, split, options, training):
     used = [("train", False, trained.train_data_dir)]
     if split == "test":
         used.append(("valid", bool(trained.valid_data_dir), trained.valid_data_dir or trained.train_data_dir))
-    path = split_path(split, options)
+    path = path_of(split, options)
     files, shared, frames = files_of(path, options.dataset), set(), {}
     for part, whole, place in used:
         others = files_of(place, options.dataset)

@@ -42,7 +42,7 @@ HUMAN_STEP = 5  # every fifth of the 50 frames per second, as in the literature
 HUMAN_VALID = 0.1
 
 
-def split_path(split, options):
+def path_of(split, options):
     """The file or folder of one split. A split without a path of its own is in that of the training split."""
     return getattr(options, f"{split}_data_dir") or options.train_data_dir
 
@@ -62,7 +62,7 @@ def kth(split, options, value_range=None):
     folder of frames, or if the folder has 00sequences.txt. Validation and test take every third window of jogging and
     running, and adjoining windows of the other actions, as the literature does. Training takes every window.
     """
-    folder = split_path(split, options)
+    folder = path_of(split, options)
     sources = [s for s in video_sources(folder) or frame_sources(folder) if KTH_NAME.search(s.name)]
     if not sources:
         raise UserError(
@@ -116,7 +116,7 @@ def human36m(split, options, value_range=None):
     Splits: HUMAN_SUBJECTS; validation is the last tenth of each training clip. Every fifth frame is used (numbers 1, 6,
     11, ...). Training takes every window, validation and test take adjoining ones.
     """
-    folder = split_path(split, options)
+    folder = path_of(split, options)
     sources, subjects = [], HUMAN_SUBJECTS[split]
     for source in frame_sources(folder, by_prefix=True):
         subject = re.search(r"(?:^|/)S([0-9]+)(?=[_/])", source.name)
@@ -145,7 +145,7 @@ def taxibj(split, options, value_range=None):
     Each array is (N, T, 2, 32, 32) or (N, T, 32, 32, 2). X holds the inputs and Y the frames that follow; num_frames_input
     takes the last frames of X, num_frames_output the first of Y. Validation is the last tenth of X_train.
     """
-    path = Path(split_path(split, options))
+    path = Path(path_of(split, options))
     path = path / "dataset.npz" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path}: no such file; data/README.md, section TaxiBJ, says where to get it")
@@ -204,7 +204,7 @@ def published(split, clips, windows, options):
     if not len(windows):
         inputs, outputs = frames_wanted(options)
         raise UserError(
-            f"{split_path(split, options)}: no {split} sequence of {inputs}+{outputs} frames, the longest run has "
+            f"{path_of(split, options)}: no {split} sequence of {inputs}+{outputs} frames, the longest run has "
             f"{max(map(len, clips))}; ask for fewer"
         )
     if split == "valid":
@@ -248,7 +248,7 @@ def grid(split, options, value_range=None):
     info = GridInfo.load(Path(data.clips[0].path).parent)
     if value_range is not None:
         data.notes = [*data.notes, *info.notes(value_range, options)]
-    data.value_range = info.named(data.value_range, options, split_path(split, options))
+    data.value_range = info.named(data.value_range, options, path_of(split, options))
     return data
 
 
@@ -262,7 +262,7 @@ def own(split, options, value_range, pictures=False):
     (split_by "time" or "file").
     """
     # The clips of the split, and their windows
-    path, total = split_path(split, options), sum(frames_wanted(options))
+    path, total = path_of(split, options), sum(frames_wanted(options))
     apart = split != "train" and getattr(options, f"{split}_data_dir")
 
     all_clips, notes = read_clips(path, options)
