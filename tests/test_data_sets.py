@@ -215,7 +215,7 @@ def test_human36m(own, tmp_path, layout):
     train_set, test = own("train", **options), own("test", **options)
     assert sorted(ids(train_set[i]) for i in range(len(train_set))) == [[t, t + 5, t + 10] for t in range(0, 80, 5)]
     assert [ids(test[i])[0] for i in range(len(test))] == [50 + 5 * t for t in literature_starts(range(20), 3, 3)]
-    with pytest.raises(UserError, match="no valid sequence"):
+    with pytest.raises(UserError, match="no validation sequence"):
         own("valid", **options)  # a tenth of 20 frames is shorter than 3
     assert ids(own("valid", num_frames_input=1, **options)[0]) == [90, 95]
 
@@ -441,9 +441,9 @@ def test_nothing_is_loaded_whole(own, tmp_path):
             "2 channels, but input_channels",
         ),
         (dict(dataset="array"), {"a.npy": np.zeros((40, 8, 10)), "b.npy": np.zeros((40, 8, 9))}, r"b\.npy: frames of"),
-        (dict(dataset="array"), {"a.npy": np.eye(10)[:2].reshape(2, 2, 5)}, "2 frames in 1 clips leave no train"),
+        (dict(dataset="array"), {"a.npy": np.eye(10)[:2].reshape(2, 2, 5)}, "2 frames in 1 clips leave no training"),
         (dict(dataset="array", array_key="snow"), {"a.npz": np.zeros((40, 8, 10))}, "no array 'snow'"),
-        (dict(dataset="array", frame_fit="crop", input_size=(9, 9)), {"a.npy": np.eye(8)[None]}, "no train sequence"),
+        (dict(dataset="array", frame_fit="crop", input_size=(9, 9)), {"a.npy": np.eye(8)[None]}, "no training sequence"),
         (
             dict(dataset="array", frame_fit="crop", input_size=[9]),
             {"a.npy": np.ones((40, 8, 10)).cumsum(0)},
