@@ -22,7 +22,7 @@ from vmrnn.data.images import IMAGES, image_notes, page_count
 from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
 from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, outside_notes, range_of, summarize
-from vmrnn.data.table import DATASETS
+from vmrnn.data.table import DATASETS, SPLIT_NAMES
 from vmrnn.data.times import parse_step, runs_without_gap, span, usual_step
 from vmrnn.data.videos import VIDEOS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
@@ -204,7 +204,7 @@ def published(split, clips, windows, options):
     if not len(windows):
         inputs, outputs = frames_wanted(options)
         raise UserError(
-            f"{path_of(split, options)}: no {split} sequence of {inputs}+{outputs} frames, the longest run has "
+            f"{path_of(split, options)}: no {SPLIT_NAMES[split]} sequence of {inputs}+{outputs} frames, the longest run has "
             f"{max(map(len, clips))}; ask for fewer"
         )
     if split == "valid":
@@ -274,7 +274,7 @@ def own(split, options, value_range, pictures=False):
         alone = len(all_clips) > 1 and max(map(len, all_clips)) == 1
         hint = "(files of one frame each are one clip with dataset frames) " if alone else ""
         raise UserError(
-            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips {hint}leave no {split} sequence of "
+            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips {hint}leave no {SPLIT_NAMES[split]} sequence of "
             f"{inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )

@@ -6,6 +6,7 @@ It imports nothing but the standard library, so that options can be read before 
 from dataclasses import dataclass
 
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}  # in messages
 
 IMAGE_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "ssim_dr2", "psnr", "psnr_uint8")
 FIELD_METRICS = ("mse", "mae", "mse_pixel", "mae_pixel", "ssim", "psnr")
