@@ -173,7 +173,7 @@ def checksum(path, size, whole):
 def stamp(path):
     """What must be equal for the cache of a file to be used, as json can hold it.
 
-    If the checksum covers samples only, the time of change is included: it reveals a change between the samples.
+    If the checksum covers samples only, the time of modification is included: it reveals a change between the samples.
     """
     size, content = identity(path)
     return [size, content, *([os.stat(path).st_mtime_ns] if size > WHOLE else [])]

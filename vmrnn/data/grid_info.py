@@ -221,7 +221,7 @@ class GridInfo:
         """Frames as an xarray.Dataset with the names, units, coordinates and attributes of the input.
 
         frames   float (..., H, W, C) in the units of the data; NaN where a value is missing
-        times    float64 (T,), the length of the last axis before H; None: no time coordinate
+        times    float64 (T,), T being the length of the axis before H; None: no time coordinate
         extra    names of the axes before time, such as ("sequence",)
 
         Rows and columns get the coordinates of the file where there are as many as in the file. A variable with levels

@@ -105,7 +105,7 @@ def decode(block, flags, dtype, netcdf):
     dtype    of the result
     netcdf   whether the variable is one of NetCDF (is_netcdf)
 
-    Returns (values, how many lie beyond the fill value and are left out for that alone). Where a NetCDF variable of whole
+    Returns (values, how many values are NaN only because they lie beyond the fill value). Where a NetCDF variable of whole
     numbers has a fill value and no valid range, the NetCDF User Guide ("Attribute Conventions", valid_range) lets the
     fill value bound the range: with -1 as the fill value, -2 is no value either.
     """

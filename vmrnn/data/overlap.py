@@ -25,7 +25,8 @@ def overlap_notes(data, split, options, training):
     options    Config that the data set was made with
     training   options of the training, a dict
 
-    Frames are known by their files and their numbers. A copy of a file is not noticed. The data sets of the literature have splits of their own, which no option changes.
+    Frames are known by their files and their numbers. A copy of a file is not noticed. The data sets of the literature have
+    splits of their own, which no option changes.
     """
     if training.get("dataset", options.dataset) != options.dataset:
         return []

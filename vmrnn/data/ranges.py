@@ -71,7 +71,11 @@ class Summary:
         return replace(self, **first), replace(self, **others)
 
     def apart(self):
-        """Yields (channel, lowest or highest value, its distance from the next one in widths of all others)."""
+        """Yields (channel, extreme, distance).
+
+        extreme    the lowest or the highest value
+        distance   from its neighbour, divided by the range of all other values
+        """
         rows = zip(self.low, self.high, self.next_low, self.next_high)
         for channel, (low, high, next_low, next_high) in enumerate(rows):
             if low is None or next_low is None or next_high is None:

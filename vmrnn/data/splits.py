@@ -1,4 +1,4 @@
-"""Which files make up which split of a data set: KTH, TaxiBJ, Human3.6M, and your own videos, images and arrays.
+"""Which files make up which split of a data set: KTH, TaxiBJ, Human3.6M, your own videos, images, arrays and fields.
 
 Each function named in vmrnn.data.table is called as find(split, options, value_range) and returns the data set of one
 split, train, valid or test. Where the literature has no validation split, we hold one out of the training split, so

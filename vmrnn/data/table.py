@@ -22,7 +22,7 @@ class Spec:
                   options is a vmrnn.config.Config, and value_range is the ValueRange of the training data or None
     selects       the sequences that select the best checkpoint, never the test set; "" for the user's own data
     own           whether the data are the user's own, so that their range, size and missing values are options
-    channels      the value that input_channels must have; None: the network refuses frames that do not fit it
+    channels      the value that input_channels must have; None: any number
     pictures      whether the data are pictures, which are resized when they are decoded into the cache
     field         whether the values have a unit: they are drawn with a scale of colours, not in grey
     antialias     whether resizing smooths what it shrinks

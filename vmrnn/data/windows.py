@@ -67,9 +67,9 @@ class ClipDataset(Dataset):
     notes               lines that say how the data were read, for a program's start
     calendar            float32 (frames of the clips' file, K): channels in [0, 1] that are the same for all pixels of a
                         frame, behind the others; None: there are none
-    moved_channels      0, or the number of the first channels that are given moved along their motion as well, behind all
-                        others: at an input, the frame as it will be a step later; at a target, the last input as it will
-                        be a step later than the target. The last target has zeros
+    moved_channels      number of leading channels whose motion forecast is appended behind all other channels; 0: none.
+                        Input frame t gets the forecast of frame t + 1. Target frame t gets the forecast of frame t + 1 from
+                        the last input. The last target gets zeros
 
     A key is an index or (epoch, index). An item depends on seed and key only.
     UserError: frames too small to be cropped.
