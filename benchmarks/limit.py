@@ -2,7 +2,7 @@
 
     python -m benchmarks.limit --digits mnist
     python -m benchmarks.limit --digits mnist --num_objects 1
-    python -m benchmarks.limit --digits mnist --num_objects 1 --checkpoint Pretrained/one_digit_advection.safetensors
+    python -m benchmarks.limit --digits mnist --num_objects 1 --checkpoint Pretrained/one_digit_small.safetensors
 
 Digits are drawn at whole pixels, but they move on the real line. The given frames leave several positions and directions
 possible, and so several forecasts. The forecast with the least expected MSE is the mean of all of them. It is computed here
