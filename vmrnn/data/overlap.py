@@ -49,23 +49,8 @@ def overlap_notes(data, split, options, training):
         return [f"{', '.join(changed)}: not as in the training, whose data {trained.train_data_dir} are not there: whether the "
                 "sequences hold frames of the training is not known"]  # fmt: skip
 
-    # The parts of the training: where they lie, and whether these are whole files
-    used = [("train", False, trained.train_data_dir)]
-    if split == "test":
-        used.append(("valid", bool(trained.valid_data_dir), trained.valid_data_dir or trained.train_data_dir))
     path = path_of(split, options)
-    files, shared, frames = files_of(path, options.dataset), set(), {}
-    for part, whole, place in used:
-        others = files_of(place, options.dataset)
-        if not others or others != files:
-            shared |= others & files
-            continue
-        # The same files: the frames of both have the same numbers
-        clips, _ = read_clips(path, replace(options, frame_step=trained.frame_step))
-        for clip in clips if whole else part_of(clips, part, trained):
-            frames.setdefault((clip.path, clip.index), set()).update(range(clip.start, clip.stop, clip.step))
-
-    # The sequences with any of these frames
+    frames, shared = frames_of_training(path, split, options, trained)
     total, seen = data.num_frames_input + data.num_frames_output, 0
     for number, first in data.windows:
         clip = data.clips[number].cut(first, first + total)
@@ -78,10 +63,36 @@ def overlap_notes(data, split, options, training):
         )
     if shared:
         notes.append(
-            f"{len(shared)} of the {len(files)} files in {path} are also files of {what}: the figures may not be those of "
-            "unseen data"
+            f"{len(shared)} of the {len(files_of(path, options.dataset))} files in {path} are also files of {what}: the figures "
+            "may not be those of unseen data"
         )
     return notes
+
+
+def frames_of_training(path, split, options, trained):
+    """What a path has in common with the training, and for a test with the validation.
+
+    path      of the data set of the split
+    split     valid or test
+    options   Config that the data set was made with
+    trained   Config with the paths and fractions of the training
+
+    Returns ({(path, index) of a clip: numbers of its frames}, the files in common). The first is known only where both are
+    the same files, so that their frames have the same numbers; the second is for all other paths.
+    """
+    parts = [("train", trained.train_data_dir, False)]
+    if split == "test":
+        parts.append(("valid", trained.valid_data_dir or trained.train_data_dir, bool(trained.valid_data_dir)))
+    files, frames, shared = files_of(path, options.dataset), {}, set()
+    for part, place, whole in parts:
+        others = files_of(place, options.dataset)
+        if not others or others != files:
+            shared |= others & files
+            continue
+        clips, _ = read_clips(path, replace(options, frame_step=trained.frame_step))
+        for clip in clips if whole else part_of(clips, part, trained):
+            frames.setdefault((clip.path, clip.index), set()).update(range(clip.start, clip.stop, clip.step))
+    return frames, shared
 
 
 def files_of(path, dataset):
