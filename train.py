@@ -341,7 +341,7 @@ def failures_handled(run, state):
             f"or set --clip_grad 1; its batch and the weights before it are in {path}"
         ) from failure
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if not is_dead_worker(error):
+        if not (state.config.num_workers and is_dead_worker(error)):
             raise
         stop(
             run,

@@ -11,11 +11,13 @@ import time
 
 import pytest
 from helpers import ROOT, TINY
+from torch._utils import ExceptionWrapper
 
 import train
 from vmrnn import progress
 from vmrnn.checkpoint import read_checkpoint
-from vmrnn.runtime import EXIT_STOPPED
+from vmrnn.errors import UserError
+from vmrnn.runtime import EXIT_STOPPED, LESS_MEMORY, is_dead_worker, run_program
 
 LINE = r"epoch \d/2  \d+ %, [\d.e+]+ frames/s, about \d+ s left(, about \d+ s of the run left)?"
 
@@ -167,6 +169,35 @@ def test_a_worker_that_the_system_kills(process, tmp_path):
     assert run.wait() == EXIT_STOPPED, run.errors
     assert "a process that prepares batches was killed" in run.errors and "Traceback" not in run.errors
     assert read_checkpoint(tmp_path / "run" / "last.pt")["position"]["epoch"] >= 1
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(28, "No space left on device", "/x: y"), "error: [Errno 28] No space left on device: '/x: y'"),
+        (UserError("a.npy: damaged"), "error: a.npy: damaged"),
+        (MemoryError("9 GiB"), f"error: out of memory (9 GiB); {LESS_MEMORY}"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_that_a_worker_reports_ends_in_one_line(error, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_program(as_of_a_worker(error).reraise)
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"{line}\n")
+
+
+def test_an_error_that_a_worker_reports_is_no_dead_worker():
+    with pytest.raises(EOFError) as caught:
+        as_of_a_worker(EOFError("a film is cut off")).reraise()
+    assert is_dead_worker(EOFError()) and not is_dead_worker(caught.value)
+
+
+def as_of_a_worker(error):
+    """The error as a loader's worker sends it to the main process."""
+    try:
+        raise error
+    except Exception:
+        return ExceptionWrapper(where="in DataLoader worker process 0")
 
 
 FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"

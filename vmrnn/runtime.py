@@ -36,13 +36,10 @@ def run_program(main):
     code = 0
     try:
         main()
-    except UserError as error:
-        # An error from a loader's worker carries its traceback.
-        code = complain(str(error).splitlines()[-1].split("UserError: ")[-1])
-    except OSError as error:
-        code = complain(error)  # such as a full disk; the message names the file
+    except (UserError, OSError) as error:  # OSError: such as a full disk; the message names the file
+        code = complain(message_of(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        code = complain(f"out of memory ({error}); {LESS_MEMORY}")
+        code = complain(f"out of memory ({message_of(error)}); {LESS_MEMORY}")
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):  # the CPU's out of memory
             raise
@@ -56,6 +53,12 @@ def run_program(main):
     flush_or_give_up(sys.stdout)
     if code:
         sys.exit(code)
+
+
+def message_of(error):
+    """What an error says. That of a loader's worker is a traceback of the worker, which ends with "KIND: message"."""
+    text = str(error)
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def complain(message, code=2, head="error: "):
@@ -206,9 +209,10 @@ def is_dead_worker(error):
     """Whether an error says that a worker of a loader was killed.
 
     A worker that dies while its batch is fetched shows as a broken connection. Otherwise the loader raises RuntimeError.
+    An error that a worker caught and reported ("Caught ...") is no such error, whatever its type.
     """
     if isinstance(error, ConnectionError | EOFError):
-        return True
+        return not str(error).startswith("Caught ")
     return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by" in str(error))
 
 
