@@ -20,6 +20,10 @@ class Fault(ValueError):
 # Tables of our checkpoints, which may also be absent or None.
 TABLES = {"config": dict, "value_range": dict, "optimizer": dict, "scaler": dict, "position": dict}
 RANGE = ValueRange.__dataclass_fields__.keys()
+# Entries of a stored ValueRange that are one value, and those that are lists; low and high may be either
+RANGE_SINGLES = {"transform", "zero_below", "step"}
+RANGE_LISTS = {"missing", "names", "units", "levels", "directions"}
+RANGE_TEXTS = {"transform", "names", "units", "levels", "directions"}
 METADATA = {"format", "config", "value_range", "checksum"}  # the keys of our safetensors files
 
 
@@ -51,9 +55,9 @@ def check_range(values):
             if value is not None:
                 check_range(value)
             continue
-        kinds = (str,) if key in ("transform", "names", "units", "levels", "directions") else (int, float)
-        listed = value if isinstance(value, list) and key not in ("transform", "step") else [value]
-        if any(type(item) not in kinds for item in listed):
+        is_list, kinds = isinstance(value, list), (str,) if key in RANGE_TEXTS else (int, float)
+        fits = all(type(item) in kinds for item in (value if is_list else [value]))
+        if not fits or key in (RANGE_SINGLES if is_list else RANGE_LISTS):
             raise Fault(f"its value_range has {key} {value!r}")
 
 
