@@ -14,7 +14,7 @@ import train
 from vmrnn import checkpoint, files, pictures
 from vmrnn.checkpoint import read_checkpoint, read_last_checkpoint, save_checkpoint
 from vmrnn.errors import UserError
-from vmrnn.run_folder import read_log
+from vmrnn.run_folder import read_log, stamp_of
 
 
 def contents(folder):
@@ -61,6 +61,12 @@ def test_a_missing_file_gives_way_to_the_one_before_it(two_saves, caplog):
     two_saves.unlink()
     content, path = read_last_checkpoint(two_saves)
     assert content["model"]["w"].item() == 1 and path.name == "previous_last.pt" and "last.pt: missing" in caplog.text
+
+
+def test_only_a_missing_file_has_no_stamp(tmp_path):
+    assert stamp_of(tmp_path / "last.pt") is None
+    with pytest.raises(OSError, match="name too long"):
+        stamp_of(tmp_path / ("x" * 300))
 
 
 def test_a_checkpoint_of_a_newer_version_is_never_replaced(two_saves, monkeypatch):

@@ -248,7 +248,7 @@ def stamp_of(path):
     """What changes when a file is replaced; None if it does not exist."""
     try:
         status = os.stat(path)
-    except OSError:
+    except FileNotFoundError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
 
