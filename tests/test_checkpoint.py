@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import vmrnn
-from vmrnn import config as configuration
+from vmrnn import checked, config as configuration
 from vmrnn.checkpoint import load_weights, read_checkpoint, read_last_checkpoint, save_checkpoint, save_weights
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
@@ -246,6 +246,13 @@ def test_no_damage_ends_in_a_traceback(tmp_path, name):
         else:  # a zip file's members are under a checksum
             assert name != "last.pt" or same(model, original)
     assert refused > 10
+
+
+def test_a_fault_of_our_own_checks_is_not_called_damage(tmp_path, monkeypatch):
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
+    monkeypatch.setattr(checked, "check_state", lambda state: state["absent"])
+    with pytest.raises(KeyError, match="absent"):
+        read_checkpoint(tmp_path / "w.pt")
 
 
 def test_files_that_end_too_soon(tmp_path):

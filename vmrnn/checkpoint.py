@@ -231,21 +231,26 @@ def read_checkpoint(path):
     """
     path = find_checkpoint(path)
     try:
+        return checked_contents(path, read_file(path))
+    except checked.Fault as error:
+        raise Damaged(f"checkpoint {path}: damaged or not a checkpoint ({error}); get it again") from error
+
+
+def read_file(path):
+    """What a file of weights holds, in the form that its own format gives it. UserError: it is missing or damaged."""
+    try:
         with open(path, "rb") as f:
             head = f.read(9)
         # A safetensors file begins with eight bytes of length and JSON.
-        content = read_safetensors(path) if head[8:] == b"{" else read_pickle(path, zipped=head.startswith(b"PK"))
-        return checked_contents(path, content)
+        return read_safetensors(path) if head[8:] == b"{" else read_pickle(path, zipped=head.startswith(b"PK"))
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise Damaged(
             f"checkpoint {path}: damaged, or holds more than weights, and is not loaded (code in it was not run)"
         ) from error
-    except UserError:  # before DAMAGE: it is a ValueError
+    except checked.Fault:  # before DAMAGE: it is a ValueError
         raise
-    except checked.Fault as error:
-        raise Damaged(f"checkpoint {path}: damaged or not a checkpoint ({error}); get it again") from error
     except DAMAGE as error:
         raise Damaged(f"checkpoint {path}: damaged or not a checkpoint; get it again") from error
 
