@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vmrnn import cache, compiler
+from vmrnn import compiler, kernel_cache as cache
 from vmrnn.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners and permissions as POSIX has them")

@@ -11,7 +11,7 @@ import torch
 from helpers import AT_ONCE
 from triton_helpers import needs_triton, run_interpreter
 
-from vmrnn import cache, scan, selfcheck
+from vmrnn import kernel_cache as cache, scan, selfcheck
 from vmrnn.errors import UserError
 from vmrnn.network import fused_triton
 from vmrnn.scan import triton_kernels

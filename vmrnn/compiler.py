@@ -1,4 +1,4 @@
-"""Shared libraries from C++ sources. They are kept in the user's cache folder (vmrnn/cache.py).
+"""Shared libraries from C++ sources. They are kept in the user's cache folder (vmrnn/kernel_cache.py).
 
 Environment: CXX names the compiler.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from vmrnn.cache import cache_folder, distrust
 from vmrnn.errors import UserError
+from vmrnn.kernel_cache import cache_folder, distrust
 
 INSTALL = {
     "linux": "g++ (Debian, Ubuntu: apt install g++)",

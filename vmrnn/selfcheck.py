@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from vmrnn import scan
-from vmrnn.cache import cache_folder, distrust
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
+from vmrnn.kernel_cache import cache_folder, distrust
 from vmrnn.network import fused, fused_triton
 from vmrnn.scan import chunked
 
