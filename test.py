@@ -39,7 +39,7 @@ from vmrnn.checkpoint import find_checkpoint, load_network
 from vmrnn.colours import Look
 from vmrnn.data.overlap import overlap_notes
 from vmrnn.errors import UserError
-from vmrnn.field_facts import climatology, facts_of, latitude_weights
+from vmrnn.field_facts import FieldFacts, climatology, latitude_weights
 from vmrnn.files import make_folder, without_pattern
 from vmrnn.forecast_store import ForecastWriter, StoredForecasts
 from vmrnn.metrics import anomaly_correlation, figure, metric_rows
@@ -313,7 +313,7 @@ def main(argv=None):
     test_set = build_dataset("test", config, value_range)
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
-    facts = facts_of(test_set, config)
+    facts = FieldFacts.of(test_set, config)
     rows = rows_of(args, config, value_range, facts.info)
     weights = latitude_weights(facts.info, config) if args.latitude_weights else None
     baselines = dict(BASELINES)

@@ -18,16 +18,33 @@ from vmrnn.errors import UserError
 
 @dataclass
 class FieldFacts:
-    """Facts of a test set; all are None for data that are no gridded field.
+    """Facts of a test set.
 
-    info    GridInfo
-    times   time of the last input frame of each sequence, float64 (N,)
-    leads   lead time of each forecast frame in seconds, float64 (T,)
+    info    GridInfo; None: the data are no gridded field
+    times   time of the last input frame of each sequence, float64 (N,); None: the frames have no dates
+    leads   lead time of each forecast frame in seconds, float64 (T,); None: the frames have no dates
     """
 
-    info: object = None
+    info: GridInfo | None = None
     times: np.ndarray | None = None
     leads: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, test_set, config):
+        """The facts of a test set from dataset.build_dataset.
+
+        config   its Config
+        """
+        clips = getattr(test_set, "clips", None)
+        info = GridInfo.load(Path(clips[0].path).parent) if clips and config.dataset == "grid" else None
+        if info is None or info.times is None or not info.calendar:
+            return cls(info)
+        last = [
+            clips[clip].start + clips[clip].step * (first + config.num_frames_input - 1)
+            for clip, first in test_set.windows
+        ]
+        step = usual_step(info.times) * clips[0].step
+        return cls(info, info.times[last], step * np.arange(1, config.num_frames_output + 1))
 
     def lead_names(self, horizon):
         """A short name of every lead time: 10 min where frames have times, else 1, 2, ..."""
@@ -40,23 +57,6 @@ class FieldFacts:
         if self.times is None:
             return f"sequence {index}"
         return f"sequence {index}, last input frame {moment(self.times[index], self.info.calendar)}"
-
-
-def facts_of(test_set, config):
-    """The FieldFacts of a test set.
-
-    test_set   from dataset.build_dataset
-    config     its Config
-    """
-    clips = getattr(test_set, "clips", None)
-    info = GridInfo.load(Path(clips[0].path).parent) if clips and config.dataset == "grid" else None
-    if info is None or info.times is None or not info.calendar:
-        return FieldFacts(info)
-    last = [
-        clips[clip].start + clips[clip].step * (first + config.num_frames_input - 1) for clip, first in test_set.windows
-    ]
-    step = usual_step(info.times) * clips[0].step
-    return FieldFacts(info, info.times[last], step * np.arange(1, config.num_frames_output + 1))
 
 
 def latitude_weights(info, config):
