@@ -18,8 +18,7 @@ def first_use(name, device, d_state):
     return selfcheck.first_use(name, device, d_state)
 
 
-# vmrnn.scan may not import the layers, but the check at the first use needs them.
-scan.first_use = first_use
+scan.register_first_use(first_use)
 
 
 class Kernels(NamedTuple):

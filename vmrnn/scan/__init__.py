@@ -21,6 +21,7 @@ OTHER_DEVICES = ("torch",)
 
 log = logging.getLogger("vmrnn")
 _logged = set()
+first_use = None  # see register_first_use
 
 
 def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D, backend="auto"):
@@ -50,14 +51,20 @@ def check_shapes(x, dbl, dt_weight, dt_bias, A_log, D):
             raise ValueError(f"scan: {name} is {tuple(tensor.shape)}, x {tuple(x.shape)} (B, H, W, Di) needs {shape}")
 
 
-def first_use(name, device, d_state):
-    """None if a back end that can run may be used, else the reason why not. vmrnn.network puts a real check here."""
+def register_first_use(check):
+    """Let `resolve` ask check(name, device, d_state) before it takes a back end that can run.
+
+    The check returns None if the back end may be used, else the reason why not. vmrnn.network registers
+    selfcheck.first_use. This package may not import it, because it also checks the layers.
+    """
+    global first_use
+    first_use = check
 
 
 def usable(name, device, dtype, d_state):
     """(whether a back end may be used, the reason)."""
     ok, reason = BACKENDS[name].can_run(device, dtype, d_state)
-    complaint = first_use(name, device, d_state) if ok else None
+    complaint = first_use(name, device, d_state) if ok and first_use else None
     return (False, complaint) if complaint else (ok, reason)
 
 
