@@ -25,6 +25,7 @@ from vmrnn.errors import UserError
 from vmrnn.files import replacing
 from vmrnn.kernel_cache import cache_folder, distrust
 from vmrnn.network import fused, fused_triton
+from vmrnn.runtime import describe_device
 from vmrnn.scan import chunked
 
 log = logging.getLogger("vmrnn")
@@ -41,18 +42,7 @@ CASES = {
     "bf16": ((2, 4, 6, 32, 2), torch.bfloat16),
 }
 
-# {layer: function of a module of layers and the shape of a map, which gives the function to check, the shapes of its inputs,
-# and how many of the inputs have half precision under autocast}
-LAYERS = {
-    "norm": lambda layers, m: (lambda *t: layers.norm(*t, 1e-5), [m, m[-1:], m[-1:]], 0),
-    "conv_silu": lambda layers, m: (layers.conv_silu, [m, (m[-1], 1, 3, 3), m[-1:]], 1),
-    "norm_gate_linear": lambda layers, m: (
-        lambda *t: layers.norm_gate_linear(*t[:4], 1e-5, *t[4:]),
-        [m, m, m[-1:], m[-1:], (7, m[-1])],
-        2,
-    ),
-    "cell_gate": lambda layers, m: (layers.cell_gate, [m, m], 0),
-}
+LAYERS = ("norm", "conv_silu", "norm_gate_linear", "cell_gate")
 
 
 def scan_inputs(B, H, W, Di, N, R, dtype=torch.float64, device="cpu", seed=0):
@@ -89,7 +79,7 @@ def outputs_and_gradients(function, inputs):
 
 
 def relative_error(value, reference):
-    """Largest absolute difference divided by the reference's largest magnitude (0 for two tensors of zeros)."""
+    """Largest absolute difference, divided by the largest magnitude of the reference; 0 for two tensors of zeros."""
     value, reference = value.detach().cpu().double(), reference.detach().cpu().double()
     return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
 
@@ -114,9 +104,29 @@ def check_scan(name, device, shape, dtype, d_state):
     return relative_errors(got, outputs_and_gradients(chunked.scan_2d, in_double(inputs)))
 
 
+def layer_case(layers, layer, shape):
+    """(function, shapes of its inputs, how many of them have half precision under autocast) of one layer.
+
+    layers   fused or fused_triton
+    layer    one of LAYERS
+    shape    (B, H, W, C) of the map
+    """
+    C = shape[-1:]
+    return {
+        "norm": (lambda x, w, b: layers.norm(x, w, b, 1e-5), [shape, C, C], 0),
+        "conv_silu": (layers.conv_silu, [shape, (*C, 1, 3, 3), C], 1),
+        "norm_gate_linear": (
+            lambda y, z, w, b, out: layers.norm_gate_linear(y, z, w, b, 1e-5, out),
+            [shape, shape, C, C, (7, *C)],
+            2,
+        ),
+        "cell_gate": (layers.cell_gate, [shape, shape], 0),
+    }[layer]
+
+
 def check_layer(layers, layer, device, shape, dtype):
-    """{output or gradient: relative error} of one layer: in a half precision under autocast, with the dtypes it gives."""
-    function, shapes, halves = LAYERS[layer](layers, shape)
+    """{output or gradient: relative error} of one layer, with the dtypes that autocast to `dtype` gives its inputs."""
+    function, shapes, halves = layer_case(layers, layer, shape)
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(s, generator=generator).to(device, dtype if i < halves else torch.float32).requires_grad_()
@@ -124,7 +134,7 @@ def check_layer(layers, layer, device, shape, dtype):
     ]
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         got = outputs_and_gradients(function, inputs)
-    plain, _, _ = LAYERS[layer](fused, shape)
+    plain, _, _ = layer_case(fused, layer, shape)
     return relative_errors(got, outputs_and_gradients(plain, in_double(inputs)))
 
 
@@ -249,8 +259,6 @@ def devices():
 
 def describe():
     """Lines on the machine and the versions."""
-    from vmrnn.runtime import describe_device
-
     yield from (describe_device(torch.device(device)) for device in devices())
     triton = scan.triton_scan.triton
     yield f"Triton {triton.__version__ if triton else 'not installed'}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
