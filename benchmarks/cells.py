@@ -21,14 +21,15 @@ import argparse
 import json
 import os
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.footprint import fake_footprint
-from benchmarks.recipes import TASKS, judge, small_updates, with_sequences
+from benchmarks.recipes import SEQUENCES, TASKS, judge, small_updates, with_sequences
 from benchmarks.record import record
+from benchmarks.timing import cpu_seconds
 from functions import RolloutLoss, Step
 from vmrnn import config as configuration
 from vmrnn.network import build_model
@@ -53,9 +54,8 @@ SIZES = {
         "vss-1-state": {"cell": "vss", "embed_dim": 128, "depths": [4], "d_state": 1},
     },
 }
-SEQUENCES = {"small": 1000, "full": 200}  # of the test
 BATCH = 4  # sequences per update
-ROUNDS, UPDATES = 5, 4  # of the measurement of CPU time
+ROUNDS = 5  # of the measurement of CPU time
 
 
 def options_of(task, cell, rate, share=1.0):
@@ -64,45 +64,38 @@ def options_of(task, cell, rate, share=1.0):
 
 
 def config_of(task, cell):
-    options = {key: [value] if key in ("depths", "input_size") and not isinstance(value, list) else value
-               for key, value in options_of(task, cell, 1e-3).items()}  # fmt: skip
-    return configuration.resolve(None, options)
-
-
-def cpu_seconds(function, calls):
-    start = time.process_time()
-    for _ in range(calls):
-        function()
-    return (time.process_time() - start) / calls
+    """The Config of a training run, at any learning rate."""
+    return configuration.resolve(None, options_of(task, cell, 1e-3))
 
 
 def costs(task, cells):
-    """{cell: {"parameters", "train": CPU seconds per frame and sequence, "forecast": CPU seconds per frame,
-    "memory": bytes kept per frame and sequence}}: medians over rounds that take the cells in turn."""
-    runs, found = {}, {cell: {"train": [], "forecast": []} for cell in cells}
+    """What each cell costs, {cell: {figure: value}}. Times are medians over rounds that take the cells in turn.
+
+    parameters   of the network
+    train        CPU seconds of training per frame and sequence
+    forecast     CPU seconds per frame
+    memory       bytes that training keeps for the backward pass, per frame and sequence
+    """
+    calls, found = {}, {}  # calls: {(cell, what): (function, frames that it computes)}
     for cell in cells:
         config = config_of(task, cell)
         model = build_model(**config.network_options)
         frames = torch.rand(BATCH, config.num_frames_input + config.num_frames_output, 1, *config.frame_size)
         inputs, targets = frames.split((config.num_frames_input, config.num_frames_output), 1)
+        steps = BATCH * (frames.shape[1] - 1)
         step = Step(Rollout(model), RolloutLoss(0.1), torch.device("cpu"))
         step(inputs, targets)
-        states = model(frames[:1, 0])[1]
-        runs[cell] = {
-            "train": lambda step=step, inputs=inputs, targets=targets: step(inputs, targets),
-            "forecast": torch.inference_mode()(lambda m=model, f=frames[:1, 0], s=states: m(f, s)),
-        }
+        first = frames[:1, 0]
+        states = model(first)[1]
+        calls[cell, "train"] = partial(step, inputs, targets), steps
+        calls[cell, "forecast"] = partial(torch.inference_mode()(model.forward), first, states), 1
         weights = sum(p.numel() for p in model.parameters())
         kept = fake_footprint(config)["kept"] - 4 * weights
-        found[cell] |= {"parameters": weights, "memory": kept / (frames.shape[1] - 1) / BATCH}
-    for _ in range(ROUNDS):
-        for cell, functions in runs.items():
-            found[cell]["train"].append(cpu_seconds(functions["train"], UPDATES) / (frames.shape[1] - 1) / BATCH)
-            found[cell]["forecast"].append(cpu_seconds(functions["forecast"], 10 * UPDATES))
-    return {
-        cell: {key: statistics.median(value) if isinstance(value, list) else value for key, value in cost.items()}
-        for cell, cost in found.items()
-    }
+        found[cell] = {"parameters": weights, "memory": kept / steps}
+    rounds = [{key: cpu_seconds(call) for key, (call, _) in calls.items()} for _ in range(ROUNDS)]
+    for (cell, what), (_, computed) in calls.items():
+        found[cell][what] = statistics.median(times[cell, what] for times in rounds) / computed
+    return found
 
 
 def once(path, function):
@@ -115,13 +108,9 @@ def once(path, function):
 
 def figures(folder, digits, options, sequences):
     """{"mse", "ssim", "last": MSE at the last lead time} of one run."""
-    means = judge(folder, digits, {key: text(value) for key, value in options.items()}, sequences)
+    means = judge(folder, digits, options, sequences)
     per_frame = json.loads((folder / "test" / "metrics.json").read_text())["results"]["forecast"]["per_frame"]
     return {"mse": means["mse"], "ssim": means["ssim"], "last": per_frame["mse"][-1]}
-
-
-def text(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def print_row(cell, runs, rate, sequences, cost):

@@ -37,11 +37,12 @@ COMMON = {
 }  # fmt: skip
 TASKS = {
     "small": COMMON | {
-        "patch_size": 4, "embed_dim": 48, "depths": 2, "input_size": 32, "num_objects": 1, "digit_size": 14,
+        "patch_size": 4, "embed_dim": 48, "depths": [2], "input_size": [32], "num_objects": 1, "digit_size": 14,
         "num_frames_input": 5, "num_frames_output": 5,
     },
-    "full": COMMON | {"patch_size": 8, "embed_dim": 128, "depths": 3},
+    "full": COMMON | {"patch_size": 8, "embed_dim": 128, "depths": [3]},
 }  # fmt: skip
+SEQUENCES = {"small": 1000, "full": 200}  # of the test
 PUBLISHED = {
     "optimizer": "adam",
     "lr": 1e-4,
@@ -110,7 +111,7 @@ def judge(folder, digits, options, sequences):
     if not report.exists():
         command = [sys.executable, "train.py", "--resume", "auto", "--res_dir", str(folder), "--train_data_dir", digits]
         for key, value in options.items():
-            command += [f"--{key}", str(value)]
+            command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         before = children_seconds()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         spent = float(cost.read_text()) if cost.exists() else 0.0  # by a start that was stopped during the test
@@ -143,7 +144,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    task, sequences = TASKS[args.task], {"small": 1000, "full": 200}[args.task]
+    task, sequences = TASKS[args.task], SEQUENCES[args.task]
     results = {}
 
     def table(title, shares):

@@ -215,11 +215,10 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     on_gpu = device.type == "cuda"
-    modules = {"reference": reference, **scan.BACKENDS, "cpu": cpu}
     back_ends = {
         name: module.scan_2d
-        for name, module in modules.items()
-        if (not on_gpu if name == "reference" else module.can_run(device.type, torch.float32, D_STATE)[0])
+        for name, module in scan.BACKENDS.items()
+        if module.can_run(device.type, torch.float32, D_STATE)[0] and not (on_gpu and name == "reference")
     }
     if args.only:
         back_ends = {name: function for name, function in back_ends.items() if name in args.only}
