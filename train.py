@@ -23,7 +23,6 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from timm.utils import ModelEmaV3
@@ -64,10 +63,11 @@ def parse_arguments(argv=None):
         resume = checkpoint.find_checkpoint(resume, ("last.pt", "previous_last.pt"))
         if resume.suffix == ".safetensors":
             raise UserError(
-                f"--resume {resume}: holds weights alone; resume from last.pt, or start a new run from them with --init_from"
+                f"--resume {resume}: holds weights alone; resume from last.pt, or start a new run with --init_from"
             )
-    if resume not in (None, "auto") and "res_dir" not in configuration.read_toml(toml) | given:
-        given["res_dir"] = str(Path(resume).parent)
+        # A run goes on in its own folder unless another one is named.
+        if "res_dir" not in configuration.read_toml(toml) | given:
+            given["res_dir"] = str(resume.parent)
     config = configuration.resolve(toml, given)
     path = checkpoint_to_resume(config.res_dir, resume)
     if path is None:
@@ -77,12 +77,11 @@ def parse_arguments(argv=None):
     resumed = Resumed.read(path)
     stored = resumed.content["config"]
     config = configuration.resolve(toml, given, base=stored | {"res_dir": config.res_dir})
-    if changed := configuration.changed_on_resume(
-        configuration.resolve(None, {}, base=stored), config, "data" in resumed.content
-    ):
+    before = configuration.resolve(None, {}, base=stored)
+    if changed := configuration.changed_on_resume(before, config, "data" in resumed.content):
         raise UserError(
-            f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (with --resume {path} alone "
-            "all options are the run's) or start anew"
+            f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (with --resume {path} "
+            "alone all options are the run's) or start anew"
         )
     return config, weights, resumed
 
