@@ -1,4 +1,7 @@
-"""Network B: cells at one resolution (VMRNN, arXiv 2403.16536, section 3.4). Only the wiring: layers are in vmrnn/network/."""
+"""Network B: cells at one resolution (VMRNN, arXiv 2403.16536, section 3.4).
+
+Only the wiring: layers are in vmrnn/network/.
+"""
 
 import torch.nn as nn
 

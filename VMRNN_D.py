@@ -24,14 +24,16 @@ class VMRNN(nn.Module):
     """model(frame, states=None) -> (frame, states): forecasts the next frame from this one and the past.
 
     img_size           int or (H, W) of the frames. Only checked; at run time any multiple of
-                       patch_size * 2**levels works
+                       patch_size * 2**levels works, where levels is the length of depths_downsample
     depths_downsample  blocks per cell on the path down, one number per level, finest level first, such as [2, 6]
-    depths_upsample    blocks per cell on the path up, finest level first too, such as [6, 2]: the cell on the
-                       coarsest map has as many blocks as the last number says
+    depths_upsample    blocks per cell on the path up, finest level first too, such as [6, 2]: the last number is that
+                       of the coarsest map, where the path up begins
     drop_path_rate     probability of skipping a block for one sample. It rises linearly from 0 to this rate over the
-                       blocks of depths_downsample, and over those of depths_upsample
+                       blocks of depths_downsample, and again over those of depths_upsample, in the order of each list
 
-    The other parameters are those of VMRNN_B. Widths are embed_dim * 2**level.
+    The other parameters are those of VMRNN_B. The width of a map is embed_dim * 2**level: the path down begins at level
+    0, and the path up at level `levels`.
+    Raises UserError for sizes that cannot work.
     """
 
     def __init__(self, img_size=None, patch_size=2, in_chans=1, embed_dim=128, depths_downsample=(2, 6),

@@ -33,8 +33,8 @@ class RolloutLoss:
 
     l1_weight       weight of the absolute error, 0 or more; the paper's is 1. The absolute error is smallest at the
                     median, so a large weight makes uncertain pixels black, which raises the MSE.
-    bright_weight   both errors of a pixel of true value v weigh 1 + bright_weight * v. This moves forecasts upwards where
-                    they are uncertain.
+    bright_weight   both errors of a pixel of true value v weigh 1 + bright_weight * v. This moves forecasts upwards
+                    where they are uncertain.
     """
 
     def __init__(self, l1_weight=1.0, bright_weight=0.0):
@@ -48,7 +48,8 @@ class RolloutLoss:
         """The loss, a scalar tensor: the mean over the samples of the batch, with equal weights.
 
         outputs   (B, T_in - 1 + T_out, C, H, W), as `rollout` returns them
-        inputs    (B, T_in, C + F, H, W) in [0, 1]; NaN marks a missing pixel; the last F channels, forcings, do not count
+        inputs    (B, T_in, C + F, H, W) in [0, 1]; NaN marks a missing pixel; the last F channels, forcings, do not
+                  count
         targets   (B, T_out, C + F, H, W) likewise
 
         The loss of a sample is the mean over its known pixels. It does not depend on how samples are batched.
@@ -80,8 +81,8 @@ def progress_bar(loader, title, total, first=0, rest=None):
     first    number of batches that were done before
     rest     function that returns the end of a line, see vmrnn.progress.Bar
 
-    The caller calls bar.update(frames) when the batch is done. This function cannot: it is not resumed after the last batch
-    that the caller takes.
+    The caller calls bar.update(frames) when the batch is done. This function cannot: it is not resumed after the last
+    batch that the caller takes.
     """
     silent = distributed.rank() > 0
     with Bar(title, first=first, rest=rest, silent=silent) as bar:
@@ -266,8 +267,8 @@ def compare(
     on_batch      called with (step, inputs, targets, forecast) of every batch of this process, without forcings
     title         of the progress bar
 
-    Returns (the loss, mean over samples, or None; {"forecast": Metrics.compute(), label: the same of each baseline}). Every
-    process evaluates its own samples, and all processes get the results over all samples.
+    Returns (the loss, mean over samples, or None; {"forecast": Metrics.compute(), label: the same of each baseline}).
+    Every process evaluates its own samples, and all processes get the results over all samples.
     """
     # Every batch of this process: forecast, loss, and the sums of the metrics
     baselines, value_range = baselines or {}, value_range or ValueRange()

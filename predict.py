@@ -3,16 +3,16 @@
     python predict.py --checkpoint exps/x/best.safetensors --input clip.avi
     python predict.py --checkpoint exps/x/best.safetensors --input radar.nc --horizon 12 --output next.nc next.mp4
     python predict.py --checkpoint exps/x/best.safetensors --input frames/ --horizon 20 --last 10 --output next.npz
-    python predict.py --checkpoint trained_model_state_dict --config configs/moving_mnist_d.toml --input x.npy --horizon 10
+    python predict.py --checkpoint trained_model_state_dict --config configs/moving_mnist_d.toml --input x.npy
                                                                         a published file plus its configuration
 --input is a video, a folder of images, a .npy or .npz, (T, H, W[, C]) or (N, T, H, W[, C]), or a gridded field (NetCDF,
-HDF5, Zarr, GRIB, GeoTIFF, TIFF). Frames are read one at a time and prepared as in training: a frame of another size than
-the network's is resized, and the forecast is resized back. Every one of N sequences gets a forecast of its own.
+HDF5, Zarr, GRIB, GeoTIFF, TIFF). Frames are read one at a time and prepared as in training: a frame of another size
+than the network's is resized, and the forecast is resized back. Every one of N sequences gets a forecast of its own.
 Where the times of the frames have gaps, only the frames after the last gap are used.
 
 --output, by its ending: .nc and .zarr hold a field with the names, units and coordinates of the input, whose time
-continues; .npy and .npz an array in the units and the type of the input, whole numbers rounded; .gif and .mp4 a film of the
-last given frames and the forecast; .png one picture per frame.
+continues; .npy and .npz an array in the units and the type of the input, whole numbers rounded; .gif and .mp4 a film of
+the last given frames and the forecast; .png one picture per frame.
 """
 
 from vmrnn import command_line
@@ -98,9 +98,9 @@ def forecast_sequence(forecaster, sequence, source, config, args, bar):
     args         arguments of this program
     bar          Bar that counts the frames of all sequences
 
-    Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of the
-    frames; how many there were; the last of them on the scale [0, 1] for a film, as many as the training was given, or
-    None if no output is a film).
+    Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of
+    the frames; how many there were; the last of them on the scale [0, 1] for a film, as many as the training was given,
+    or None if no output is a film).
     """
     # Observe the frames, with their dates if the network takes the calendar.
     forecaster.reset()

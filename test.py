@@ -10,8 +10,8 @@ Writes report.html (one file to open or to send: figures, curves, a player, how 
 lead_times.png, spectrum.png, forecast_*.png and forecast.gif into --res_dir. The default is a folder beside the
 checkpoint or the forecasts. It is named after the test set and the horizon, such as test_kth_20.
 --save_forecasts writes inputs, truths and forecasts of all sequences into one file.
-The baselines are a black frame and the last input frame repeated. For your own data, or with --motion, a third one is the
-last input frame moved along the optical flow.
+The baselines are a black frame and the last input frame repeated. For your own data, or with --motion, a third one is
+the last input frame moved along the optical flow.
 """
 
 from vmrnn import command_line
@@ -275,8 +275,10 @@ def about_motion(baselines, config, test_set):
     height, width = test_set.clips[0].frames().shape[1:3]
     if (height, width) == test_set.size:
         return {}
-    return {"motion": "this baseline sees the crop alone, but the network's base is moved on the whole map: compare the two "
-                      f"on whole maps, with --input_size {height} {width}"}  # fmt: skip
+    return {
+        "motion": "this baseline sees the crop alone, but the network's base is moved on the whole map: compare the "
+        f"two on whole maps, with --input_size {height} {width}"
+    }
 
 
 def facts_of_report(args, config, model, device, test_set, outputs_of, overlap, remarks):

@@ -194,8 +194,8 @@ class Training:
     train_step      functions.Step or graphs.GraphedStep
     train_loader    batches of the training set, from make_loaders
     valid_loader    batches of the validation set
-    eval_model      the network that is validated and saved as best: the averaged weights if the run has them, else the plain
-                    ones
+    eval_model      the network that is validated and saved as best: the averaged weights if the run has them, else the
+                    plain ones
     loss_function   from functions.make_loss
     rows            the metrics of the validation, from metrics.metric_rows
     device          torch.device of this process
@@ -243,8 +243,8 @@ class Training:
     def validate(self):
         """Evaluate the network on the validation set, log the figures, and save it if it is the best so far."""
         state, run, config, progress = self.state, self.run, self.state.config, self.state.progress
-        # Saved before anything is drawn: a resumed run evaluates again, so that no failure in the validation or its pictures
-        # costs the epoch.
+        # Saved before anything is drawn: a resumed run evaluates again, so that no failure in the validation or its
+        # pictures costs the epoch.
         if not run.is_saved(state):
             run.save(state)
         loss, results = evaluate(
@@ -264,7 +264,7 @@ class Training:
         )  # fmt: skip
 
     def see_forecast(self, batch, inputs, targets, forecast):
-        """One batch of a validation: end the run after a signal, and log the forecast. on_batch of functions.compare."""
+        """The on_batch of functions.compare in a validation: end the run after a signal, and log the forecast."""
         # Several processes stop only after an update, where all of them agree to.
         if self.signals.received and distributed.world_size() == 1:
             stop(self.run, self.state, f"stopped by {self.signals.received}")  # a resumed run evaluates again
@@ -312,7 +312,8 @@ def log_plan(state, train_loader, valid_loader, parts):
         log.info("training   %d of %d epochs are done: --epochs N trains further", progress.epoch - 1, config.epochs)
         return
     log.info(
-        "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, effective batch %d = %d x %d parts x %d processes",
+        "training   epochs %d to %d, %d updates each, %s lr %g %s, %s, "
+        "effective batch %d = %d x %d parts x %d processes",
         progress.epoch, config.epochs, progress.updates_per_epoch, config.optimizer, config.lr, config.schedule,
         config.precision, config.train_batch_size, train_loader.batch_size, parts, distributed.world_size(),
     )  # fmt: skip
@@ -330,14 +331,14 @@ def time_left(progress, epochs):
 
 @contextmanager
 def failures_handled(run, state):
-    """While the block runs: a loss that is not finite is a UserError, and a killed worker ends the program as a signal does."""
+    """In the block, a loss that is not finite is a UserError, and a killed worker ends the program as a signal does."""
     try:
         yield
     except NonFinite as failure:
         path = run.save_failed_update(state, failure, distributed.rank())
         raise UserError(
-            f"{failure} at update {failure.update.step} of epoch {state.progress.epoch}/{state.config.epochs}: lower --lr "
-            f"or set --clip_grad 1; its batch and the weights before it are in {path}"
+            f"{failure} at update {failure.update.step} of epoch {state.progress.epoch}/{state.config.epochs}: "
+            f"lower --lr or set --clip_grad 1; its batch and the weights before it are in {path}"
         ) from failure
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not (state.config.num_workers and is_dead_worker(error)):
@@ -384,8 +385,8 @@ def stop(run, state, reason):
     """Save, and end the program. `reason` begins the message."""
     run.save(state)
     raise Stopped(
-        f"{reason} in epoch {state.progress.epoch} after update {state.progress.step}; {run.last} is saved, --resume auto "
-        "goes on"
+        f"{reason} in epoch {state.progress.epoch} after update {state.progress.step}; {run.last} is saved, "
+        "--resume auto goes on"
     )
 
 

@@ -5,16 +5,16 @@
     python -m benchmarks.cells --digits mnist --cells vss vss-advection --rates 3e-3
     python -m benchmarks.cells --digits mnist --cells vss vss-4-states --rates 3e-3
 
-Each cell has its own width and depth, chosen so that the networks have equally many parameters (within 5 %). Everything else
-is the same: task, recipe (Muon, a tenth of the L1, a curriculum) and sequences. The first table trains every cell on the same
-sequences. The learning rate is the best of --rates with seed 0, for each cell on its own. The second table trains the same
-networks at the same rates with as much CPU time as the first cell took in the first table: CPU seconds per update are
-measured once, all cells in turn, and give every cell its number of sequences.
+Each cell has its own width and depth, chosen so that the networks have equally many parameters (within 5 %). Everything
+else is the same: task, recipe (Muon, a tenth of the L1, a curriculum) and sequences. The first table trains every cell
+on the same sequences. The learning rate is the best of --rates with seed 0, for each cell on its own. The second table
+trains the same networks at the same rates with as much CPU time as the first cell took in the first table: CPU seconds
+per update are measured once, all cells in turn, and give every cell its number of sequences.
 
 Every run is a process of `python train.py`. Run folders stay under --folder, so a benchmark that was stopped continues
-where it was. Figures are those of `python test.py` on the same held-out digits: means over the seeds, and the MSE of every
-seed. Also: CPU milliseconds per frame of a forecast with batch 1, CPU milliseconds per frame and sequence of training, and
-the memory per frame and sequence that training keeps for the backward pass (benchmarks.footprint).
+where it was. Figures are those of `python test.py` on the same held-out digits: means over the seeds, and the MSE of
+every seed. Also: CPU milliseconds per frame of a forecast with batch 1, CPU milliseconds per frame and sequence of
+training, and the memory per frame and sequence that training keeps for the backward pass (benchmarks.footprint).
 """
 
 import argparse
@@ -116,7 +116,8 @@ def figures(folder, digits, options, sequences):
 def print_row(cell, runs, rate, sequences, cost):
     mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
     print(
-        f"{cell:14}{cost['parameters']:>10,}{rate:>9g}{sequences:>11,}{mean['mse']:8.2f}{mean['ssim']:8.3f}{mean['last']:8.2f}"
+        f"{cell:14}{cost['parameters']:>10,}{rate:>9g}{sequences:>11,}"
+        f"{mean['mse']:8.2f}{mean['ssim']:8.3f}{mean['last']:8.2f}"
         f"{1e3 * cost['forecast']:10.2f}{1e3 * cost['train']:9.2f}{cost['memory'] / 2**20:8.2f}   "
         + "".join(f"{run['mse']:8.2f}" for run in runs),
         flush=True,
@@ -137,7 +138,10 @@ def main():
     torch.manual_seed(0)
     root, sequences = args.folder / args.task, SEQUENCES[args.task]
     cost = once(root / f"costs_{'_'.join(args.cells)}.json", lambda: costs(args.task, args.cells))
-    header = "cell          parameters     rate  sequences     MSE    ssim    last  forecast    train  memory   MSE of each seed"
+    header = (
+        "cell          parameters     rate  sequences     MSE    ssim    last  forecast    train  memory"
+        "   MSE of each seed"
+    )
 
     def run(cell, rate, seed, share=1.0):
         options = options_of(args.task, cell, rate, share) | {"seed": seed}

@@ -10,12 +10,12 @@ Any key of the configuration is a flag. Counted, with batch 1, for one frame and
 
 multiply-adds    of all products and convolutions, the scan's projection of the step size included. This is what papers
                  of this family publish under the name of FLOPs
-scan             operations of the recurrence, counted as VMamba does: 9 per state and 1 for D, per position, channel and
-                 direction. Norms, gates and activations are in neither count
+scan             operations of the recurrence, counted as VMamba does: 9 per state and 1 for D, per position, channel
+                 and direction. Norms, gates and activations are in neither count
 
-Measured: the forecast of sequences of random frames with fresh weights, --test_batch_size (here 1) at a time. Peak memory
-on a CPU is that of the whole process, the import of torch included; on a GPU it is that of torch's tensors. Prints a
-table, and adds a line to exps/benchmarks/cost.jsonl.
+Measured: the forecast of sequences of random frames with fresh weights, --test_batch_size (here 1) at a time. Peak
+memory on a CPU is that of the whole process, the import of torch included; on a GPU it is that of torch's tensors.
+Prints a table, and adds a line to exps/benchmarks/cost.jsonl.
 """
 
 import sys

@@ -49,7 +49,8 @@ def main():
         samples, seconds, values = points(run, args.metric)
         best = BEST[better(args.metric)](values)
         print(
-            f"{run}: {samples[-1]:,} samples, {seconds[-1] / 3600:.2f} h, {args.metric} {values[-1]:.4f}, best {best:.4f}"
+            f"{run}: {samples[-1]:,} samples, {seconds[-1] / 3600:.2f} h, {args.metric} {values[-1]:.4f}, "
+            f"best {best:.4f}"
         )
         style = {"marker": ".", "label": run}
         if len(args.runs) <= len(LINES):

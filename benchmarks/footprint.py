@@ -11,8 +11,8 @@ kept  after the forward pass: parameters, inputs, and what is saved for the back
 peak  the maximum during forward and backward pass, without scratch memory inside an operation
 
 A GPU needs more: that scratch memory, its allocator's rounding, and the CUDA context. Under bf16 and fp16 the rules are
-those of autocast on a CPU, which runs a few norms in half precision that a GPU runs in fp32. Prints both numbers, and adds a
-line to exps/benchmarks/footprint.jsonl.
+those of autocast on a CPU, which runs a few norms in half precision that a GPU runs in fp32. Prints both numbers, and
+adds a line to exps/benchmarks/footprint.jsonl.
 """
 
 import sys

@@ -3,9 +3,10 @@
     python -m benchmarks.layers
     python -m benchmarks.layers --device cuda       maps in bf16 under autocast
 
-Every way must agree with the first of its group, in its output and in every gradient. The ways are measured in turn, the
-forward pass alone and with the backward pass: medians in milliseconds on a CPU, in microseconds of the kernels alone on a
-GPU. Prints a table, and adds a line to exps/benchmarks/layers.jsonl. LOG.md has other ways that were tried and lost.
+Every way must agree with the first of its group, in its output and in every gradient. The ways are measured in turn,
+the forward pass alone and with the backward pass: medians in milliseconds on a CPU, in microseconds of the kernels
+alone on a GPU. Prints a table, and adds a line to exps/benchmarks/layers.jsonl. LOG.md has other ways that were tried
+and lost.
 """
 
 import argparse

@@ -4,16 +4,17 @@
     python -m benchmarks.limit --digits mnist --num_objects 1
     python -m benchmarks.limit --digits mnist --num_objects 1 --checkpoint Pretrained/one_digit_small.safetensors
 
-Digits are drawn at whole pixels, but they move on the real line. The given frames leave several positions and directions
-possible, and so several forecasts. The forecast with the least expected MSE is the mean of all of them. It is computed here
-for the test sequences of `python test.py`, with everything known but the real positions and directions: the digits, the
-pixels where they were drawn in the given frames, and the rules of their motion. It cannot be beaten, except by chance.
+Digits are drawn at whole pixels, but they move on the real line. The given frames leave several positions and
+directions possible, and so several forecasts. The forecast with the least expected MSE is the mean of all of them. It
+is computed here for the test sequences of `python test.py`, with everything known but the real positions and
+directions: the digits, the pixels where they were drawn in the given frames, and the rules of their motion. It cannot
+be beaten, except by chance.
 
-A grid of directions and of first positions stands for all of them. A grid twice as fine changed the figures by less than a
-twentieth.
+A grid of directions and of first positions stands for all of them. A grid twice as fine changed the figures by less
+than a twentieth.
 
---checkpoint, with one digit: what the first forecast frame of a network knows. The true frame is the last given frame, shifted
-by whole pixels. The forecast is compared with every such shift.
+--checkpoint, with one digit: what the first forecast frame of a network knows. The true frame is the last given frame,
+shifted by whole pixels. The forecast is compared with every such shift.
 """
 
 import argparse
@@ -131,9 +132,8 @@ def first_frames(checkpoint, data):
     print(f"first frame of {checkpoint}: MSE {errors.mean():.2f}")
     for name, pixels in ("the forecast's shift is off by", off), ("the true shift changes by", changed):
         for label, where in ("0 pixels", pixels == 0), ("1 pixel", pixels == 1), ("more", pixels > 1):
-            print(
-                f"  {name} {label}: {100 * where.mean():.1f} %, MSE {errors[where].mean() if where.any() else np.nan:.2f}"
-            )
+            mse = errors[where].mean() if where.any() else np.nan
+            print(f"  {name} {label}: {100 * where.mean():.1f} %, MSE {mse:.2f}")
 
 
 def main():

@@ -2,20 +2,20 @@
 
     python -m benchmarks.recipes --digits mnist                     about 2 minutes per run on one core
     python -m benchmarks.recipes --digits mnist --only published 'onecycle 6e-3, curriculum' --seeds 2
-    python -m benchmarks.recipes --digits mnist --task full --only published 'muon 3e-3, curriculum, little L1' --seeds 1
+    python -m benchmarks.recipes --digits mnist --task full --only 'muon 3e-3, curriculum, little L1' --seeds 1
     python -m benchmarks.recipes --digits mnist --equal_time --only 'muon 6e-3, curriculum, little L1' 'batch 8, 6e-3'
 
-The small task: one digit of 14 pixels on a 32x32 canvas, 5 -> 5 frames, network B (patch 4, width 48, 2 blocks). The full
-task: Moving MNIST, two digits on 64x64, 10 -> 10 frames, network B (patch 8, width 128, 3 blocks), half an hour per run.
-Both train on 6,400 sequences, in updates of 16 if the recipe's name does not say otherwise.
+The small task: one digit of 14 pixels on a 32x32 canvas, 5 -> 5 frames, network B (patch 4, width 48, 2 blocks). The
+full task: Moving MNIST, two digits on 64x64, 10 -> 10 frames, network B (patch 8, width 128, 3 blocks), half an hour
+per run. Both train on 6,400 sequences, in updates of 16 if the recipe's name does not say otherwise.
 
 Every run is a process of `python train.py`. Run folders stay under --folder, so a benchmark that was stopped continues
 where it was. Figures are those of `python test.py` on the same held-out digits for every recipe (1,000 sequences of the
-small task, 200 of the full one): MSE and ssim, means over the seeds, then the MSE of every seed. CPU seconds are those of
-the training processes.
+small task, 200 of the full one): MSE and ssim, means over the seeds, then the MSE of every seed. CPU seconds are those
+of the training processes.
 
---equal_time adds a second table: every recipe with as many sequences as it trains on in the CPU time that the first recipe
-took for 6,400.
+--equal_time adds a second table: every recipe with as many sequences as it trains on in the CPU time that the first
+recipe took for 6,400.
 """
 
 import argparse

@@ -5,15 +5,15 @@
     python -m benchmarks.train_step --device cuda --cases D:16:bf16 D:16:bf16:mamba D:16:bf16:graph
 
 A case is NETWORK:BATCH and any of: checkpoint, bf16, compile, graph (--cuda_graph), muon (else Adam), mkl (products by
-MKL where vmrnn/network/linear.py would take oneDNN), and a scan back end (default: auto; mamba is the published path, with
-its stacked and flipped copies). Networks B and D are the published ones (64x64, patch 2, width 128); B4, B8 and D4 are
-networks for a CPU: NETWORKS below. All have 10 + 10 frames. "CPU" is the CPU time of a training step, of all threads: on
-a busy machine it is steadier than the time that passes. "frame" is one frame of a stream, batch 1, as vmrnn.Forecaster
-runs it.
+MKL where vmrnn/network/linear.py would take oneDNN), and a scan back end (default: auto; mamba is the published path,
+with its stacked and flipped copies). Networks B and D are the published ones (64x64, patch 2, width 128); B4, B8 and D4
+are networks for a CPU: NETWORKS below. All have 10 + 10 frames. "CPU" is the CPU time of a training step, of all
+threads: on a busy machine it is steadier than the time that passes. "frame" is one frame of a stream, batch 1, as
+vmrnn.Forecaster runs it.
 
-Each case runs in a process of its own, so that its peak memory is its own. Every round runs all cases in turn, so that a
-machine whose speed drifts treats them alike. The golden tests of every back end used must pass first. Prints a table of
-medians over rounds, and adds a line to exps/benchmarks/train_step.jsonl.
+Each case runs in a process of its own, so that its peak memory is its own. Every round runs all cases in turn, so that
+a machine whose speed drifts treats them alike. The golden tests of every back end used must pass first. Prints a table
+of medians over rounds, and adds a line to exps/benchmarks/train_step.jsonl.
 """
 
 import argparse
@@ -107,9 +107,8 @@ def profile(case, device):
     total = sum(row.self_cpu_time_total for row in rows)
     print(f"{describe_device(device)}; {case}, training steps, {total / 1e6:.2f} s of operations")
     for row in rows[:20]:
-        print(
-            f"{row.key[:56]:58}{row.self_cpu_time_total / 1e3:9.1f} ms{row.self_cpu_time_total / total:8.1%}{row.count:8}"
-        )
+        own = row.self_cpu_time_total
+        print(f"{row.key[:56]:58}{own / 1e3:9.1f} ms{own / total:8.1%}{row.count:8}")
 
 
 def main():
@@ -160,8 +159,10 @@ def medians_of(rounds):
 
 def row(case, medians):
     rate = int(case.split(":")[1]) * 2 * FRAMES / medians["step"]
-    figures = f"{medians['step']:10.3f}{medians['cpu']:10.3f}{rate:10.1f}{medians['peak']:12.0f}{1e3 * medians['frame']:20.2f}"
-    return f"{case:30}{figures}"
+    return (
+        f"{case:30}{medians['step']:10.3f}{medians['cpu']:10.3f}{rate:10.1f}{medians['peak']:12.0f}"
+        f"{1e3 * medians['frame']:20.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def motion(inputs, horizon, value_range=UNIT):
 
     The flow is scikit-image's iterative Lucas-Kanade, of the mean over channels, averaged over the last pairs of frames
     and smoothed. It stays as it is over the forecast. Each pixel is traced backwards along the flow (semi-Lagrangian
-    advection, as in pysteps and Germann and Zawadzki 2002). What comes from outside the frame is 0 where that is nothing,
-    else the nearest value at the edge.
+    advection, as in pysteps and Germann and Zawadzki 2002). What comes from outside the frame is 0 where that is
+    nothing, else the nearest value at the edge.
     """
     moved = []
     for sequence in inputs.float().cpu().numpy():

@@ -32,8 +32,8 @@ class Damaged(UserError):
 
 
 # What torch.load, zipfile and safetensors raise for files that are not what they seem.
-DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, ValueError, TypeError, KeyError,
-          AttributeError, IndexError, AssertionError)  # fmt: skip
+DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, ValueError, TypeError,
+          KeyError, AttributeError, IndexError, AssertionError)  # fmt: skip
 
 FORMAT, VERSION = "vmrnn-checkpoint", 2
 READ_PAUSES = (1, 5)  # seconds before the second and the third attempt to read a checkpoint
@@ -51,7 +51,8 @@ class Trained:
     model         the network, in evaluation mode, on its device
     config        vmrnn.config.Config that the network was built from
     value_range   ValueRange of the data that the network was trained on; None: the file does not say
-    training      options of the training, a dict: those in the file; those of `config` where the file holds weights alone
+    training      options of the training, a dict: those in the file; those of `config` where the file holds weights
+                  alone
     """
 
     model: torch.nn.Module
@@ -109,9 +110,9 @@ def value_range_of(content, config):
     """The ValueRange of the data that a checkpoint was trained on, None if it is not known.
 
     content   what read_checkpoint returned
-    config    Config. Where its missing_value differs from the stored one, it replaces the missing values of the training. A
-              data_range that differs, and is not empty, replaces the low and high of the training. If the file stores no
-              range, the range is made from `config`
+    config    Config. Where its missing_value differs from the stored one, it replaces the missing values of the
+              training. A data_range that differs, and is not empty, replaces the low and high of the training. If the
+              file stores no range, the range is made from `config`
 
     What the network knows of its fields and forcings stays as it was.
     UserError: another transform or zero_below than in the training, since the network knows values on that scale alone.

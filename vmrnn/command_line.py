@@ -14,7 +14,7 @@ from vmrnn.errors import UserError
 READING = ("array_key", "array_axes", "variables", "time_from", "time_step", "forcings", "frame_step")
 
 COLOURS = (
-    "colours of pictures: grey, rain or a colour map of matplotlib (default: auto, which is rain or viridis for fields, "
+    "colours of pictures: grey, rain or a colour map of matplotlib (default: auto, which is rain or viridis for fields "
     "and grey for all else)"
 )
 
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser, only=None):
-    """A flag for every key of Config, or for those of `only`. One that is not given leaves no trace in the arguments."""
+    """A flag for every key of Config, or for those of `only`. A flag that is not given is absent from the arguments."""
     parser.usage = "%(prog)s [options]"  # a list of them all would hide the text below it
     fields = [f for f in FIELDS.values() if only is None or f.name in only]
     groups = {
@@ -172,7 +172,8 @@ def predict_parser(description):
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="files to write, see above (default: <input>_forecast.nc for gridded fields, else .npz, beside the weights)",
+        help="files to write, see above "
+        "(default: <input>_forecast.nc for gridded fields, else .npz, beside the weights)",
     )
     parser.add_argument("--colours", default="auto", metavar="NAME", help=COLOURS)
     parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")

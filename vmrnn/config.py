@@ -119,14 +119,15 @@ class Config:
         "what a forecast starts from; none: nothing; motion: the last frame moved along the optical flow, which the "
         "network is given and corrects", choices=["none", "motion"])
     head: str = option("network", "plain",
-        "how a frame is made of features; plain: drawn from nothing, as published; advection: a mixture of copies of the "
-        "last frame, which the network moves, and of a frame that it draws", rule=key_of("HEADS"))
+        "how a frame is made of features; plain: drawn from nothing, as published; advection: a mixture of copies of "
+        "the last frame, which the network moves, and of a frame that it draws", rule=key_of("HEADS"))
     d_state: int = option("network", 16, "states per channel of the scan", at_least=1)
     drop_rate: float = option("network", 0.0, "dropout rate after the patch embedding", at_least=0, below=1)
     attn_drop_rate: float = option("network", 0.0, "dropout rate in every block", at_least=0, below=1)
     drop_path_rate: float = option("network", 0.1, "stochastic depth: rate of dropped blocks", at_least=0, below=1)
 
-    dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array, grid", choices=list(DATASETS))
+    dataset: str = option("data", "moving_mnist", "data set; your own: video, frames, array, grid",
+        choices=list(DATASETS))
     train_data_dir: str = option("data", "mnist",
         "training data: a file or folder (data/README.md); of Moving MNIST the digits: an idx3 file, mnist (downloaded "
         "once) or builtin (those of scikit-learn)")
@@ -154,23 +155,22 @@ class Config:
         "grid: the dimensions of a field in order, as letters: N sequences, T time, C channels, H rows, W columns; "
         "empty: by their names and attributes", rule=axes)
     time_from: str = option("data", "",
-        "grid: where a frame's time is: name:%Y%m%d%H%M (in the file's name), variable:NAME or attribute:NAME; empty: in "
-        "the time coordinate, else in a scalar variable or an attribute")
+        "grid: where a frame's time is: name:%Y%m%d%H%M (in the file's name), variable:NAME or attribute:NAME; empty: "
+        "in the time coordinate, else in a scalar variable or an attribute")
     time_step: str = option("data", "",
         "your own data with times: take the frames nearest to a regular step, such as 10min or 1h; empty: all frames")
     forcings: list[str] = option("data", [],
-        "grid: fields that are known in advance; the network is given them at every frame, those of the forecast too, and "
-        "never forecasts them; FILE:NAME: a field of another file that does not change with time")
+        "grid: fields that are known in advance; the network is given them at every frame, those of the forecast too, "
+        "and never forecasts them; FILE:NAME: a field of another file that does not change with time")
     calendar: bool = option("data", False,
         "grid: give the network sine and cosine of the hour of the day and of the day of the year (UTC)")
     frame_step: int = option("data", 1, "your own data: take every k-th frame", at_least=1)
     data_range: list[float] = option("data", [],
-        "the stored values that become 0 and 1: low and high of all channels, or a pair per channel; empty: 0 and 255 for "
-        "pictures of 8 bits, else the range of each channel in the training data", rule=low_and_high)
+        "the stored values that become 0 and 1: low and high of all channels, or a pair per channel; empty: 0 and 255 "
+        "for pictures of 8 bits, else the range of each channel in the training data", rule=low_and_high)
     transform: str = option("data", "none",
-        "function of the values before data_range; sqrt and log spread small values, such as light rain, over more of the "
-        "scale",
-        choices=list(TRANSFORMS))
+        "function of the values before data_range; sqrt and log spread small values, such as light rain, over more of "
+        "the scale", choices=list(TRANSFORMS))
     zero_below: float = option("data", 0.0,
         "with transform: values below this one count as 0, in the units of the data", at_least=0)
     missing_value: list[float] = option("data", [], "stored values that mean a missing pixel; NaN always does",
@@ -193,7 +193,8 @@ class Config:
     valid_batch_size: int = option("evaluation", 16, "sequences per validation batch", at_least=1, resume=True)
     test_batch_size: int = option("evaluation", 16, "sequences per test batch", at_least=1, resume=True)
     thresholds: list[float] = option("evaluation", [],
-        "thresholds in the units of the data; a value at or above one is an event, which CSI, POD, FAR and other scores count",
+        "thresholds in the units of the data; a value at or above one is an event, which CSI, POD, FAR and other "
+        "scores count",
         resume=True)
     fss_windows: list[int] = option("evaluation", [],
         "test.py, with thresholds: sides of the windows of the fractions skill score, odd numbers of pixels",
@@ -205,23 +206,24 @@ class Config:
         "validation batches between saved pictures; the first batch is always saved", at_least=1, resume=True)
 
     epochs: int = option("training", 2000, "epochs", at_least=1, resume=True)
-    train_sequences: int = option("training", 10000, "sequences per epoch; without random crops at most as many as the data hold",
-        at_least=1)
+    train_sequences: int = option("training", 10000,
+        "sequences per epoch; without random crops at most as many as the data hold", at_least=1)
     train_batch_size: int = option("training", 16, "sequences per update, over all devices together", at_least=1)
     l1_weight: float = option("training", 1.0,
         "weight of the absolute error in the loss, next to the squared error (paper: 1)", at_least=0)
     bright_weight: float = option("training", 0.0,
-        "the error of a pixel of value v, on the scale [0, 1], weighs 1 + bright_weight v in the loss; for fields of mostly "
-        "small values, such as rain", at_least=0)
+        "the error of a pixel of value v, on the scale [0, 1], weighs 1 + bright_weight v in the loss; for fields of "
+        "mostly small values, such as rain", at_least=0)
     optimizer: str = option("training", "adam",
         "optimiser; muon: Muon for matrices and filters, AdamW for the other weights",
         choices=["adam", "adamw", "muon"])
-    lr: float = option("training", 1e-4, "learning rate: the highest of the run, whatever the schedule", at_least=0, resume=True)
+    lr: float = option("training", 1e-4, "learning rate: the highest of the run, whatever the schedule", at_least=0,
+        resume=True)
     weight_decay: float = option("training", 0.0,
         "decay of matrices and filters; never of norms, biases, A_logs and Ds", at_least=0, resume=True)
     schedule: str = option("training", "constant",
-        "learning rate over the run; cosine falls to 0, onecycle rises and falls to almost 0, wsd is constant and then falls "
-        "to 0",
+        "learning rate over the run; cosine falls to 0, onecycle rises and falls to almost 0, wsd is constant and then "
+        "falls to 0",
         choices=["constant", "cosine", "onecycle", "wsd"], resume=True)
     warmup_steps: int = option("training", 0,
         "updates of linear warm-up; onecycle warms up for 30 % of the run if this is 0", at_least=0)
@@ -274,7 +276,8 @@ class Config:
             )
         if len(self.data_range) not in (0, 2, 2 * self.input_channels):
             raise UserError(
-                f"data_range = {self.data_range}: give 2 numbers, or 2 per channel for input_channels {self.input_channels}"
+                f"data_range = {self.data_range}: give 2 numbers, or 2 per channel for input_channels "
+                f"{self.input_channels}"
             )
 
     @property
@@ -373,7 +376,7 @@ def resolve(toml_path, given, base=None):
 
 
 def read_toml(path):
-    """{option: value} of a TOML file; {} without a path. UserError: it cannot be read, or holds what no option can be."""
+    """{option: value} of a TOML file; {} without a path. UserError: it cannot be read, or holds what is no option."""
     if not path:
         return {}
     try:

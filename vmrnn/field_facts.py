@@ -103,8 +103,8 @@ def climatology(path, config, value_range, info=None):
         plane, other = (info.y, info.x), (source.info.y, source.info.x)
         if name := unlike_place(info.coordinates, plane, source.info.coordinates, other):
             raise UserError(
-                f"--climatology {path}: its coordinate {name} is not that of the test set; give frames of the same places in "
-                "the same order"
+                f"--climatology {path}: its coordinate {name} is not that of the test set; give frames of the same "
+                "places in the same order"
             )
     prepare, total, count = Preparation.of(options, replace(value_range, given=None)), 0, 0
     for frame in chain.from_iterable(sequence.frames() for sequence in source.sequences):

@@ -80,7 +80,10 @@ class GraphedStep:
         return self.recorded(inputs, targets)
 
     def record(self, inputs, targets):
-        """Record the step for these shapes. That runs it, so gradients and the generator's state are put back afterwards."""
+        """Record the step for these shapes.
+
+        Recording runs the step, so the gradients and the state of the generator are put back afterwards.
+        """
         parameters, device = self.step.parameters, self.step.device
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         random_state = torch.cuda.get_rng_state(device)

@@ -60,8 +60,8 @@ def zero_is_nothing(value_range, channels):
     value_range   ValueRange of the data
     channels      number of channels
 
-    It does if it stands for 0 in the units of the data, as for rain and for the black of a picture. Otherwise it is only
-    the lowest value of the range, such as the coldest temperature of the training data.
+    It does if it stands for 0 in the units of the data, as for rain and for the black of a picture. Otherwise it is
+    only the lowest value of the range, such as the coldest temperature of the training data.
     """
     nothing = [bool(value_range.forward(np.asarray(low, np.float64)) == 0) for low, _ in value_range.pairs()]
     return nothing * channels if len(nothing) == 1 else nothing
@@ -86,8 +86,8 @@ def without_missing(frame, nothing):
 def advect(frame, flow, horizon, nothing, place=None):
     """A frame moved along a flow, traced backwards (semi-Lagrangian).
 
-    What comes from outside the frame is not known: a channel whose 0 is nothing gets 0, another one the nearest value at
-    the edge.
+    What comes from outside the frame is not known: a channel whose 0 is nothing gets 0, another one the nearest value
+    at the edge.
 
     frame     (C, H, W)
     flow      Flow; None: the frame stands still
@@ -115,8 +115,8 @@ class Motion:
     """Frames of a stream, moved along their optical flow. Channels move together.
 
     value_range   ValueRange of the data: see zero_is_nothing
-    flow_of       function of two frames (C, H, W) that returns their Flow, such as one that remembers; None: flow_between
-                  of the means over channels
+    flow_of       function of two frames (C, H, W) that returns their Flow, such as one that remembers; None:
+                  flow_between of the means over channels
     """
 
     def __init__(self, value_range, flow_of=None):

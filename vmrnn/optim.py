@@ -13,8 +13,8 @@ FUSED = ("cpu", "cuda")
 class CPUMuon(Muon):
     """timm's Muon for a CPU: it orthogonalizes the updates in fp32.
 
-    timm orthogonalizes in bf16 and has no option for another type. Products of bf16 matrices are slow on most CPUs. So the
-    function of timm's module that does it is replaced during a step, and put back after it.
+    timm orthogonalizes in bf16 and has no option for another type. Products of bf16 matrices are slow on most CPUs. So
+    the function of timm's module that does it is replaced during a step, and put back after it.
     """
 
     def step(self, closure=None):

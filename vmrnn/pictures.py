@@ -309,7 +309,7 @@ def signed_colours(forecast, targets, limit=1.0):
 
 
 def error_limit(pairs, look):
-    """The error that gets the full colour: the 99.9th percentile of its size over pairs (forecast, targets) of values."""
+    """The error that gets the full colour: the 99.9th percentile of |error| over pairs (forecast, targets)."""
     return max(LEAST_LIMIT * (look.high - look.low), nearly_largest(np.abs(f - t).mean(-1) for f, t in pairs))
 
 

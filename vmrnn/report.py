@@ -20,7 +20,7 @@ from PIL import Image
 from vmrnn.colours import GREY, Look, shrunk
 from vmrnn.data.fetch import STANDARD, STANDARD_MD5
 from vmrnn.files import replacing
-from vmrnn.pictures import UNITS, error_limit, signed_colours
+from vmrnn.pictures import UNITS, counted_leads, error_limit, signed_colours
 from vmrnn.run_folder import strict_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -69,9 +69,9 @@ def published(config, mean):
     config   dict of options
     mean     {metric: figure} of this test
 
-    Returns {"metrics", "rows", "own", "note"}: rows of [network, parameters, source, figures...], the smallest error first,
-    the figures of this test, and whether the test set is the published one. None: no published figures are of the same
-    task.
+    Returns {"metrics", "rows", "own", "note"}: rows of [network, parameters, source, figures...], the smallest error
+    first, the figures of this test, and whether the test set is the published one. None: no published figures are of
+    the same task.
     """
     table = PUBLISHED.get(config["dataset"])
     if table is None or any(config[key] != value for key, value in table["setting"].items()):
@@ -248,10 +248,8 @@ def scale_of(look):
     """The colours of a scale for the page: {"label", "gradient": a gradient of CSS, "ticks": [[place, text]]}."""
     colours, ticks = look.scale()
     count = len(colours)
-    stops = [
-        f"rgb({' '.join(str(round(255 * float(part))) for part in colour)}) {100 * i / count:.4g}% {100 * (i + 1) / count:.4g}%"
-        for i, colour in enumerate(colours)
-    ]
+    names = [f"rgb({' '.join(str(round(255 * float(part))) for part in colour)})" for colour in colours]
+    stops = [f"{name} {100 * i / count:.4g}% {100 * (i + 1) / count:.4g}%" for i, name in enumerate(names)]
     return {"label": look.label, "gradient": f"linear-gradient(90deg, {', '.join(stops)})", "ticks": ticks}
 
 
@@ -261,7 +259,8 @@ def data_uri(png):
 
 
 def write_report(
-    path, *, title, facts, conventions, results, sequences, config, command, look=None, leads=None, channels=None, spectrum=None
+    path, *, title, facts, conventions, results, sequences, config, command, look=None, leads=None, channels=None,
+    spectrum=None,
 ):  # fmt: skip
     """Write the page.
 
@@ -297,7 +296,7 @@ def write_report(
         "limit_unit": look.unit,
         "channels": config["input_channels"],
         "channel_names": channels or [f"channel {c}" for c in range(config["input_channels"])],
-        "leads": leads or [str(t + 1) for t in range(len(next(iter(first["per_frame"].values()))))],
+        "leads": leads or counted_leads(len(next(iter(first["per_frame"].values())))),
         "spectrum": data_uri(Path(spectrum).read_bytes()) if spectrum else None,
         "config": config,
         "versions": versions(),

@@ -38,9 +38,9 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
     following        (B, horizon - 1 or more, C + F, H, W): the frames after the inputs, of which only the forcings are
                      used; None if the network has none (F = 0)
 
-    Output i is the network's forecast of frame i + 1, so the last `horizon` outputs are the forecast. The last F channels
-    are forcings: given at every frame and never forecast. The base of a network, if it has one, is the last of the
-    forcings. Sides that do not fit the network are padded, and the outputs are cropped.
+    Output i is the network's forecast of frame i + 1, so the last `horizon` outputs are the forecast. The last F
+    channels are forcings: given at every frame and never forecast. The base of a network, if it has one, is the last of
+    the forcings. Sides that do not fit the network are padded, and the outputs are cropped.
 
     Raises UserError if the network has forcings and those of the forecast are not given.
     """
@@ -76,12 +76,13 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
 
 
 def forcings_of(model, following, horizon):
-    """The forcings of the frames that a forecast feeds on, (B, horizon - 1 or more, F, H, W); None if there are none."""
+    """The forcings of the frames that a forecast feeds on, (B, horizon - 1 or more, F, H, W); None: there are none."""
     if model.out_chans == model.in_chans or horizon == 1:
         return None
     if following is None or following.shape[1] < horizon - 1:
         raise UserError(
-            f"the network has {model.in_chans - model.out_chans} forcings: give those of the {horizon - 1} frames after the inputs"
+            f"the network has {model.in_chans - model.out_chans} forcings: "
+            f"give those of the {horizon - 1} frames after the inputs"
         )
     return network_input(following[:, :, model.out_chans :], model.stride)
 

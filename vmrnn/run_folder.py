@@ -197,8 +197,8 @@ class Resumed:
 #   --resume FILE,  FILE's own folder             continues it from FILE; this is the folder unless --res_dir is given
 #   --resume FILE,  another folder without a run  continues there, with a new log and a new best; FILE's folder stays
 #   --resume FILE,  another folder with a run     refused
-# If last.pt is damaged or missing, previous_last.pt takes its place, with a warning. The damaged file is kept. A last.pt
-# that cannot be read, or that a newer version wrote, is refused: it may be whole.
+# If last.pt is damaged or missing, previous_last.pt takes its place, with a warning. The damaged file is kept. A
+# last.pt that cannot be read, or that a newer version wrote, is refused: it may be whole.
 # A folder without a run has no last.pt. If it has best weights or a log all the same, it is refused, see check_new.
 def checkpoint_to_resume(folder, resume):
     """Path of the checkpoint that a start in `folder` continues from; None: a new run.
@@ -231,8 +231,8 @@ def check_new(folder, resume):
             f"{folder}: holds best.safetensors of a run whose last.pt is gone: --init_from starts from it in another "
             "--res_dir, or move it away"
         )
-    # A run that was killed before its first save may have a log. With --resume auto a job script starts it again, and no
-    # person is there to move the log.
+    # A run that was killed before its first save may have a log. With --resume auto a job script starts it again, and
+    # no person is there to move the log.
     if resume != "auto" and file_size(folder / "log.jsonl"):
         raise UserError(
             f"{folder}: holds the log.jsonl of a run without a last.pt: give another --res_dir, or move it away"
@@ -307,8 +307,8 @@ class RunFolder:
         if not self.writes:
             return
 
-        # Take the lock. The data were prepared after the checkpoint was read, which may have taken minutes: another process
-        # may have trained here and ended.
+        # Take the lock. The data were prepared after the checkpoint was read, which may have taken minutes: another
+        # process may have trained here and ended.
         make_folder(self.path / "pictures")
         try:
             self.lock.acquire()

@@ -1,9 +1,9 @@
 """Do the kernels compute the right numbers on this machine?
 
-    python -m vmrnn.selfcheck            every scan back end on every device of this machine, as a table for a bug report
+    python -m vmrnn.selfcheck      every scan back end on every device of this machine, as a table for a bug report
 
-Each back end and the layers around it are compared with plain torch in float64 on the CPU: outputs and every gradient, on
-small maps. The Triton kernels are also checked by themselves when they are chosen for the first time on a GPU
+Each back end and the layers around it are compared with plain torch in float64 on the CPU: outputs and every gradient,
+on small maps. The Triton kernels are also checked by themselves when they are chosen for the first time on a GPU
 (`first_use`). A process of its own does that, so that a kernel that crashes or hangs harms nothing else.
 """
 
@@ -261,7 +261,8 @@ def describe():
     """Lines on the machine and the versions."""
     yield from (describe_device(torch.device(device)) for device in devices())
     triton = scan.triton_scan.triton
-    yield f"Triton {triton.__version__ if triton else 'not installed'}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
+    version = triton.__version__ if triton else "not installed"
+    yield f"Triton {version}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
 
 
 def main():

@@ -16,8 +16,8 @@ from vmrnn.network.swin import SwinLSTMCell
 # A network is the class VMRNN of a module beside this package. The module is imported when the network is built.
 NETWORKS = {"VMRNN-B": "VMRNN_B", "VMRNN-D": "VMRNN_D"}
 
-# A cell is a module cell(x, state) -> h, state on maps (B, H, W, C); state is None at the start. Its class is called with
-# the width and, by keyword, drop_path (one rate per block), dropout, d_state and scan.
+# A cell is a module cell(x, state) -> h, state on maps (B, H, W, C); state is None at the start. Its class is called
+# with the width and, by keyword, drop_path (one rate per block), dropout, d_state and scan.
 CELLS = {"vss": VMRNNCell, "swin": SwinLSTMCell, "conv": ConvLSTMCell}
 
 # A head is a module head(features, frame) -> forecast, see PatchInflated, whose arguments its class takes.

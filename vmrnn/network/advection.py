@@ -15,9 +15,9 @@ REACH = 4  # pixels, the farthest that a copy can move per frame and axis; the d
 class AdvectionHead(PatchInflated):
     """head(features (B, H/p, W/p, C), frame (B, in_chans, H, W)) -> the forecast (B, out_chans, H, W) in [0, 1].
 
-    A pixel of the forecast is a weighted mean of MOVES copies of the last frame and of one frame that the network draws.
-    The network chooses the weights for every pixel, and the filters that move the copies for every patch (see advect). A
-    filter is a softmax: one large tap shifts the patch by whole pixels, several taps blur it.
+    A pixel of the forecast is a weighted mean of MOVES copies of the last frame and of one frame that the network
+    draws. The network chooses the weights for every pixel, and the filters that move the copies for every patch (see
+    advect). A filter is a softmax: one large tap shifts the patch by whole pixels, several taps blur it.
 
     This differs from the paper, which has ten filters for the whole frame. Those are not separable; these are.
 

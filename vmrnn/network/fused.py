@@ -72,7 +72,8 @@ class ConvSilu(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         grad = aten.silu_backward(grad.permute(0, 3, 1, 2), convolve(x, weight, bias))
         dx, dweight, dbias = aten.convolution_backward(
-            grad, x.permute(0, 3, 1, 2), weight, [len(bias)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(bias), [True] * 3
+            grad, x.permute(0, 3, 1, 2), weight, [len(bias)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(bias),
+            [True] * 3,
         )  # fmt: skip
         return dx.permute(0, 2, 3, 1), dweight, dbias
 

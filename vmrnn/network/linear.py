@@ -93,7 +93,7 @@ def fits(a, b):
         and type(a) is torch.Tensor  # not a tensor of shapes without values
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
-        and onednn_is_faster()  # last: its first call multiplies, which a count of products or fake tensors must not see
+        and onednn_is_faster()  # last: its first call multiplies, which a count of products must not see
     )
 
 

@@ -41,7 +41,8 @@ def check_frame(shape, in_chans, stride):
 def check_frame_size(H, W, stride):
     if H % stride or W % stride:
         raise UserError(
-            f"frames of {H}x{W}: height and width must be multiples of {stride}, patch_size doubled by each merging level"
+            f"frames of {H}x{W}: height and width must be multiples of {stride}, "
+            "patch_size doubled by each merging level"
         )
 
 
@@ -101,6 +102,7 @@ class PatchExpanding(nn.Module):
 
 
 def doubling_convolution(in_chans, out_chans):
+    """(B, in_chans, H, W) -> (B, out_chans, 2H, 2W)."""
     return nn.ConvTranspose2d(in_chans, out_chans, 3, stride=2, padding=1, output_padding=1)
 
 
@@ -114,8 +116,8 @@ class PatchInflated(nn.Module):
                  out_chans channels of the input; the last layer starts at zero, so that an untrained network does not
                  change its base
 
-    It doubles the map log2(p) times. The published code doubles it p // 4 + 1 times. That is the same for p = 2, 4 and
-    8, and 32-fold for p = 16.
+    It doubles the map log2(p) times. The published code doubles it p // 4 + 1 times, which is the same for p = 2, 4 and
+    8, but five times instead of four for p = 16.
     """
 
     def __init__(self, patch_size, dim, out_chans, base="none"):

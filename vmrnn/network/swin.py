@@ -31,7 +31,7 @@ def attention_mask(H, W, shift, like):
         return None
 
     def regions(side, shift):
-        """A number per row (or column): 0 in general, 1 where the shift moved a row around the edge, 2 in the padding."""
+        """A number per row (or column): 1 for rows that the shift moved around the edge, 2 for padding, else 0."""
         row = torch.arange(-(-side // WINDOW) * WINDOW, device=like.device)
         return (row >= side - shift).to(like.dtype) + (row >= side).to(like.dtype)
 
@@ -48,7 +48,7 @@ class SwinBlock(SwinTransformerBlock):
     whole windows are masked out, so a small map has a window of its own size.
 
     shifted  whether the windows are shifted by half their side
-    The others are those of vmrnn.network.cell.VSB.
+    The other parameters are those of vmrnn.network.cell.VSB.
     """
 
     def __init__(self, dim, *, mixes_hidden, shifted, drop_path=0.0, dropout=0.0):
@@ -88,7 +88,7 @@ class SwinBlock(SwinTransformerBlock):
 
 
 class SwinLSTMCell(nn.Module):
-    """cell(x, state) -> h, (h, c), the contract of vmrnn.network.cell.VMRNNCell with Swin blocks in place of VSS blocks.
+    """cell(x, state) -> h, (h, c): vmrnn.network.cell.VMRNNCell with Swin blocks in place of VSS blocks.
 
     dim        width C
     drop_path  one rate per block, so its length is the number of blocks

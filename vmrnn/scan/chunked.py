@@ -1,9 +1,10 @@
 """The scan in plain torch, chunk by chunk, for machines without a kernel.
 
-The contract is that of `reference.scan_2d`. All four directions advance together. The positions of one chunk are gathered
-(a copy of CHUNK positions, never of the map). The recurrence is one fused multiply-add per step; everything else is a few
-large operations per chunk. The backward pass keeps the state at the start of every chunk and computes the rest again, so
-no (B, L, Di, N) tensor exists in either pass. The largest tensor is that of the step sizes, (B, L, K, Di).
+The contract is that of `reference.scan_2d`. All four directions advance together. The positions of one chunk are
+gathered, a copy of CHUNK positions and never of the map. The recurrence is one fused multiply-add per step. Everything
+else is a few large operations per chunk. The forward pass keeps the state at the start of every chunk, and the backward
+pass computes the other states again. So no (B, L, Di, N) tensor exists in either pass. The largest tensor is that of
+the step sizes, (B, L, K, Di).
 """
 
 import torch

@@ -12,7 +12,10 @@ import torch
 
 from vmrnn.scan.reference import merge_directions, split_directions
 
-INSTALL = "pip install --no-build-isolation --no-deps -r requirements-cuda.txt (needs nvcc of torch's CUDA version; see there)"
+INSTALL = (
+    "MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps "
+    "-r requirements-cuda.txt (needs nvcc of torch's CUDA version; see there)"
+)
 
 
 @functools.cache
@@ -33,10 +36,7 @@ def can_run(device, dtype, d_state):
         return False, f"mamba-ssm's kernel takes d_state up to 256, got {d_state}"
     module, why = extension()
     if module is None:
-        return False, (
-            f"selective_scan_cuda cannot be imported ({why}); MAMBA_FORCE_BUILD=TRUE "
-            f"MAMBA_KEEP_CUDA_BUILD=TRUE {INSTALL}"
-        )
+        return False, f"selective_scan_cuda cannot be imported ({why}); {INSTALL}"
     return True, f"selective_scan_cuda from {getattr(module, '__file__', 'mamba-ssm')}"
 
 

@@ -66,8 +66,8 @@ def scan_2d(x, dbl, dt_weight, dt_bias, A_log, D):
 def selective_scan(u, dt, A, b, c):
     """One direction: u, dt (B, L, Di); A (Di, N); b, c (B, L, N) -> (B, L, Di).
 
-    The loop uses unbind and stack. The backward of indexing by l would write a full-size tensor of zeros per step, which
-    makes it quadratic in L.
+    The loop uses unbind and stack. The backward of indexing by l would write a full-size tensor of zeros per step,
+    which makes it quadratic in L.
     """
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[-1])
     ys = []

@@ -3,9 +3,9 @@
 Shape letters as in reference.py: B batch, H and W map, L = H W positions, K = 4 directions, Di channels, N states,
 R rank of the step size. ROW = R + 2N is the length of one direction's row of dbl: low-rank step size, B, C.
 
-A state is a tensor [N_FIRST, BLOCK_D, N_LAST]: the N states of BLOCK_D channels, with the states laid out over the first
-and the last axis. Rows of the step-size weights are [R_FIRST, BLOCK_D, R_LAST] in the same way. `wide` gives a vector
-over channels these three axes. All arithmetic is fp32.
+A state is a tensor [N_FIRST, BLOCK_D, N_LAST]: the N states of BLOCK_D channels, with the states laid out over the
+first and the last axis. Rows of the step-size weights are [R_FIRST, BLOCK_D, R_LAST] in the same way. `wide` gives a
+vector over channels these three axes. All arithmetic is fp32.
 """
 
 # Annotations stay text, so that this file can be imported where Triton is not installed.

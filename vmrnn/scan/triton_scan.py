@@ -38,8 +38,8 @@ SEGMENTS_WORTH_BACKWARD = 2  # here it costs a fifth of a backward
 CHAIN_BLOCK = 128  # states per program of chain_kernel
 SUM_BLOCK = 1024  # elements per program of sum_kernel
 
-# One warp per program needs no barriers between warps and leaves more programs. Newer Triton than 3.9 fuses multiply-adds
-# only if told to.
+# One warp per program needs no barriers between warps and leaves more programs. Newer Triton than 3.9 fuses
+# multiply-adds only if told to.
 OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 SUM_OPTIONS = OPTIONS | {"num_warps": 4}
 
