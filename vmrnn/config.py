@@ -397,28 +397,40 @@ def check_keys(values, where):
             names = {name: f.metadata["help"] for name, f in FIELDS.items()}
             hint = did_you_mean(str(key), names) or "; see python train.py --help"
             raise UserError(f"{where}: unknown key {shown(key)}{hint}")
-        kind = FIELDS[key].type
         try:
-            if kind is float and type(value) is int:
-                value = float(value)
-            if kind == list[float] and isinstance(value, list):
-                value = [float(v) if type(v) is int else v for v in value]
+            checked[key] = with_floats(FIELDS[key], value)
         except OverflowError as error:
             raise UserError(f"{where}: {key} = {shown(value)} is too large") from error
-        if kind in LISTS:
-            fits = isinstance(value, list) and all(type(v) is LISTS[kind] for v in value)
-            fits = fits and (bool(value) or not FIELDS[key].default_factory())
-            wanted = {int: "a list of integers", float: "a list of numbers", str: "a list of texts"}[LISTS[kind]]
-        else:
-            fits, wanted = type(value) is kind, kind.__name__
-        if not fits:
-            raise UserError(f"{where}: {key} = {shown(value)} is not {wanted}")
-        # Text that cannot be shown, such as a path in another encoding. Spaces of all kinds are text.
-        text = str(value) if kind in (str, list[str]) else ""
-        if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for sign in text):
-            raise UserError(f"{where}: {key} = {shown(value)} holds signs that are not text")
-        checked[key] = value
+        if complaint := type_complaint(FIELDS[key], checked[key]):
+            raise UserError(f"{where}: {key} = {shown(checked[key])} {complaint}")
     return checked
+
+
+def with_floats(option, value):
+    """The value with ints made floats if the option is a float or a list of floats. OverflowError: one is too large."""
+    if option.type is float and type(value) is int:
+        return float(value)
+    if option.type == list[float] and isinstance(value, list):
+        return [float(v) if type(v) is int else v for v in value]
+    return value
+
+
+def type_complaint(option, value):
+    """Why a value cannot be one of the option, whatever its range, as the end of a sentence; None if it can."""
+    kind = option.type
+    if kind in LISTS:
+        fits = isinstance(value, list) and all(type(v) is LISTS[kind] for v in value)
+        fits = fits and (bool(value) or not option.default_factory())
+        wanted = {int: "a list of integers", float: "a list of numbers", str: "a list of texts"}[LISTS[kind]]
+    else:
+        fits, wanted = type(value) is kind, kind.__name__
+    if not fits:
+        return f"is not {wanted}"
+    # Text that cannot be shown, such as a path in another encoding. Spaces of all kinds are text.
+    text = str(value) if kind in (str, list[str]) else ""
+    if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for sign in text):
+        return "holds signs that are not text"
+    return None
 
 
 def shown(value):
