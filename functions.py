@@ -58,13 +58,14 @@ class RolloutLoss:
         missing = truth.isnan()
         # A missing pixel takes the value of the output: its error and its gradient are 0.
         truth = torch.where(missing, outputs.detach().to(truth.dtype), truth)
+        # With this weight the mean over all pixels of a sample is the mean over its known ones.
         pixels = truth[0].numel()
-        share = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 if no pixel is missing
-        share = share.view(-1, *[1] * (truth.ndim - 1))
+        weight = pixels / (pixels - missing.flatten(1).sum(1)).clamp(min=1)  # exactly 1 if no pixel is missing
+        weight = weight.view(-1, *[1] * (truth.ndim - 1))
         if self.bright_weight:
-            share = share * (1 + self.bright_weight * truth)
+            weight = weight * (1 + self.bright_weight * truth)
         squared, absolute = (f(outputs, truth, reduction="none") for f in (F.mse_loss, F.l1_loss))
-        return (squared * share).mean() + self.l1_weight * (absolute * share).mean()
+        return (squared * weight).mean() + self.l1_weight * (absolute * weight).mean()
 
 
 def make_loss(config):

@@ -76,7 +76,7 @@ def load(args, given):
     Returns (network or None, Config, ValueRange or None, options of the training as a dict, device).
     """
     if args.checkpoint:
-        trained = load_network(args.checkpoint, args.config, given.pop("device", None), **given)
+        trained = load_network(args.checkpoint, args.config, **{"device": None} | given)
         model = None if args.forecasts else trained.model
         device = next(trained.model.parameters()).device
         return model, trained.config, trained.value_range, trained.training, device
@@ -307,7 +307,6 @@ def facts_of_report(args, config, model, device, test_set, outputs_of, overlap, 
 
 def main(argv=None):
     args, given = parse_arguments(argv)
-    folder = given.get("res_dir")
     model, config, value_range, training, device = load(args, given)
     log.info("device     %s", describe_device(device))
 
@@ -330,7 +329,7 @@ def main(argv=None):
     overlap = overlap_notes(test_set, "test", config, training)
     for note in [*test_set.notes, *overlap]:
         log.info("           %s", note)
-    folder = make_folder(folder or default_folder(tested, config))
+    folder = make_folder(given.get("res_dir") or default_folder(tested, config))
     for old in folder.glob("forecast_[0-9][0-9][0-9][0-9].png"):  # an earlier test may have drawn more sequences
         old.unlink()
 

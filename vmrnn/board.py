@@ -27,7 +27,8 @@ class Board(Logger):
 
     def training(self, progress, values):
         # Sequences per second since the last call, validation included
-        (step, moment), self.since = self.since, (progress.global_step, time.perf_counter())
+        step, moment = self.since
+        self.since = progress.global_step, time.perf_counter()
         speed = (progress.global_step - step) * self.batch / (self.since[1] - moment)
         self.scalars(progress, values | {"sequences_per_second": speed})
 

@@ -58,7 +58,7 @@ class Look:
                 f"--colours {colours}: choose auto, grey, rain or a colour map of matplotlib, such as {FIELD}"
             )
         is_field = DATASETS[config.dataset].field and not (config.dataset == "array" and config.input_channels == 3)
-        name, unit = (next(iter(texts), "") for texts in (value_range.names, value_range.units))
+        name, unit = (texts[0] if texts else "" for texts in (value_range.names, value_range.units))
         if colours == "auto":
             is_rain = config.transform == "log" or any(re.search(IS_RAIN, text.lower()) for text in (name, unit))
             colours = GREY if not is_field else RAIN if is_rain else FIELD

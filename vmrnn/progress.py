@@ -52,7 +52,7 @@ class Bar:
         self.title, self.total, self.unit, self.done, self.rest = title, total, unit, first, rest
         self.new, self.since, self.line = 0, time.monotonic(), time.monotonic()
         terminal = sys.stderr is not None and sys.stderr.isatty()
-        self.silent = silent or terminal
+        self.writes_lines = not (silent or terminal)
         self.bar = TerminalBar(
             desc=title, total=total, initial=first, unit=unit, unit_scale=True, leave=False, dynamic_ncols=True,
             disable=silent or not terminal,
@@ -62,9 +62,6 @@ class Bar:
         return self
 
     def __exit__(self, *raised):
-        self.close()
-
-    def close(self):
         self.bar.close()
 
     def update(self, count=1):
@@ -72,7 +69,7 @@ class Bar:
         self.bar.update(count)
         self.done, self.new = self.done + count, self.new + count
         now = time.monotonic()
-        if not self.silent and now - self.line >= EVERY:
+        if self.writes_lines and now - self.line >= EVERY:
             self.line = now
             log.info("%s", self.text(now))
 

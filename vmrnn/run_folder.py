@@ -141,6 +141,7 @@ class RunState:
         checkpoint.load_weights(self.model, content["model"])
         if self.ema:
             checkpoint.load_weights(self.ema.module, content.get("ema") or {})
+        # Nothing of the file reaches the optimiser or the scaler before it is checked: torch trusts it.
         try:
             moments = checked.checked_moments(self.optimizer, content["optimizer"].get("state"))
             if self.scaler.is_enabled() and content.get("scaler"):
@@ -152,6 +153,7 @@ class RunState:
         if self.scaler.is_enabled() and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(self.progress.updates_per_epoch, **content["position"])
+        # The data and their range must be those that the run began with.
         changed = [split for split, checksum in (content.get("data") or {}).items() if self.data.get(split) != checksum]
         if changed:
             raise UserError(
