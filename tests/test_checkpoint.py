@@ -195,6 +195,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_failed_write_without_a_message_names_the_kind_of_error(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be written \(RuntimeError\)"), replacing(tmp_path / "x"):
+        raise RuntimeError
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
 @pytest.mark.parametrize("writer", ["save_checkpoint(path, dict(model=state))", "save_weights(path, model, {})"])
 def test_a_full_disk(tmp_path, writer, run_forked):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrnn.data.table import DATASETS
-from vmrnn.errors import UserError, range_complaint
+from vmrnn.errors import UserError, first_line, range_complaint
 from vmrnn.values import TRANSFORMS, ValueRange
 
 SCOPES = ("network", "data", "evaluation", "training", "machine")
@@ -384,8 +384,7 @@ def read_toml(path):
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--config {path}: not a TOML file of options ({reason[:100]})") from error
+        raise UserError(f"--config {path}: not a TOML file of options ({first_line(error)[:100]})") from error
     return check_keys(values, path)
 
 

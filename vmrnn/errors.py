@@ -1,4 +1,4 @@
-"""The exceptions that end a program with one line, and the one check of numbers."""
+"""The exceptions that end a program with one line, the line of any other error, and the one check of numbers."""
 
 import math
 
@@ -9,6 +9,11 @@ class UserError(ValueError):
     The message is one line that says what, where and what to do. The programs print it and end
     with exit code 2 (vmrnn.runtime.run_program); a library caller sees a ValueError.
     """
+
+
+def first_line(error):
+    """The first line of an error's message; the name of its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def range_complaint(value, at_least=None, below=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vmrnn.errors import UserError
+from vmrnn.errors import UserError, first_line
 
 
 def new_file(path):
@@ -62,8 +62,7 @@ def replacing(path, keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as theirs
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); the previous file is untouched") from error
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); the previous file is untouched") from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)

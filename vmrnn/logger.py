@@ -3,6 +3,7 @@
 import logging
 from contextlib import contextmanager
 
+from vmrnn.errors import first_line
 from vmrnn.files import make_folder
 from vmrnn.run_folder import read_log
 
@@ -103,8 +104,7 @@ def harmless(what, where):
     try:
         yield
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("warning: %s was not written to %s (%s); training goes on", what, where, reason)
+        log.warning("warning: %s was not written to %s (%s); training goes on", what, where, first_line(error))
 
 
 def make_logger(run, state):

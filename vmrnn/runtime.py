@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmrnn.errors import Stopped, UserError
+from vmrnn.errors import Stopped, UserError, first_line
 from vmrnn.progress import duration
 
 log = logging.getLogger("vmrnn")
@@ -239,8 +239,7 @@ def pick_device(name):
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)  # for code that asks for the current GPU
     except (RuntimeError, AssertionError) as error:  # not compiled in, no driver, no such index
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: not there ({reason}); use --device auto or cpu") from error
+        raise UserError(f"--device {name}: not there ({first_line(error)}); use --device auto or cpu") from error
     return device
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from vmrnn import scan
-from vmrnn.errors import UserError
+from vmrnn.errors import UserError, first_line
 from vmrnn.files import replacing
 from vmrnn.kernel_cache import cache_folder, distrust
 from vmrnn.network import fused, fused_triton
@@ -154,8 +154,7 @@ def complaint_of(check, limit):
     try:
         errors = check()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}", None
+        return f"{type(error).__name__}: {first_line(error)}", None
     worst = max(errors, key=lambda key: errors[key] if errors[key] == errors[key] else float("inf"))
     if errors[worst] <= limit:
         return None, errors[worst]

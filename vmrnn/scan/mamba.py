@@ -10,6 +10,7 @@ import importlib
 
 import torch
 
+from vmrnn.errors import first_line
 from vmrnn.scan.reference import merge_directions, split_directions
 
 INSTALL = (
@@ -24,7 +25,7 @@ def extension():
     try:
         return importlib.import_module("selective_scan_cuda"), None
     except ImportError as error:  # absent, or built for another torch or CUDA
-        return None, str(error).splitlines()[0]
+        return None, first_line(error)
 
 
 def can_run(device, dtype, d_state):
