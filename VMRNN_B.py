@@ -6,14 +6,8 @@ Only the wiring: layers are in vmrnn/network/.
 import torch.nn as nn
 
 from vmrnn.network.cell import VMRNNCell
-from vmrnn.network.patch import (
-    PatchInflated,
-    check_depths,
-    check_frame,
-    check_network,
-    check_options,
-    patch_embed,
-)
+from vmrnn.network.checks import check_depths, check_frame, check_network, check_options
+from vmrnn.network.patch import PatchInflated, patch_embed
 
 
 class VMRNN(nn.Module):

@@ -8,16 +8,8 @@ from timm.layers import calculate_drop_path_rates
 
 from vmrnn.errors import UserError
 from vmrnn.network.cell import VMRNNCell
-from vmrnn.network.patch import (
-    PatchExpanding,
-    PatchInflated,
-    PatchMerging,
-    check_depths,
-    check_frame,
-    check_network,
-    check_options,
-    patch_embed,
-)
+from vmrnn.network.checks import check_depths, check_frame, check_network, check_options
+from vmrnn.network.patch import PatchExpanding, PatchInflated, PatchMerging, patch_embed
 
 
 class VMRNN(nn.Module):

@@ -66,7 +66,7 @@ def default_output(args, source):
     return find_checkpoint(args.checkpoint).parent / name
 
 
-def check_options(given, source, path):
+def check_reading_options(given, source, path):
     """UserError: an option on how the input is read that does not apply to it.
 
     given    names of the options on the command line
@@ -142,7 +142,7 @@ def main(argv=None):
     options = {key: value for key, value in vars(args).items() if key in command_line.READING}
     config = replace(forecaster.config, **options)
     source = open_input(args.input, config)
-    check_options(options, source, args.input)
+    check_reading_options(options, source, args.input)
     if source.info and forecaster.value_range:
         source.notes += source.info.notes(forecaster.value_range, config)
         forecaster.value_range = source.info.named(forecaster.value_range, config, args.input)

@@ -9,7 +9,7 @@ from vmrnn.errors import UserError
 from vmrnn.network.advection import AdvectionHead
 from vmrnn.network.cell import VMRNNCell
 from vmrnn.network.conv import ConvLSTMCell
-from vmrnn.network.kernels import choose_kernels
+from vmrnn.network.kernels import UsesKernels
 from vmrnn.network.patch import PatchInflated
 from vmrnn.network.swin import SwinLSTMCell
 
@@ -53,5 +53,7 @@ def compile_model(model, device):
     """
     if device.type == "cpu" and find_compiler() is None:
         raise UserError("--compile on a CPU needs a C++ compiler: install g++ or leave --compile out")
-    choose_kernels(model)  # before tracing, which cannot follow the choice
+    for module in model.modules():
+        if isinstance(module, UsesKernels):
+            module.choose_kernels()  # before tracing, which cannot follow the choice
     model.advance = torch.compile(model.advance, fullgraph=True, dynamic=False)

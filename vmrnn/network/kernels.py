@@ -98,10 +98,3 @@ class UsesKernels(nn.Module):
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != "_kernels"}
-
-
-def choose_kernels(network):
-    """Choose the kernels of every module of `network` now, not at its first call."""
-    for module in network.modules():
-        if isinstance(module, UsesKernels):
-            module.choose_kernels()
