@@ -82,8 +82,8 @@ def progress_bar(loader, title, total, first=0, rest=None):
     first    number of batches that were done before
     rest     function that returns the end of a line, see vmrnn.progress.Bar
 
-    The caller calls bar.update(frames) when the batch is done. This function cannot: it is not resumed after the last
-    batch that the caller takes.
+    The caller calls bar.update(frames) when the batch is done. A generator cannot do it: after the last batch it is not
+    resumed.
     """
     silent = distributed.rank() > 0
     with Bar(title, first=first, rest=rest, silent=silent) as bar:
@@ -268,7 +268,10 @@ def compare(
     on_batch      called with (step, inputs, targets, forecast) of every batch of this process, without forcings
     title         of the progress bar
 
-    Returns (the loss, mean over samples, or None; {"forecast": Metrics.compute(), label: the same of each baseline}).
+    Returns (loss, results):
+    loss      mean over the samples; None if none is computed
+    results   {"forecast": what Metrics.compute returns, label of a baseline: the same of its forecasts}
+
     Every process evaluates its own samples, and all processes get the results over all samples.
     """
     # Every batch of this process: forecast, loss, and the sums of the metrics

@@ -98,9 +98,11 @@ def forecast_sequence(forecaster, sequence, source, config, args, bar):
     args         arguments of this program
     bar          Bar that counts the frames of all sequences
 
-    Returns (float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames; the type of
-    the frames; how many there were; the last of them on the scale [0, 1] for a film, as many as the training was given,
-    or None if no output is a film).
+    Returns (forecast, dtype, count, given):
+    forecast   float32 (horizon, H, W, C) on the scale [0, 1], NaN where a pixel was missing in all frames
+    dtype      type of the frames
+    count      how many frames were observed
+    given      for a film the last of them on the scale [0, 1], as many as the training was given; else None
     """
     # Observe the frames, with their dates if the network takes the calendar.
     forecaster.reset()

@@ -10,13 +10,14 @@ A back end must first agree with the reference in float64 (the CPU kernel to 5e-
 not gets no figure, and the program ends with an error. Every round measures all back ends in turn, so that a machine
 whose speed drifts treats them alike. Medians over rounds: a table, and a line of JSON in exps/benchmarks/scan.jsonl.
 
-infer    forward under no_grad
-forward  forward that keeps what a backward needs
-both     forward and backward
-peak     MiB of GPU memory that forward and backward need besides their inputs
-floor    on a CPU: as many exp and multiply-adds in registers, forward, and forward, recomputation and backward; on a
-         GPU: the special functions of one pass at the GPU's rate (vmrnn/scan/README.md), once and twice
-full floor  on a CPU: the same with step sizes, D x and the sums over channels, but without maps in memory (floor.cpp)
+infer       forward under no_grad
+forward     forward that keeps what a backward needs
+both        forward and backward
+peak        MiB of GPU memory that forward and backward need besides their inputs
+floor       the time of the arithmetic alone. On a CPU: the exp and the multiply-adds of the states in registers, for
+            `both` also those of the recomputation and of the backward. On a GPU: the special functions of one pass at
+            the GPU's rate (vmrnn/scan/README.md), for `both` those of two
+full floor  on a CPU: also the step sizes, D x and the sums over channels, but no maps in memory (floor.cpp)
 
 VMRNN_CPU_ISA=avx2 in the environment measures the CPU kernel and the floors with AVX2.
 """

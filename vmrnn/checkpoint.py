@@ -110,11 +110,11 @@ def value_range_of(content, config):
     """The ValueRange of the data that a checkpoint was trained on, None if it is not known.
 
     content   what read_checkpoint returned
-    config    Config. Where its missing_value differs from the stored one, it replaces the missing values of the
-              training. A data_range that differs, and is not empty, replaces the low and high of the training. If the
-              file stores no range, the range is made from `config`
+    config    Config
 
-    What the network knows of its fields and forcings stays as it was.
+    If the file stores no range, the range is made from `config`. Else it is the stored one, but `config` may differ from
+    the training in two options: missing_value then replaces the missing values, and a data_range that is not empty
+    replaces low and high. What the network knows of its fields and forcings stays as it was.
     UserError: another transform or zero_below than in the training, since the network knows values on that scale alone.
     """
     stored = content["config"] or {}

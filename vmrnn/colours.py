@@ -81,7 +81,7 @@ class Look:
         return replace(self, low=low, high=high if high > low else low + 1)
 
     def values(self, frames):
-        """What is shown of frames (T, C, H, W) on the scale [0, 1]: float32 (T, H, W, 1 or 3) in the unit of `label`."""
+        """What is shown of frames (T, C, H, W) on the scale [0, 1]: float32 (T, H, W, 1 or 3) in `label`'s unit."""
         if self.value_range is None:
             return shown_channels(frames)
         values = self.value_range.to_data(np.asarray(frames, dtype=np.float32), axis=1)

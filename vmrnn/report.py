@@ -69,9 +69,11 @@ def published(config, mean):
     config   dict of options
     mean     {metric: figure} of this test
 
-    Returns {"metrics", "rows", "own", "note"}: rows of [network, parameters, source, figures...], the smallest error
-    first, the figures of this test, and whether the test set is the published one. None: no published figures are of
-    the same task.
+    Returns a dict, or None if no published figures are of the same task:
+    metrics   names of the figures
+    rows      [network, parameters, source, figures...] of each network, the smallest error first
+    own       the figures of this test
+    note      a sentence that says whether the test set is the published one
     """
     table = PUBLISHED.get(config["dataset"])
     if table is None or any(config[key] != value for key, value in table["setting"].items()):

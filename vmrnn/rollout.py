@@ -55,6 +55,7 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
     B, T, _, H, W = inputs.shape
     inputs = network_input(inputs, model.stride)
     tokens = model.encode(inputs.transpose(0, 1).flatten(0, 1)).unflatten(0, (T, B)).unbind(0)
+
     # All true frames but the last: their outputs are decoded in one call.
     warm_up, frames, states = [], [], None
     for t in range(T - 1):
@@ -63,6 +64,7 @@ def rollout(model, inputs, horizon, grad_checkpoint=False, following=None):
     if warm_up:
         decoded = model.decode(torch.stack(warm_up, 1).flatten(0, 1), inputs[:, :-1].flatten(0, 1))
         frames = list(decoded.unflatten(0, (B, T - 1)).unbind(1))
+
     # The forecast: from the last true frame, then from the network's own frames
     forcings = forcings_of(model, following, horizon)
     frame, token = inputs[:, -1], tokens[-1]

@@ -139,7 +139,7 @@ def check_layer(layers, layer, device, shape, dtype):
 
 
 def checks_of(name, device, d_state=16):
-    """What there is to check of a back end: (what, case, function without arguments that gives the errors, limit)."""
+    """Yields the checks of a back end: (what, case, function without arguments that returns the errors, limit)."""
     layers = fused_triton if name == "triton" else fused
     for case, (shape, dtype) in CASES.items():
         limit = LIMITS[dtype]

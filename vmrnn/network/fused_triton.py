@@ -1,10 +1,9 @@
-"""The layers of fused.py as Triton kernels: one launch per forward instead of two to six, up to three per backward
-instead of four to eighteen, and less memory traffic.
+"""The layers of fused.py as Triton kernels: fewer launches and less memory traffic (counted in vmrnn/scan/README.md).
 
-fused.py says what each computes. All arithmetic is fp32, whatever the dtypes in memory. As there, only the inputs are
-saved for the backward pass. Sums over positions are made per program, and torch adds the programs' shares in a fixed
-order: there are no atomics, so results repeat bit for bit. Networks use these kernels if their scan is Triton's
-(kernels.py).
+fused.py says what each layer computes. All arithmetic is fp32, whatever the dtypes in memory. Only the inputs are saved
+for the backward pass, as in fused.py. Each program makes its share of a sum over positions, and torch adds the shares
+in a fixed order. There are no atomics, so results repeat bit for bit. Networks use these kernels if their scan is
+Triton's (kernels.py).
 """
 
 # Annotations stay text, so that this file can be imported where Triton is not installed.
