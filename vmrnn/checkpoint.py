@@ -112,8 +112,8 @@ def value_range_of(content, config):
     content   what read_checkpoint returned
     config    Config
 
-    If the file stores no range, the range is made from `config`. Else it is the stored one, but `config` may differ from
-    the training in two options: missing_value then replaces the missing values, and a data_range that is not empty
+    If the file stores no range, the range is made from `config`. Else it is the stored one, but `config` may differ
+    from the training in two options: missing_value then replaces the missing values, and a data_range that is not empty
     replaces low and high. What the network knows of its fields and forcings stays as it was.
     UserError: another transform or zero_below than in the training, since the network knows values on that scale alone.
     """
