@@ -42,6 +42,7 @@ from vmrnn.progress import duration
 from vmrnn.rollout import Rollout
 from vmrnn.run_folder import Progress, Resumed, RunFolder, RunState, checkpoint_to_resume
 from vmrnn.runtime import (
+    KILLED_WORKER,
     Stopped,
     StopSignals,
     describe_device,
@@ -343,11 +344,7 @@ def failures_handled(run, state):
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not (state.config.num_workers and is_dead_worker(error)):
             raise
-        stop(
-            run,
-            state,
-            "a process that prepares batches was killed, perhaps for want of memory (use fewer --num_workers),",
-        )
+        stop(run, state, f"{KILLED_WORKER},")
 
 
 def check_cuda_graph(config, device, world):

@@ -17,7 +17,7 @@ import train
 from vmrnn import progress
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
-from vmrnn.runtime import EXIT_STOPPED, LESS_MEMORY, is_dead_worker, run_program
+from vmrnn.runtime import EXIT_STOPPED, KILLED_WORKER, LESS_MEMORY, is_dead_worker, run_program
 
 LINE = r"epoch \d/2  \d+ %, [\d.e+]+ frames/s, about \d+ s left(, about \d+ s of the run left)?"
 
@@ -198,6 +198,28 @@ def as_of_a_worker(error):
         raise error
     except Exception:
         return ExceptionWrapper(where="in DataLoader worker process 0")
+
+
+WORKER_IS_KILLED = """
+import os, signal
+import torch
+from dataset import make_loader
+from vmrnn.runtime import run_program
+
+class Killed(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_program(lambda: list(make_loader(Killed(), 1, num_workers=1)))
+"""
+
+
+def test_a_killed_worker_of_another_program_than_train_ends_in_one_line(run_forked):
+    done = run_forked("-c", WORKER_IS_KILLED)
+    assert (done.returncode, done.stderr) == (2, f"error: {KILLED_WORKER}\n")
 
 
 FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"

@@ -20,13 +20,15 @@ from vmrnn.progress import duration
 log = logging.getLogger("vmrnn")
 
 LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
+KILLED_WORKER = "a process that prepares batches was killed, perhaps for want of memory (use fewer --num_workers)"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the program again
 
 
 def run_program(main):
     """Run `main()` and end the program with its exit code.
 
-    A UserError, a failed read or write and a lack of memory end with exit code 2 and one line, without a traceback.
+    A UserError, a failed read or write, a lack of memory and a killed worker of a loader end with exit code 2 and one
+    line, without a traceback.
     Stopped ends with EXIT_STOPPED. A standard output or error that is missing or fails ends nothing.
     """
     open_missing_streams()
@@ -41,9 +43,12 @@ def run_program(main):
     except (MemoryError, torch.OutOfMemoryError) as error:
         code = complain(f"out of memory ({message_of(error)}); {LESS_MEMORY}")
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # the CPU's out of memory
+        if is_dead_worker(error):
+            code = complain(KILLED_WORKER)
+        elif "DefaultCPUAllocator" in str(error):  # the CPU's out of memory
+            code = complain(f"out of memory; {LESS_MEMORY}")
+        else:
             raise
-        code = complain(f"out of memory; {LESS_MEMORY}")
     except Stopped as stopped:
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)  # a second signal must not change the exit code
