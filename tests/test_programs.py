@@ -164,6 +164,7 @@ def test_defaults_then_file_then_flags(tmp_path):
         ("lr = -1", "zero or more"),
         ("lr = nan", "finite"),
         ("input_size = [64, 64, 64]", "one side or height and width"),
+        ('variables = ["rain\\u0001"]', "holds signs that are not text"),
         ("epochs", "not a TOML file"),
     ],
 )

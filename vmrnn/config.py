@@ -426,8 +426,8 @@ def type_complaint(option, value):
     if not fits:
         return f"is not {wanted}"
     # Text that cannot be shown, such as a path in another encoding. Spaces of all kinds are text.
-    text = str(value) if kind in (str, list[str]) else ""
-    if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for sign in text):
+    texts = {str: [value], list[str]: value}.get(kind, [])
+    if not all(sign.isprintable() or unicodedata.category(sign) == "Zs" for text in texts for sign in text):
         return "holds signs that are not text"
     return None
 
