@@ -264,6 +264,21 @@ def test_the_missing_value_of_gdal_is_read_as_missing(tmp_path, dtype, number, k
     assert any("GDAL_NODATA" in note for note in image_notes(tmp_path / "a.tif")) == (number != "nan")
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_mask_of_missing_pixels_is_refused(tmp_path, beside):
+    """As GDAL writes it, with GDAL_TIFF_INTERNAL_MASK and without."""
+    path, values, known = tmp_path / "a.tif", GREY[0, ..., 0], COLOUR[0, ..., 0] > 99
+    with tifffile.TiffWriter(path) as file:
+        file.write(values, photometric="minisblack", metadata=None)
+        if not beside:
+            file.write(known, photometric="mask", subfiletype=4, metadata=None)
+    if beside:
+        tifffile.imwrite(f"{path}.msk", known.astype(np.uint8) * 255)
+    for read in (page_count, image_notes, open_grid, lambda path: list(image_frames([path]))):
+        with pytest.raises(UserError, match="is a mask of missing pixels.*gdalwarp"):
+            read(path)
+
+
 def test_bands_of_a_tiff_are_no_transparency(tmp_path):
     """Only ExtraSamples of kinds 1 and 2 are."""
     values = RNG.integers(0, 256, (6, 9, 5), dtype=np.uint8)

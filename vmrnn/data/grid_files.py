@@ -13,7 +13,7 @@ import tifffile
 
 from vmrnn.data.grid_axes import is_columns, is_rows
 from vmrnn.data.grid_info import import_xarray
-from vmrnn.data.images import gdal_scales, nodata_of
+from vmrnn.data.images import gdal_scales, nodata_of, refuse_mask
 from vmrnn.data.media import files_in, in_order
 from vmrnn.errors import UserError
 
@@ -168,10 +168,11 @@ def open_tiff(path):
     """A TIFF file as a Dataset: a GeoTIFF through rasterio, a stack of pages through tifffile.
 
     The pages of a stack are the dimension `page` of the variable `image`. Reduced copies of a page (the levels of a
-    pyramid) are left out.
+    pyramid) are left out. UserError: as of images.refuse_mask, and bands of different scales.
     """
     xarray = import_xarray()
     file = tifffile.TiffFile(path)
+    refuse_mask(file, path)
     if 34735 in file.pages[0].tags:  # the keys of a map projection
         file.close()
         store = xarray.open_dataset(path, engine="rasterio", mask_and_scale=False, decode_coords="all", cache=False)

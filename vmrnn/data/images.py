@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from pathlib import Path
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".p
 # The formats of these endings. Some of Pillow's others start a program on the file.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 ANIMATED = ("PNG", "WEBP", "GIF")  # formats whose pages are frames; those of a JPEG are previews and depth maps
-REDUCED, MASK = 1, 4  # bits of TIFF's NewSubfileType: a page of the pyramid, a mask
+REDUCED, MASK = 1, 4  # bits of TIFF's NewSubfileType: a page of the pyramid, a mask of missing pixels
 ORIENTATION = 274  # tag of TIFF and EXIF
 PALETTE = "{}: has a palette, whose colours are read; if its numbers are the values, write them as grey"
 GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags of TIFF
@@ -55,7 +56,7 @@ def page_count(path):
     with reading(path, "an image"):
         if is_tiff(path):
             with tifffile.TiffFile(path) as file:
-                return len(full_pages(file))
+                return len(full_pages(file, path))
         with Image.open(path, formats=FORMATS) as image:
             return len(frame_numbers(image))
 
@@ -164,15 +165,26 @@ def is_tiff(path):
         return f.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def full_pages(file):
-    """The pages of a TIFF file that are no smaller copies of others and no masks."""
-    return [page for page in file.pages if not page.subfiletype & (REDUCED | MASK)]
+def full_pages(file, path):
+    """The pages of a TIFF file that are no smaller copies of others. UserError: as of `refuse_mask`."""
+    pages = [page for page in file.pages if not page.subfiletype & REDUCED]
+    refuse_mask(file, path)  # behind the pages: where series are known, some pages would be read without their tags
+    return pages
+
+
+def refuse_mask(file, path):
+    """UserError for a TIFF file whose missing pixels are named by a mask: a page of it, or a file beside it (GDAL)."""
+    beside = Path(f"{path}.msk")
+    if beside.exists() or any(series.keyframe.subfiletype & MASK for series in file.series):
+        where = f"{beside.name} beside it" if beside.exists() else "one of its pages"
+        raise UserError(f"{path}: {where} is a mask of missing pixels, which is not applied; write them as NaN, or as the number "
+                        "of GDAL_NODATA (gdalwarp -dstnodata NUMBER)")  # fmt: skip
 
 
 def tiff_pages(path, channels):
-    """Yields (frame, stored channels) of the pages of a TIFF file. Reduced pages and masks are left out."""
+    """Yields (frame, stored channels) of the pages of a TIFF file. Reduced pages are left out."""
     with tifffile.TiffFile(path) as file:
-        taken = full_pages(file)
+        taken = full_pages(file, path)
         if not taken:
             raise UserError(f"{path}: a TIFF file without a page; fetch or write it again")
         if file.is_imagej and len(taken) == 1 and len(file.series) == 1 and file.series[0].ndim > taken[0].ndim:
@@ -264,7 +276,7 @@ def with_holes(frame, number):
 def tiff_notes(path):
     """The lines of `image_notes` for a TIFF file."""
     with tifffile.TiffFile(path) as file:
-        if not (taken := full_pages(file)):
+        if not (taken := full_pages(file, path)):
             return []
         missing, scales = nodata_of(taken[0], path), gdal_scales(taken[0])
     notes = [] if missing is None else [f"{path}: {missing:g} is read as missing, by its tag GDAL_NODATA"]
@@ -278,7 +290,7 @@ def pillow_page(path, number, channels):
         count = -1
         for index in range(image.n_frames):
             image.seek(index)
-            count += not int(image.tag_v2.get(254, 0)) & (REDUCED | MASK)
+            count += not int(image.tag_v2.get(254, 0)) & REDUCED
             if count == number:
                 return pillow_frame(path, image, channels)
     raise UserError(f"{path}: page {number} cannot be read; write it again")
