@@ -22,10 +22,9 @@ import argparse
 import numpy as np
 import torch
 
+from dataset import build_dataset
 from vmrnn import config as configuration
 from vmrnn.checkpoint import load_network
-from vmrnn.data.draws import split_seed
-from vmrnn.data.moving_mnist import MovingMNIST, load_digits, select_digits
 from vmrnn.errors import UserError
 from vmrnn.progress import counted
 from vmrnn.rollout import rollout
@@ -145,11 +144,8 @@ def main():
     args = parser.parse_args()
     if args.checkpoint and args.num_objects != 1:
         raise UserError("--checkpoint: the shifts of several digits are not compared; add --num_objects 1")
-    config = configuration.resolve(None, {"train_data_dir": args.digits})
-    digits = select_digits(load_digits(args.digits), "test", config.digits_split)
-    data = MovingMNIST(
-        digits, args.sequences, num_objects=args.num_objects, seed=split_seed("test", 0), same_every_epoch=True
-    )
+    options = {"train_data_dir": args.digits, "num_objects": args.num_objects, "test_sequences": args.sequences}
+    data = build_dataset("test", configuration.resolve(None, options))
     if args.checkpoint:
         first_frames(args.checkpoint, data)
         return

@@ -472,27 +472,16 @@ def test_standard_test_file_baselines():
         (dict(digits_split="half"), "half"),
         (dict(digits_split="published"), "13000.*1797"),
         (dict(input_size=(64, 20)), "28 pixels.*64x20"),
+        (dict(num_objects=0), "num_objects = 0"),
+        (dict(digit_size=0), "digit_size = 0"),
+        (dict(num_frames_output=0), "num_frames_output = 0"),
+        (dict(step_length=-0.1), "step_length"),
+        (dict(step_length=float("nan")), "step_length"),
     ],
 )
 def test_bad_options(options, says):
     with pytest.raises(UserError, match=says):
         data_set(options.pop("split", "train"), **options)
-
-
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        (dict(num_objects=0), "num_objects is 0"),
-        (dict(length=0), "length is 0"),
-        (dict(num_frames_output=0), "num_frames_output is 0"),
-        (dict(digit_size=0), "digit_size is 0"),
-        (dict(step_length=-0.1), "step_length"),
-        (dict(step_length=float("nan")), "step_length"),
-    ],
-)
-def test_bad_sequences(options, says):
-    with pytest.raises(UserError, match=says):
-        small(**options)
 
 
 def test_a_malicious_file_is_not_executed(tmp_path):
