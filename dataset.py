@@ -20,14 +20,14 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vmrnn.config import Config
-from vmrnn.data.table import DATASETS, OWN, SPLITS
+from vmrnn.data.table import DATASETS, DIGITS, OWN, SPLITS
 from vmrnn.errors import UserError
 from vmrnn.runtime import ignore_stop_signals, keep_child_handler, kill_workers_at_exit
 
 FROM_FILES = tuple(name for name in DATASETS if name != "moving_mnist")  # it generates its sequences
 
 # Options that only some data sets use. With another data set they are refused, not silently ignored.
-ONLY_FOR = {
+ONLY_FOR = dict.fromkeys(DIGITS, ("moving_mnist",)) | {
     "valid_data_dir": FROM_FILES,
     "split_by": OWN,
     "valid_fraction": OWN,
@@ -35,6 +35,7 @@ ONLY_FOR = {
     "variables": ("grid",),
     "time_from": ("grid",),
     "array_axes": ("grid", "array"),
+    "array_key": ("array", "moving_mnist"),
     "time_step": ("grid", "video", "frames"),
     "forcings": ("grid",),
     "calendar": ("grid",),

@@ -343,3 +343,10 @@ def test_bare_weights_need_a_configuration(tmp_path):
     with pytest.raises(UserError, match="bare: holds weights alone; name the network's configuration"):
         vmrnn.load_network(tmp_path / "bare", scan="torch")
     assert same(vmrnn.load_network(tmp_path / "bare", **TINY).model, model)
+
+
+def test_digits_of_the_training_say_nothing_of_other_data(tmp_path):
+    config, path = configuration.resolve(None, TINY | {"dataset": "moving_mnist", "num_objects": 1}), tmp_path / "w.safetensors"
+    save_weights(path, build_model(**config.network_options), config.to_dict())
+    assert vmrnn.load_network(path).config.num_objects == 1
+    assert vmrnn.load_network(path, dataset="array").config.num_objects == 2

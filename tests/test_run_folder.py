@@ -217,7 +217,8 @@ def test_data_that_changed_since_the_run_began(tmp_path):
     frames = np.random.default_rng(0).integers(0, 200, (80, 16, 16)).astype(np.uint8)
     np.save(tmp_path / "rain.npy", frames)
     options = [
-        *TINY, "--dataset", "array", "--train_data_dir", str(tmp_path / "rain.npy"), "--cache_dir",
+        *TINY, "--num_objects", "2", "--digit_size", "28", "--dataset", "array", "--train_data_dir",
+        str(tmp_path / "rain.npy"), "--cache_dir",
         str(tmp_path / "cache"), "--train_sequences", "8", "--res_dir", str(tmp_path / "x"), "--data_range", "0", "255",
     ]  # fmt: skip
     train.main([*options, "--epochs", "1"])

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vmrnn import checked, config as configuration
-from vmrnn.data.table import DATASETS
+from vmrnn.data.table import DATASETS, DIGITS
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 from vmrnn.network import build_model
@@ -78,6 +78,9 @@ def load_network(path, config=None, device="cpu", **changes):
         raise UserError(f"{path}: holds weights alone; name the network's configuration with config")
     stored = configuration.for_test(content["config"] or {})
     resolved = configuration.resolve(config, changes, base=stored)
+    if resolved.dataset != "moving_mnist":  # the digits of the training say nothing of other data
+        others = {key: value for key, value in stored.items() if key not in DIGITS}
+        resolved = configuration.resolve(config, changes, base=others)
     device = pick_device(resolved.device)
     weights = weights_of(content)
     check_size(resolved, weights, path)

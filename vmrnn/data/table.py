@@ -123,3 +123,4 @@ DATASETS = {
 }
 
 OWN = tuple(name for name, spec in DATASETS.items() if spec.own)
+DIGITS = ("digits_split", "num_objects", "digit_size", "step_length")  # the options of Moving MNIST alone
