@@ -312,6 +312,9 @@ def main(argv=None):
 
     # Test set, metrics and baselines
     test_set = build_dataset("test", config, value_range)
+    if "test_sequences" in given and len(test_set) > config.test_sequences:
+        raise UserError(f"--test_sequences {config.test_sequences}: this test set has {len(test_set)} sequences, and all of them "
+                        "count, as in published figures; leave it out")  # fmt: skip
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     facts = FieldFacts.of(test_set, config)

@@ -80,6 +80,13 @@ def test_testing_a_checkpoint_with_its_own_configuration(trained, run_forked):
     }  # fmt: skip
 
 
+def test_a_file_of_sequences_is_tested_whole(trained, tmp_path):
+    np.save(tmp_path / "seq.npy", np.random.default_rng(0).integers(0, 256, (7, 9, 16, 16), dtype=np.uint8))
+    arguments = ["--checkpoint", trained[0], "--test_data_dir", tmp_path / "seq.npy", "--test_sequences", "8"]
+    with pytest.raises(UserError, match="--test_sequences 8: this test set has 9 sequences, and all of them count"):
+        test_program.main([*map(str, arguments), "--device", "cpu"])
+
+
 def test_testing_a_published_file_on_a_test_file(trained, tmp_path, capsys, caplog):
     """A plain state dict and flags; the standard file's layout."""
     folder, _ = trained
@@ -89,7 +96,7 @@ def test_testing_a_published_file_on_a_test_file(trained, tmp_path, capsys, capl
     np.save(tmp_path / "seq.npy", rng.integers(0, 256, (7, 9, 16, 16), dtype=np.uint8))
     test_program.main([
         "--checkpoint", str(tmp_path / "trained_model_state_dict"), *TINY, "--test_data_dir",
-        str(tmp_path / "seq.npy"), "--test_batch_size", "2", "--strips", "3", "--l1_weight", "2",
+        str(tmp_path / "seq.npy"), "--test_sequences", "9", "--test_batch_size", "2", "--strips", "3", "--l1_weight", "2",
         "--res_dir", str(tmp_path / "out"),
     ])  # fmt: skip
     assert len(list((tmp_path / "out").glob("forecast_*.png"))) == 3  # of two batches
