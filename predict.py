@@ -33,6 +33,7 @@ from dataset import ONLY_FOR
 from vmrnn.checkpoint import find_checkpoint
 from vmrnn.data.inputs import coming_forcings, open_input
 from vmrnn.data.table import OWN
+from vmrnn.data.times import step_notes
 from vmrnn.errors import UserError
 from vmrnn.files import without_pattern
 from vmrnn.forecast_files import FILMS, Forecast, check_output
@@ -41,7 +42,6 @@ from vmrnn.progress import Bar, still_running
 from vmrnn.runtime import describe_device, run_program
 
 log = logging.getLogger("vmrnn")
-READ_BY = ONLY_FOR | {"array_key": ("array",)}  # the data sets that an option on how files are read is for
 
 
 def parse_arguments(argv=None):
@@ -74,7 +74,7 @@ def check_reading_options(given, source, path):
     path     of the input
     """
     for option in given:
-        data_sets = READ_BY.get(option, OWN)
+        data_sets = [name for name in ONLY_FOR.get(option, OWN) if name in OWN]
         if source.dataset not in data_sets:
             raise UserError(
                 f"--{option}: is for {', '.join(data_sets)}, but {path} is read as {source.dataset}; leave it out"
@@ -148,6 +148,9 @@ def main(argv=None):
     if source.info and forecaster.value_range:
         source.notes += source.info.notes(forecaster.value_range, config)
         forecaster.value_range = source.info.named(forecaster.value_range, config, args.input)
+    if forecaster.value_range:
+        apart = source.sequences[0].apart * config.frame_step
+        source.notes += step_notes(apart, forecaster.value_range.step)
     for note in source.notes:
         log.info("input      %s", note)
     args.output = args.output or [default_output(args, source)]

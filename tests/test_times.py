@@ -1,16 +1,20 @@
 """No sequence of a video or of images crosses a gap in time, and a regular step can be taken from irregular frames."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from helpers import write_images
 
+import predict
 from dataset import build_dataset
+from vmrnn.checkpoint import save_weights
 from vmrnn.config import Config
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, parse_step, series_of_names, times_from_names
 from vmrnn.errors import UserError
+from vmrnn.network import build_model
 
 
 def grey_levels(count):
@@ -178,6 +182,29 @@ def test_clips_of_different_steps_are_said(tmp_path):
     assert any("different steps: b.mkv every 0.104 s, c.mkv every 0.02 s" in note for note in notes)
     (tmp_path / "x" / "c.mkv").unlink()
     assert not any("steps" in note for note in sequences(tmp_path / "x", tmp_path, dataset="video")[1])
+
+
+def test_a_video_of_another_frame_rate_is_said(tmp_path, caplog):
+    """Its forecast reaches less far than that of the training."""
+    for name, step in (("a", 100), ("b", 50)):
+        write_timed_video(tmp_path / f"{name}.mkv", range(0, 40 * step, step))
+    options = Config(
+        dataset="video", train_data_dir=str(tmp_path / "a.mkv"), cache_dir=str(tmp_path / "cache"), input_size=[16],
+        num_frames_input=2, num_frames_output=1, model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4,
+    )  # fmt: skip
+    trained = build_dataset("train", options).value_range
+    other = replace(options, test_data_dir=str(tmp_path / "b.mkv"))
+    line = "frames are 0.05 s apart, but were 0.1 s apart in the training"
+    assert any(line in note for note in build_dataset("test", other, trained).notes)
+    for same in (options, replace(other, frame_step=2)):
+        assert not any("in the training:" in note for note in build_dataset("test", same, trained).notes)
+    save_weights(tmp_path / "w.safetensors", build_model(**options.network_options), options.to_dict(), trained)
+    forecast = ["--checkpoint", str(tmp_path / "w.safetensors"), "--output", str(tmp_path / "x.npy"), "--device", "cpu"]
+    caplog.set_level("INFO", "vmrnn")
+    for name in "ab":
+        caplog.clear()
+        predict.main([*forecast, "--input", str(tmp_path / f"{name}.mkv")])
+        assert (line in caplog.text) == (name == "b")
 
 
 @pytest.mark.parametrize("time_step", ["", "0.2s"])

@@ -23,6 +23,7 @@ from vmrnn.data.times import (
     parse_step,
     series_of_names,
     times_from_names,
+    usual_step,
 )
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
@@ -189,7 +190,7 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
                     times.append(time)
                     bar.update()
                 known = None not in times and increases(times)
-                clips.append([source.name, len(times), times if known else None])
+                clips.append([source.name, len(times), times if known else None, source.dated()])
 
         with Bar("decode") as bar:
             write_npy(folder / "frames.npy", frames(bar))
@@ -197,7 +198,7 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
 
     folder = cached_folder(cache_dir, label, [versions, channels, size and list(size), antialias, time_step], write)
     clips, start = [], 0
-    for name, count, _ in json.loads((folder / "index.json").read_text(encoding="utf-8"))["clips"]:
+    for name, count, _, _ in json.loads((folder / "index.json").read_text(encoding="utf-8"))["clips"]:
         clips.append(Clip(name, str(folder / "frames.npy"), start, start + count))
         start += count
     return clips
@@ -206,4 +207,11 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
 def times_of(clips):
     """The times of the frames of each clip that `decode` returned, a list of float64 (T,) or None."""
     index = json.loads((Path(clips[0].path).parent / "index.json").read_text(encoding="utf-8"))
-    return [None if times is None else np.array(times) for _, _, times in index["clips"]]
+    return [None if times is None else np.array(times) for _, _, times, _ in index["clips"]]
+
+
+def seconds_apart(clips):
+    """Seconds from one frame to the next of decoded clips, by the first one that knows; 0: none does, or times are numbers."""
+    index = json.loads((Path(clips[0].path).parent / "index.json").read_text(encoding="utf-8"))
+    known = (times for _, _, times, dated in index["clips"] if dated and times and len(times) > 1)
+    return next((usual_step(times) * clips[0].step for times in known), 0.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.times import EPOCH, calendar_features, later_times, span, usual_step
+from vmrnn.data.times import EPOCH, calendar_features, later_times, step_notes, usual_step
 from vmrnn.errors import UserError
 
 INDEX, COORDINATES = "grid.json", "grid.nc"  # the files of a GridInfo beside the cached frames
@@ -157,10 +157,7 @@ class GridInfo:
         if not value_range.names:
             fields = ", ".join(f"{name} in {unit or 'no unit'}" for name, unit in zip(self.names, self.all_units))
             return [f"the network was trained on data without units: whether they were {fields} is not checked"]
-        lines, step = [], self.step(options)
-        if step and value_range.step and not 0.5 < step / value_range.step < 1.5:
-            lines.append(f"frames are {span(step)} apart, but were {span(value_range.step)} apart in the training: take those "
-                         "of that step with time_step or frame_step")  # fmt: skip
+        lines = step_notes(self.step(options), value_range.step)
         for dim, direction, trained in zip((self.y, self.x), self.directions, value_range.directions):
             if direction and trained and direction != trained:
                 lines.append(f"the coordinate {dim} is {direction}, but was {trained} in the training: turn the maps")

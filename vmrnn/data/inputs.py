@@ -1,6 +1,5 @@
 """The frames that predict.py continues, read one at a time from any file that the data sets read."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array
+from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array, whole
 from vmrnn.data.clips import Source, series_note
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
@@ -29,11 +28,13 @@ class Sequence:
     read     read() yields all frames in order, (H, W, C)
     count    number of frames; None: only reading tells
     times    float64 (count,), see vmrnn.data.times; None: the frames have no times
+    apart    seconds from one frame to the next of a video or of images; 0: not known
     """
 
     read: Callable
     count: int | None = None
     times: np.ndarray | None = None
+    apart: float = 0.0
 
     def frames(self, step=1, last=None):
         """Yields every `step`-th frame, counted back from the last one; of those the `last` last ones (None: all)."""
@@ -155,7 +156,8 @@ def picture_sequence(source, config, whole, notes):
     if len(runs) > 1:
         gaps = f"{len(runs) - 1} gap{'s' * (len(runs) > 2)} in time"
         notes.append(f"{gaps}: only the {stop - first} frames after the last are used")
-    return Sequence(lambda: read(first), stop - first)
+    apart = usual_step(times) if source.dated() and len(times) > 1 else 0.0
+    return Sequence(lambda: read(first), stop - first, apart=apart)
 
 
 def picture_channels(config):
@@ -259,7 +261,9 @@ def array_input(file, config):
     # The header, and a reader of one row at a time
     if file.suffix.lower() == ".npz":
         member, shape, dtype = npz_member(file, config.array_key)
-        array, reader = ArrayFacts(shape, dtype), RowReader(lambda: npz_rows(file, member))
+        with whole(file):
+            array = np.broadcast_to(np.empty((), dtype), shape)  # of this shape and type, and no memory
+        reader = RowReader(lambda: npz_rows(file, member))
     else:
         array = reader = open_npy(file)
     axes = input_axes(file, array, config)
@@ -300,22 +304,6 @@ def input_axes(file, array, config):
         except UserError:
             pass
         raise
-
-
-@dataclass(frozen=True)
-class ArrayFacts:
-    """Shape and type of an array that is not read yet."""
-
-    shape: tuple
-    dtype: np.dtype
-
-    @property
-    def ndim(self):
-        return len(self.shape)
-
-    @property
-    def size(self):
-        return math.prod(self.shape)
 
 
 class RowReader:

@@ -14,7 +14,7 @@ import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy
 from vmrnn.data.cache import cached_folder, stamp, unpacked, write_npy
-from vmrnn.data.clips import Clip, Source, decode, series_note, times_of
+from vmrnn.data.clips import Clip, Source, decode, seconds_apart, series_note, times_of
 from vmrnn.data.draws import split_seed
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import calendar_of, grid_clips
@@ -23,7 +23,7 @@ from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
 from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, outside_notes, range_of, summarize
 from vmrnn.data.table import DATASETS, SPLIT_NAMES
-from vmrnn.data.times import parse_step, runs_without_gap, span, usual_step
+from vmrnn.data.times import parse_step, runs_without_gap, span, step_notes, usual_step
 from vmrnn.data.videos import VIDEOS
 from vmrnn.data.windows import ClipDataset, cut_windows, thin
 from vmrnn.errors import UserError
@@ -285,14 +285,18 @@ def own(split, options, value_range, pictures=False):
     data_range = options.data_range or (BYTE_RANGE if bytes_of_pictures else ())
     search = value_range is None and (not data_range or options.forcings)
     summary = summarize(clips, options.missing_value, options.cache_dir, exact=search and split == "train")
-    if value_range is None:
+    step = seconds_apart(clips) if pictures else 0.0
+    if value_range is not None:
+        notes += step_notes(step, value_range.step)
+    else:
         training, seen = clips, summary
         if search and split != "train":
             training = part_of(read_clips(options.train_data_dir, options)[0] if apart else all_clips, "train", options)
             seen = summarize(training, options.missing_value, options.cache_dir)
         forecast, forced = seen.parted(options.input_channels)
         data_range = data_range or range_of(forecast, training[0].name)
-        value_range = replace(ValueRange.of(options, data_range), given=forcing_range(forced, options.missing_value))
+        forcings = forcing_range(forced, options.missing_value)
+        value_range = replace(ValueRange.of(options, data_range), given=forcings, step=step)
 
     # The data set
     check_reach(summary, value_range, clips[0].name)

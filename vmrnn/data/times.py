@@ -228,6 +228,19 @@ def usual_step(times):
     return float(np.median(np.diff(times))) if len(times) > 1 else None
 
 
+def step_notes(step, trained):
+    """A line, in a list, if frames are another step apart than in the training.
+
+    step      seconds from one frame to the next; 0: not known
+    trained   the same of the training
+    """
+    # Months differ by less than a tenth. Their usual steps are medians.
+    if not (step and trained) or max(step, trained) <= 1.1 * min(step, trained):
+        return []
+    return [f"frames are {span(step)} apart, but were {span(trained)} apart in the training: take those of that step with "
+            "time_step or frame_step"]  # fmt: skip
+
+
 def runs_without_gap(times, step=None):
     """The runs of frames between gaps, a list of (start, stop).
 
