@@ -840,6 +840,18 @@ def test_a_field_of_other_places_is_told_whatever_its_coordinates_are_called(for
     assert unlike_place(ours, plane, xarray.Dataset(), ("y", "x")) is None
 
 
+def test_longitudes_that_cross_the_date_line_rise(tmp_path):
+    """170, ..., 179, -180, -179 are the meridians 170 to 181."""
+    plain = field().assign_coords(longitude=("longitude", np.arange(170.0, 182), {"units": "degrees_east"}))
+    wrapped = plain.assign_coords(longitude=(plain.longitude + 180) % 360 - 180)
+    wrapped.longitude.attrs["units"] = "degrees_east"
+    plane = "latitude", "longitude"
+    for theirs in (wrapped, wrapped.isel(longitude=slice(5, None))):
+        assert unlike_place(plain, plane, theirs, plane) is None
+        assert unlike_place(plain, plane, theirs.isel(longitude=slice(None, None, -1)), plane) == "longitude"
+    assert open_grid(write(wrapped, tmp_path / "a.nc")).info.directions == ("falling", "rising")
+
+
 def test_a_steady_forcing_of_another_file_has_coordinates_of_other_names(tmp_path):
     whole = field()
     steady = renamed(whole.isel(time=0, drop=True).rename(t2m="z"))

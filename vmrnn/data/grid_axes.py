@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vmrnn.data.grid_info import DEGREES_NORTH, plain_attributes, unpacked
+from vmrnn.data.grid_info import DEGREES_NORTH, direction_of, plain_attributes, unpacked
 from vmrnn.errors import UserError
 
 T_NAMES = ("time", "t", "valid_time", "date", "datetime", "month", "year", "day", "hour", "step", "lead_time", "frame",
@@ -113,8 +113,8 @@ class Place:
     def unlike(self, other):
         """Whether another coordinate of the same axis has other values.
 
-        Numbers that differ by rounding to 32 bits are the same. Of maps of other sizes, such as a crop or another
-        resolution, only the direction is compared.
+        Numbers that differ by rounding to 32 bits are the same, and so are longitudes that differ by 360 degrees. Of maps
+        of other sizes, such as a crop or another resolution, only the direction is compared.
         """
         ours, theirs = self.values, other.values
         numbers = ours.dtype.kind in "iuf" and theirs.dtype.kind in "iuf"
@@ -123,12 +123,13 @@ class Place:
         ours, theirs = np.broadcast_arrays(ours, theirs)
         if not numbers:
             return not np.array_equal(ours, theirs)
+        if "longitude" in (self.kind, other.kind):  # 350 and -10 degrees are one meridian
+            theirs = theirs + 360 * np.round((np.asarray(ours, np.float64) - theirs) / 360)
         return not np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
     def direction(self):
         """1: its values rise with the number of the row or column; -1: they fall; 0: neither is known."""
-        line = self.values.astype(np.float64).take(0, 1 - self.axis)
-        return np.nan_to_num(np.sign(line[-1] - line[0]))
+        return direction_of(self.values.astype(np.float64).take(0, 1 - self.axis))
 
 
 def places_of(coordinates, dims):

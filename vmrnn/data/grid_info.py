@@ -27,6 +27,12 @@ def unpacked(variable):
     return import_xarray().decode_cf(dataset, decode_times=False, decode_coords=False)["v"].values
 
 
+def direction_of(values):
+    """1: the values of a coordinate (n,) rise; -1: they fall; 0: neither. Longitudes that jump from 180 to -180 rise."""
+    steps = np.diff(values.astype(np.float64))
+    return int(np.sign(np.median(steps))) if len(steps) and np.isfinite(steps).any() else 0
+
+
 def unlike_level(level, other):
     """Whether two levels, as Channel.level_text, are known and not the same. A unit that one of them lacks is not compared."""
     known = level and other and level != other
@@ -175,8 +181,8 @@ class GridInfo:
         found = []
         for name in (self.y, self.x):
             values = self.coordinates[name].values if name in self.coordinates.coords else np.zeros(0)
-            known = values.ndim == 1 and len(values) > 1 and values.dtype.kind in "iuf" and values[0] != values[-1]
-            found.append(("rising" if values[-1] > values[0] else "falling") if known else "")
+            known = values.ndim == 1 and values.dtype.kind in "iuf"
+            found.append({1: "rising", -1: "falling"}.get(direction_of(values), "") if known else "")
         return tuple(found)
 
     @property
