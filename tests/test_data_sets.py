@@ -489,6 +489,7 @@ def test_what_cannot_be_used_says_so_in_one_line(own, tmp_path, options, write, 
         (1.0, -273.15, "the values -23.15 to 36.85 lie outside the range 250 to 310 of the training"),
         (100.0, 0.0, "the values 25000 to 31000 lie outside the range"),
         (7.0, -1500.0, "the values 250 to 670 lie in part far outside the range"),
+        (0.001, 260.0, "the values 260.25 to 260.31 span only 0.1 % of the range 250 to 310 of the training: check the"),
     ],
 )
 def test_a_test_in_other_units_than_the_training_is_named(own, tmp_path, scale, offset, says):

@@ -14,6 +14,7 @@ from vmrnn.values import ValueRange, equals, outside
 BLOCK = 2**22  # values that are read at once
 LOOK = 2**28  # values that are looked at where the range need not be exact
 APART, FAR_APART = 10, 1000  # widths of all other values between them and one that looks like a fill value
+SMALL = 0.02  # of the range: values that span less may be metres for millimetres, or shares of 1 for per cent
 REACH = 1e6  # widths of the range between it and a value that no network can be given
 
 
@@ -105,11 +106,14 @@ def check_reach(summary, value_range, name):
 
 
 def outside_notes(summary, value_range, split):
-    """Lines about channels whose values lie outside the range of the training, all of them or some of them far outside.
+    """Lines about channels whose values may be in other units than those of the training.
 
     summary       Summary of a split
     value_range   ValueRange of the training data
     split         train, valid or test
+
+    All values of such a channel lie outside the range of the training, some of them lie far outside, or they span less than
+    the share SMALL of it.
     """
     # (2, C). Infinite values are refused where they are read.
     ends = np.array([summary.low, summary.high], np.float64)  # None becomes NaN
@@ -123,12 +127,16 @@ def outside_notes(summary, value_range, split):
     pairs = pairs * (len(summary.low) - len(given)) if len(pairs) == 1 else pairs
     lines = []
     for channel, ((low, high), trained) in enumerate(zip(ends.T, pairs + given)):
+        values = f"{split} data: the values {low:g} to {high:g}{summary.of_channel(channel)}"
+        trained_range = f"the range {trained[0]:g} to {trained[1]:g} of the training"
+        share = (high - low) / (trained[1] - trained[0])
         if all_outside[channel] or far[:, channel].any():
             what = "outside" if all_outside[channel] else "in part far outside"
             lines.append(
-                f"{split} data: the values {low:g} to {high:g}{summary.of_channel(channel)} lie {what} the range "
-                f"{trained[0]:g} to {trained[1]:g} of the training; name a fill value with missing_value, or check the units"
+                f"{values} lie {what} {trained_range}; name a fill value with missing_value, or check the units"
             )
+        elif 0 < share < SMALL:
+            lines.append(f"{values} span only {100 * share:.2g} % of {trained_range}: check the units")
     return lines
 
 
