@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import logging
 import math
+import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,7 +85,7 @@ def parse_arguments(argv=None):
             f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (with --resume {path} "
             "alone all options are the run's) or start anew"
         )
-    return config, weights, resumed
+    return config, None, resumed  # --init_from was for the start of the run, and its file may be gone
 
 
 def main(argv=None):
@@ -155,6 +156,8 @@ def train(config, weights, resumed, device, signals, run):
     logger = make_logger(run, state)
 
     log_plan(state, train_loader, valid_loader, parts)
+    if changes := resumed and configuration.changes(resumed.content["config"], config):
+        log.info("changed    %s", changes)
     log.info("run folder %s", run.path)
 
     training = Training(
@@ -176,11 +179,12 @@ def train(config, weights, resumed, device, signals, run):
                 logger.curve()
     if not validated:  # an earlier start may have ended between the save and the curve
         logger.curve()
-    log.info("done: %s; --resume auto --epochs %d trains further", run.path, config.epochs + 1)
+    log.info("done: %s; --resume auto --epochs %d trains further", run.path, progress.epoch)
     if run.best.exists():
         log.info(
-            "best MSE on the validation set %.2f; next: python test.py --checkpoint %s", progress.best_mse, run.best
-        )
+            "best MSE on the validation set %.2f; next: python test.py --checkpoint %s",
+            progress.best_mse, shlex.quote(str(run.best)),
+        )  # fmt: skip
 
 
 @dataclass
@@ -254,7 +258,7 @@ class Training:
             on_batch=self.see_forecast,
         )  # fmt: skip
         metrics = results["forecast"]["mean"]
-        check_validation(loss, metrics["mse"], config, progress.epoch)
+        check_validation(loss, metrics["mse"], state, run)
         losses = {"epoch_loss": progress.loss / progress.updates_per_epoch, "valid_loss": loss}
         self.logger.validation(progress, losses | metrics, results["forecast"]["per_frame"])
         run.save_best(state, self.eval_model, metrics["mse"])
@@ -336,10 +340,14 @@ def failures_handled(run, state):
     try:
         yield
     except NonFinite as failure:
-        path = run.save_failed_update(state, failure, distributed.rank())
+        try:
+            path = run.save_failed_update(state, failure, distributed.rank())
+            kept = f"its batch and the weights before it are in {path}"
+        except UserError as error:  # a full disk must not hide what went wrong first
+            kept = str(error)
         raise UserError(
             f"{failure} at update {failure.update.step} of epoch {state.progress.epoch}/{state.config.epochs}: "
-            f"lower --lr or set --clip_grad 1; its batch and the weights before it are in {path}"
+            f"lower --lr or set --clip_grad 1; {kept}"
         ) from failure
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not (state.config.num_workers and is_dead_worker(error)):
@@ -370,12 +378,17 @@ def share_of_batch(config, world):
     return size, parts
 
 
-def check_validation(loss, mse, config, epoch):
-    """UserError: a validation without a known pixel, or with a loss that is not finite."""
+def check_validation(loss, mse, state, run):
+    """UserError: a validation with a loss that is not finite, or without a known pixel."""
+    config, previous = state.config, checkpoint.previous_of(run.last)
+    if not math.isfinite(loss):
+        # last.pt holds the weights that failed, and a start from it would validate them again.
+        start = f"go on from {previous} in another --res_dir" if previous.exists() else "start anew"
+        raise UserError(
+            f"the validation loss of epoch {state.progress.epoch} is {loss}: {start} with a lower --lr or --clip_grad 1"
+        )
     if math.isnan(mse):
         raise UserError(f"{config.valid_data_dir or config.train_data_dir}: all validation targets are missing")
-    if not math.isfinite(loss):
-        raise UserError(f"the validation loss of epoch {epoch} is {loss}: lower --lr or set --clip_grad 1")
 
 
 def stop(run, state, reason):

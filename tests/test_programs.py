@@ -262,6 +262,29 @@ def test_a_resumed_run_takes_lr_from_the_command_line_and_the_rest_from_the_chec
     assert [(e["epoch"], e["step"]) for e in entries[-4:]] == [(2, 4), (3, 3), (3, 4), (3, 4)]
 
 
+def test_a_finished_run_says_what_continues_it(trained, tmp_path, caplog):
+    """In a folder with a space, with fewer --epochs than are done, and without the weights that the run began with."""
+    folder = tmp_path / "my run"
+    shutil.copytree(trained[0], folder)
+    caplog.set_level("INFO", "vmrnn")
+    train.main(["--res_dir", str(folder), "--resume", "auto", "--epochs", "1", "--init_from", "gone.safetensors"])
+    assert "--resume auto --epochs 3 trains further" in caplog.text and "changed    epochs 2 -> 1\n" in caplog.text
+    assert f"python test.py --checkpoint '{folder}/best.safetensors'" in caplog.text
+
+
+def test_the_page_lists_what_a_resumed_run_may_change():
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    section = re.search(r"^### What a resumed run may change\n(.*?)^##", page, re.DOTALL | re.MULTILINE)[1]
+    listed = [name for line in section.splitlines() if line.startswith("- ") for name in re.findall(r"`(\w+)`", line)]
+    assert sorted(listed) == sorted(name for name, f in configuration.FIELDS.items() if f.metadata["resume"])
+
+
+def test_a_run_without_best_weights_yet(trained, tmp_path):
+    shutil.copy(trained[0] / "last.pt", tmp_path)
+    with pytest.raises(UserError, match=r"best.safetensors: cannot be read .*; .*last.pt has the weights so far"):
+        read_checkpoint(tmp_path / "best.safetensors")
+
+
 def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert "cannot write there" in fails(train, [*TINY, "--res_dir", tmp_path / "file" / "x"], capsys)

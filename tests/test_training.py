@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from vmrnn.metrics import better
 from vmrnn.network import build_model
 from vmrnn.optim import lr_factor, make_optimizer, parameter_groups
 from vmrnn.rollout import Rollout, pad_frames, rollout
-from vmrnn.run_folder import read_log
+from vmrnn.run_folder import RunFolder, read_log
 
 
 def small(model="VMRNN-B", depths=(1,), drop_path_rate=0.0, embed_dim=16):
@@ -286,6 +287,27 @@ def test_what_failed_is_kept(tmp_path):
     failed = read_checkpoint(tmp_path / "x" / "failed_update_rank0.pt")
     assert failed["inputs"].shape == (4, 3, 1, 16, 16) and failed["targets"].shape == (4, 2, 1, 16, 16)
     assert failed["position"]["step"] == 1 and max(v.abs().max() for v in failed["model"].values()) > 1e20
+
+
+def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise UserError("no space left")
+
+    monkeypatch.setattr(RunFolder, "save_failed_update", full)
+    with pytest.raises(UserError, match="the loss is nan .* lower --lr .*; no space left"):
+        train.main([*TINY, "--epochs", "4", "--lr", "1e30", "--res_dir", str(tmp_path / "x")])
+
+
+def test_weights_that_cannot_be_validated_are_not_where_the_run_goes_on(tmp_path):
+    """The one update of the epoch spoils the weights, and last.pt holds them."""
+    options = [*TINY, "--epochs", "1", "--train_sequences", "4", "--lr", "1e30", "--res_dir", str(tmp_path / "x")]
+    with pytest.raises(UserError, match="the validation loss of epoch 1 is nan: start anew with a lower --lr"):
+        train.main(options)
+    run = RunFolder(tmp_path / "x")
+    (tmp_path / "x" / "previous_last.pt").touch()
+    state = SimpleNamespace(config=None, progress=SimpleNamespace(epoch=3))
+    with pytest.raises(UserError, match=r"of epoch 3 is nan: go on from .*previous_last.pt in another --res_dir with"):
+        train.check_validation(math.nan, math.nan, state, run)
 
 
 def test_missing_pixels_have_no_say():

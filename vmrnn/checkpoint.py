@@ -248,7 +248,9 @@ def read_file(path):
         # A safetensors file begins with eight bytes of length and JSON.
         return read_safetensors(path) if head[8:] == b"{" else read_pickle(path, zipped=head.startswith(b"PK"))
     except OSError as error:
-        raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
+        last = path.with_name("last.pt")
+        hint = f"; {last} has the weights so far" if isinstance(error, FileNotFoundError) and last.exists() else ""
+        raise UserError(f"checkpoint {path}: cannot be read ({error.strerror or error}){hint}") from error
     except pickle.UnpicklingError as error:
         raise Damaged(
             f"checkpoint {path}: damaged, or holds more than weights, and is not loaded (code in it was not run)"

@@ -355,6 +355,17 @@ def changed_on_resume(before, after, data_known=False):
     return [name for name in changed if name not in allowed]
 
 
+def changes(before, after):
+    """What a resumed run changes, as text: lr 0.01 -> 0.001. "": nothing but its place.
+
+    before   options of its checkpoint, a dict
+    after    Config
+    """
+    now = after.to_dict()
+    changed = [name for name in before if name in now and name != "res_dir" and before[name] != now[name]]
+    return ", ".join(f"{name} {shown(before[name])} -> {shown(now[name])}" for name in changed)
+
+
 def did_you_mean(word, helps):
     """The end of a message about an unknown option: the names that were probably meant, or nothing.
 
