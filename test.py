@@ -40,7 +40,7 @@ from vmrnn.colours import Look
 from vmrnn.data.overlap import overlap_notes
 from vmrnn.errors import UserError
 from vmrnn.field_facts import FieldFacts, climatology, latitude_weights
-from vmrnn.files import make_folder, without_pattern
+from vmrnn.files import make_folder, replacing, without_pattern
 from vmrnn.forecast_store import ForecastWriter, StoredForecasts
 from vmrnn.metrics import anomaly_correlation, figure, metric_rows
 from vmrnn.network import compile_model
@@ -378,7 +378,8 @@ def main(argv=None):
         "results": results, "value_range": value_range.to_dict(), "lead_times": leads, "baselines": about,
         "spectrum": {label: power.tolist() for label, power in spectrum.compute().items()}, "config": config.to_dict(),
     }  # fmt: skip
-    (folder / "metrics.json").write_text(strict_json(content, indent=1), encoding="utf-8")
+    with replacing(folder / "metrics.json") as temporary:
+        temporary.write_text(strict_json(content, indent=1), encoding="utf-8")
     write_report(
         folder / "report.html",
         title=f"{config.model if model else Path(args.forecasts).name} on {data_name(config)}",

@@ -5,13 +5,14 @@ import json
 import os
 import stat
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from helpers import OPTIONS, TINY
 
 import train
-from vmrnn import checkpoint, files, pictures
+from vmrnn import checkpoint, config as configuration, files, pictures
 from vmrnn.checkpoint import read_checkpoint, read_last_checkpoint, save_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.run_folder import read_log, stamp_of
@@ -192,6 +193,28 @@ def test_temporary_files_have_names_that_nobody_can_link_to(tmp_path):
     assert stat.S_IMODE(files.new_file(tmp_path / "x").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "plain").stat().st_mode
     )
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(finished, monkeypatch):
+    def full(config, path):
+        path.write_text("model = ")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = contents(finished)
+    monkeypatch.setattr(configuration, "save_toml", full)
+    with pytest.raises(UserError, match="config.toml: cannot be written .*No space left"):
+        train.main(["--resume", str(finished), "--epochs", "2"])
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks(error, finished, monkeypatch, caplog):
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    train.main(["--resume", str(finished)])
+    assert "this file system has no locks; see to it that no other process trains there" in caplog.text
 
 
 def test_an_entry_is_written_whole_or_not_at_all(finished, start):

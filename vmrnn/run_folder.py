@@ -25,10 +25,13 @@ import filelock
 
 from vmrnn import checked, checkpoint, config as configuration
 from vmrnn.errors import UserError
-from vmrnn.files import make_folder
+from vmrnn.files import make_folder, replacing
 from vmrnn.values import ValueRange
 
 log = logging.getLogger("vmrnn")
+
+# Errors of a file system that cannot lock files, as NFS and Lustre may be mounted
+NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP
 
 # Names in a run folder that are ours, as a regular expression
 OURS = (
@@ -318,6 +321,10 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another process trains there; wait for it, or give another --res_dir"
             ) from None
+        except (NotImplementedError, OSError) as error:  # filelock before 4 raises the first
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s: this file system has no locks; see to it that no other process trains there", self.path)
         changed = resumed.stamp != stamp_of(resumed.path) if same_folder else self.last.exists()
         if changed:
             raise UserError(f"{self.path}: another process trained there while this one prepared its data; start again")
@@ -341,7 +348,8 @@ class RunFolder:
         toml = self.path / "config.toml"
         if not same_folder and toml.exists() and toml.read_bytes() != configuration.to_toml(state.config).encode():
             log.warning("%s: another one was there and is kept as %s", toml, keep(toml).name)
-        configuration.save_toml(state.config, toml)
+        with replacing(toml) as temporary:
+            configuration.save_toml(state.config, temporary)
 
     def save_due(self, state):
         """Whether the option save_every asks for a save."""
