@@ -91,6 +91,22 @@ def test_the_page_holds_everything_and_asks_for_nothing(written):
     assert page["published"] is None  # frames of another size than the published task's
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git absent")
+def test_the_revision_is_not_that_of_another_project(tmp_path, monkeypatch):
+    """An installed package may lie in the checkout of another project."""
+    page, other = tmp_path / "venv" / "report.html", tmp_path / "other.txt"
+    page.parent.mkdir()
+    page.touch()
+    other.touch()
+    name = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "other.txt"], [*name, "commit", "-qm", "other"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(report, "TEMPLATE", page)
+    assert report.git_revision() == ""
+    monkeypatch.setattr(report, "TEMPLATE", other)
+    assert len(report.git_revision()) == 12
+
+
 @pytest.mark.parametrize("width", [W, 3 * W + 1, 4096])
 def test_sprites_hold_the_frames(monkeypatch, width):
     monkeypatch.setattr(report, "SPRITE_WIDTH", width)

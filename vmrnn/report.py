@@ -173,13 +173,18 @@ def versions():
 
 
 def git_revision():
-    """The commit of the code, with -dirty if files were changed since; "" outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of the code, with -dirty if files were changed since; "" outside a checkout of this project."""
+    # An installed package may lie inside the checkout of another project, which does not track its files.
+    tracked = ["git", "ls-files", "--error-unmatch", TEMPLATE.name]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=TEMPLATE.parent, capture_output=True, text=True)
+        for command in (tracked, describe):
+            done = subprocess.run(command, cwd=TEMPLATE.parent, capture_output=True, text=True)
+            if done.returncode:
+                return ""
     except OSError:  # no git on this machine
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.strip()
 
 
 class Shown(NamedTuple):
