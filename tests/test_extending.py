@@ -13,8 +13,8 @@ PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^`([\w./]+)`(, a new file)?:$", re.MULTILINE)
 SECTIONS = [
-    "A new cell", "A new network", "A new loss", "A new option", "A new metric", "A new data set", "A new logger",
-    "A new scan back end",
+    "A new cell", "A new head", "A new network", "A new loss", "A new option", "A new metric", "A new data set",
+    "A new file format", "A new logger", "A new scan back end",
 ]  # fmt: skip
 
 
@@ -71,21 +71,34 @@ def run(folder, *arguments):
 
 TRAIN_AND_TEST = """
 import runpy, sys
+import numpy as np
 import pytest
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
+
+from dataset import build_dataset
+from vmrnn.config import Config
+with open("a.cam", "wb") as file:
+    file.write(np.uint32([8, 10]).tobytes() + np.arange(40 * 8 * 10, dtype=np.uint16).tobytes())
+options = {"train_data_dir": "a.cam", "input_size": [8, 10], "num_frames_input": 2, "num_frames_output": 1}
+inputs, targets = build_dataset("train", Config(dataset="cam", **options))[0]
+assert inputs.shape == (2, 1, 8, 10) and inputs[1, 0, 0, 0] > inputs[0, 0, 7, 9]
+with open("a.cam", "ab") as file:
+    file.write(b"x")
+with pytest.raises(ValueError, match="a.cam: not a header and whole frames"):
+    build_dataset("train", Config(dataset="cam", **options))
 sys.exit(pytest.main(["-v", "tests/test_networks.py", "-k", "cpu-double"]))
 """
 
 
 def test_a_run_with_everything_on_the_page(extended):
-    """The new data set, network, cell, loss, metric, option, logger and scan, in training and in a test.
+    """The new data set, file format, network, cell, head, loss, metric, option, logger and scan, in training and in a test.
 
     The new back end is held to the reference by the tests of the project, which take every row of the table.
     """
     # Training and the test of the back end share a process, which spares the second its imports.
     printed = run(
-        extended, "-c", TRAIN_AND_TEST, "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--patch_size", 4, "--embed_dim", 16,
+        extended, "-c", TRAIN_AND_TEST, "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--head", "blend", "--patch_size", 4, "--embed_dim", 16,
         "--depths", 1, "--d_state", 4, "--input_size", 16, "--num_frames_input", 3, "--num_frames_output", 2,
         "--train_sequences", 16, "--valid_sequences", 4, "--train_batch_size", 4, "--epochs", 2, "--epoch_valid", 1,
         "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--huber_delta", 0.1, "--table", "--scan", "double",
