@@ -109,7 +109,12 @@ def train_parser(description):
     parser.add_argument(
         "--init_from", "--checkpoint", "--checkpoint_path", metavar="FILE", help="weights to start a new run from"
     )
-    parser.add_argument("--resume", metavar="auto|FILE", help="continue from last.pt of the run folder, or from FILE")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|FILE",
+        help="auto: continue the run in --res_dir, or begin it there; FILE: continue from this last.pt, or from that of a "
+        "folder",
+    )
     add_options(parser)
     return parser
 
