@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import predict
 from dataset import build_dataset
 from vmrnn.checkpoint import save_weights
 from vmrnn.config import Config
+from vmrnn.data.clips import Source
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, parse_step, series_of_names, times_from_names
 from vmrnn.errors import UserError
@@ -172,6 +174,18 @@ def test_names_without_times_are_said(tmp_path):
         open_input(folder, Config(input_channels=1)).notes,
     ):
         assert any("no times: 1 of 6 names hold none, such as radar_20240101_0020_v2.png" in note for note in notes)
+
+
+def test_series_that_lie_between_one_another_are_refused(tmp_path):
+    for name in ("left", "right"):
+        write_images(tmp_path / "x", grey_levels(6), "{}_" + name + ".png")
+    with pytest.raises(UserError, match="1_left.png and 1_right.png have the same number"):
+        sequences(tmp_path / "x", tmp_path, dataset="frames")
+    with pytest.raises(UserError, match="1_left.png and 1_right.png have the same number"):
+        open_input(tmp_path / "x", Config(input_channels=1))
+    for names in (["t=-1", "t=0", "t=1"], ["0.05", "0.5"], ["a", "b", "c"]):
+        source = Source("x", tuple(Path(f"{name}.png") for name in names), video=False)
+        assert source.series() == [source]
 
 
 def test_clips_of_different_steps_are_said(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.images import image_frames
+from vmrnn.data.media import NUMBER
 from vmrnn.data.prepare import resized
 from vmrnn.data.times import (
     at_regular_step,
@@ -126,9 +127,19 @@ class Source:
             yield frame, None if times is None else times[i]
 
     def series(self):
-        """The series of a folder of images, a list of Source: one, or several whose names count on for themselves."""
+        """The series of a folder of images, a list of Source: one, or several whose names count on for themselves.
+
+        UserError: several series, such as two cameras, whose images lie between one another: 000_left.png, 000_right.png.
+        """
         runs = [(0, 1)] if len(self.files) == 1 else series_of_names(self.files)
         if len(runs) == 1:
+            seen = {}
+            for file in self.files:
+                numbers = tuple(NUMBER.findall(file.stem))  # as texts: 1.1 and 1.10 are two
+                if numbers and numbers in seen:
+                    raise UserError(f"{self.name}: {seen[numbers].name} and {file.name} have the same number, so the images are no "
+                                    "one series; put each series into a folder of its own")  # fmt: skip
+                seen[numbers] = file
             return [self]
         return [replace(self, name=f"{self.name}/{self.files[start].stem}", files=self.files[start:stop])
                 for start, stop in runs]  # fmt: skip
