@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import logging
 import math
-import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -181,10 +180,8 @@ def train(config, weights, resumed, device, signals, run):
         logger.curve()
     log.info("done: %s; --resume auto --epochs %d trains further", run.path, progress.epoch)
     if run.best.exists():
-        log.info(
-            "best MSE on the validation set %.2f; next: python test.py --checkpoint %s",
-            progress.best_mse, shlex.quote(str(run.best)),
-        )  # fmt: skip
+        best = f'"{run.best}"' if " " in str(run.best) else run.best  # every shell takes these quotes
+        log.info("best MSE on the validation set %.2f; next: python test.py --checkpoint %s", progress.best_mse, best)
 
 
 @dataclass

@@ -269,7 +269,7 @@ def test_a_finished_run_says_what_continues_it(trained, tmp_path, caplog):
     caplog.set_level("INFO", "vmrnn")
     train.main(["--res_dir", str(folder), "--resume", "auto", "--epochs", "1", "--init_from", "gone.safetensors"])
     assert "--resume auto --epochs 3 trains further" in caplog.text and "changed    epochs 2 -> 1\n" in caplog.text
-    assert f"python test.py --checkpoint '{folder}/best.safetensors'" in caplog.text
+    assert f'python test.py --checkpoint "{folder / "best.safetensors"}"' in caplog.text
 
 
 def test_the_page_lists_what_a_resumed_run_may_change():
