@@ -343,8 +343,7 @@ def main(argv=None):
     with ExitStack() as stack:
         writer = None
         if path := args.save_forecasts:
-            count = len(test_set)
-            writer = stack.enter_context(ForecastWriter(path, count, value_range, facts.info, facts.times, facts.leads))
+            writer = stack.enter_context(ForecastWriter(path, len(test_set), value_range, facts))
 
         def see(step, inputs, targets, forecast):
             pictures(inputs, targets, forecast)

@@ -693,6 +693,17 @@ def test_files_that_count_from_their_start_stand_for_themselves(tmp_path):
     assert grid.runs() == [(0, 4), (4, 8)] and "sequences: 2" in grid.notes[2]
 
 
+def test_a_forecast_after_numbered_frames_keeps_their_unit(tmp_path):
+    """Hours since the start, without a date."""
+    hours = ("time", np.arange(4), {"units": "hours"})
+    info = open_grid(write(field(range(4)).assign_coords(time=hours), tmp_path / "a.nc")).info
+    unit = np.zeros((1, 2, 9, 12, 1), np.float32)
+    Forecast(unit, ValueRange(), unit.dtype, False, info, [info.times]).save(tmp_path / "b.nc")
+    with xarray.open_dataset(tmp_path / "b.nc", engine="h5netcdf", decode_timedelta=True) as forecast:
+        for name, expected in {"time": [4, 5], "lead_time": [1, 2], "forecast_reference_time": 3}.items():
+            np.testing.assert_array_equal(forecast[name], np.array(expected, "m8[h]"))
+
+
 # Data sets
 
 

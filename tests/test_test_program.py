@@ -20,7 +20,8 @@ from vmrnn.checkpoint import save_weights
 from vmrnn.data.grids import open_grid
 from vmrnn.errors import UserError
 from vmrnn.field_facts import FieldFacts
-from vmrnn.forecast_store import StoredFields
+from vmrnn.forecast_files import Forecast
+from vmrnn.forecast_store import ForecastWriter, StoredFields
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 from vmrnn.spectrum import Spectrum
@@ -243,7 +244,7 @@ def test_members_of_an_ensemble_keep_their_own_forecasts(tmp_path):
     xarray.Dataset({"t2m": (("time", "lat", "lon"), values)}, {"time": times}).to_netcdf(tmp_path / "field.nc")
     info = open_grid(tmp_path / "field.nc", ["t2m"]).info
     members = [0, 1, 0, 1]
-    facts = FieldFacts(info, info.times[members], np.array([3600.0]))
+    facts = FieldFacts(info, info.times[members], info.times[members][:, None] + 3600.0, 3600.0)
     numbered = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None, None], (4, 1, 8, 9))
     right = xarray.Dataset(
         {"t2m": (("sequence", "time", "lat", "lon"), numbered)},
@@ -253,11 +254,41 @@ def test_members_of_an_ensemble_keep_their_own_forecasts(tmp_path):
     found = StoredFields(tmp_path / "right.nc", 4, (1, 1, 8, 9), facts)
     assert [found.row(i).mean() for i in range(4)] == [0, 1, 2, 3]
     assert found.notes == ["sequences share their reference times: forecasts are taken in the order of the test set"]
-    apart = FieldFacts(info, info.times[:2], facts.leads)
+    apart = FieldFacts(info, info.times[:2], facts.valid[:2], 3600.0)
     for number, (chosen, facts_of_test) in enumerate((([0, 2, 1, 3], facts), ([0, 1], facts), ([0, 1, 2, 3], apart))):
         right.isel(sequence=chosen).to_netcdf(tmp_path / f"{number}.nc", engine="h5netcdf")
         with pytest.raises(UserError, match="share a reference time, .* in the order of the test set"):
             StoredFields(tmp_path / f"{number}.nc", len(facts_of_test.times), (1, 1, 8, 9), facts_of_test)
+
+
+@pytest.mark.parametrize("ending", [".nc", ".zarr"])
+def test_forecasts_of_months_hold_for_their_own_months(tmp_path, ending):
+    """Months differ in length. What --save_forecasts and predict.py write is scored at its own time."""
+    if ending == ".zarr":
+        pytest.importorskip("zarr")
+    months = np.arange("2024-01", "2024-11", dtype="datetime64[M]").astype("datetime64[ns]")
+    values = np.random.default_rng(0).normal(280, 5, (10, 16, 20)).astype(np.float32)
+    source = xarray.Dataset({"t2m": (("time", "lat", "lon"), values, {"units": "K"})}, {"time": months})
+    source.to_netcdf(tmp_path / "x.nc", engine="h5netcdf")
+    options = OPTIONS | {"train_data_dir": str(tmp_path / "x.nc"), "cache_dir": str(tmp_path / "cache")}
+    options |= {"test_data_dir": str(tmp_path / "x.nc")}
+    test_set, config = data_set("test", **options), configuration.resolve(None, options)
+    facts, path = FieldFacts.of(test_set, config), tmp_path / f"all{ending}"
+    frames = [torch.stack(parts) for parts in zip(*(test_set[i] for i in range(len(test_set))))]
+    with ForecastWriter(path, len(test_set), test_set.value_range, facts) as writer:
+        writer(*frames, frames[1])
+    with xarray.open_dataset(path, decode_timedelta=True, **how_to_open(path)) as found:
+        np.testing.assert_array_equal(found.forecast_reference_time, months[2:-2])
+        np.testing.assert_array_equal(found.valid_time, np.stack((months[3:-1], months[4:]), axis=1))
+        assert found.lead_time.values.tolist() == [1, 2] and found.channel_units.values.tolist() == ["K"]
+    # Of January to March, April and May
+    shape = (2, 1, 16, 20)
+    given = [facts.info.times[:3]]
+    own = Forecast(np.zeros((1, 2, 16, 20, 1), np.float32), test_set.value_range, values.dtype, False, facts.info, given)
+    own.save(tmp_path / f"next{ending}")
+    first = replace(facts, times=facts.times[:1], valid=facts.valid[:1])
+    for name in (path.name, f"next{ending}"):
+        StoredFields(tmp_path / name, 1, shape, first)
 
 
 def test_figures_in_kelvins_with_weights_of_latitudes(field, tmp_path):

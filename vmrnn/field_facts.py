@@ -22,12 +22,14 @@ class FieldFacts:
 
     info    GridInfo; None: the data are no gridded field
     times   time of the last input frame of each sequence, float64 (N,); None: the frames have no dates
-    leads   lead time of each forecast frame in seconds, float64 (T,); None: the frames have no dates
+    valid   times of the frames to forecast, float64 (N, T); None: the frames have no dates
+    step    seconds that frames are usually apart (the lengths of months differ); None: the frames have no dates
     """
 
     info: GridInfo | None = None
     times: np.ndarray | None = None
-    leads: np.ndarray | None = None
+    valid: np.ndarray | None = None
+    step: float | None = None
 
     @classmethod
     def of(cls, test_set, config):
@@ -39,18 +41,17 @@ class FieldFacts:
         info = GridInfo.load(Path(clips[0].path).parent) if clips and config.dataset == "grid" else None
         if info is None or info.times is None or not info.calendar:
             return cls(info)
-        last = [
+        last = np.array([
             clips[clip].start + clips[clip].step * (first + config.num_frames_input - 1)
             for clip, first in test_set.windows
-        ]
-        step = usual_step(info.times) * clips[0].step
-        return cls(info, info.times[last], step * np.arange(1, config.num_frames_output + 1))
+        ])  # fmt: skip
+        following = last[:, None] + clips[0].step * np.arange(1, config.num_frames_output + 1)
+        return cls(info, info.times[last], info.times[following], usual_step(info.times) * clips[0].step)
 
     def lead_names(self, horizon):
         """A short name of every lead time: 10 min where frames have times, else 1, 2, ..."""
-        if self.leads is None:
-            return [str(step) for step in range(1, horizon + 1)]
-        return lead_names(self.leads.tolist())
+        counted = range(1, horizon + 1)
+        return [str(i) for i in counted] if self.step is None else lead_names([self.step * i for i in counted])
 
     def title(self, index):
         """A name of sequence `index`: its number and, where frames have times, the time of its last input frame."""

@@ -110,18 +110,15 @@ class Forecast:
             about = {"long_name": "frames after the last observed one", "units": "1"}
             return found.assign_coords(lead_time=(time, np.arange(1, self.horizon + 1) * self.step, about))
         dates = self.info.decoded_times
-        lead = times[0] - reference[0]
-        if self.info.calendar:
-            lead = np.round(lead * 1e9).astype("timedelta64[ns]")
-        about = {"standard_name": "forecast_period", "long_name": "time since the last observed frame"}
-        found = found.assign_coords(lead_time=(time, lead, about))
+        found = found.assign_coords(lead_time=(time, *self.info.lead_time(times, reference)))
         about = {"standard_name": "forecast_reference_time", "long_name": "time of the last observed frame"}
+        about |= self.info.time_unit
         if not self.many:
             return found.assign_coords(forecast_reference_time=((), dates(reference)[0], about))
         valid = dates(times.ravel()).reshape(times.shape)
         return found.assign_coords(
             forecast_reference_time=("sequence", dates(reference), about),
-            valid_time=(("sequence", time), valid, {"standard_name": "time"}),
+            valid_time=(("sequence", time), valid, {"standard_name": "time"} | self.info.time_unit),
         )
 
     def save(self, path, fps=5):

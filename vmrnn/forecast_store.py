@@ -26,9 +26,7 @@ class ForecastWriter:
                   the data, NaN where a pixel is missing
     count         number of sequences
     value_range   ValueRange of the data
-    info          GridInfo of the data, whose coordinates and channel names are written; None: none are
-    times         time of the last input frame of each sequence, float64 (count,); None: unknown
-    leads         lead time of each forecast frame in seconds, float64 (T,); None: they are counted
+    facts         FieldFacts of the test set, whose names, units, coordinates and times are written
 
     with ForecastWriter(...) as writer: call it with each batch. The file appears under its name at the end, and only if no
     error was raised.
@@ -36,9 +34,9 @@ class ForecastWriter:
     UserError: a file that cannot be written.
     """
 
-    def __init__(self, path, count, value_range, info=None, times=None, leads=None):
-        self.path, self.count, self.value_range, self.info = Path(path), count, value_range, info
-        self.times, self.leads, self.written, self.arrays = times, leads, 0, None
+    def __init__(self, path, count, value_range, facts):
+        self.path, self.count, self.value_range = Path(path), count, value_range
+        self.facts, self.info, self.written, self.arrays = facts, facts.info, 0, None
         self.file = None  # an open h5netcdf.File
         if self.path.suffix.lower() not in ENDINGS:
             raise UserError(f"--save_forecasts {path}: its name must end as one of {' '.join(ENDINGS)}")
@@ -125,9 +123,11 @@ class ForecastWriter:
         (inputs, channels, height, width), (horizon, *_), _ = shapes
         found = xarray.Dataset(coords={"input_time": np.arange(1 - inputs, 1)})
         found.input_time.attrs["long_name"] = "frames after the last input frame"
-        lead = np.arange(1, horizon + 1)
+        lead = np.arange(1, horizon + 1), {"long_name": "frames after the last input frame", "units": "1"}
         if self.info:
-            found = found.assign_coords(channel=self.info.names[:channels])
+            # Texts of any length: Zarr has no standard form for those of a fixed one
+            names, units = (np.array(texts[:channels], object) for texts in (self.info.names, self.info.all_units))
+            found = found.assign_coords(channel=names, channel_units=("channel", units))
             sizes = dict(zip(self.plane(), (height, width)))
             fits = {
                 name: coordinate.variable
@@ -135,13 +135,15 @@ class ForecastWriter:
                 if all(sizes.get(dim) == size for dim, size in coordinate.sizes.items())
             }
             found = found.assign_coords(fits).assign_attrs(self.info.coordinates.attrs)
-        if self.leads is not None:
-            lead = np.round(self.leads * 1e9).astype("timedelta64[ns]")
-            reference = self.info.decoded_times(self.times)
-            found = found.assign_coords(forecast_reference_time=("sequence", reference))
-        found = found.assign_coords(lead_time=("time", lead))
-        found.lead_time.attrs["long_name"] = "time after the last input frame"
-        return found
+        times, valid = self.facts.times, self.facts.valid
+        if times is not None:
+            lead, dates = self.info.lead_time(valid, times), self.info.decoded_times
+            about = {"standard_name": "forecast_reference_time", "long_name": "time of the last input frame"}
+            found = found.assign_coords(
+                forecast_reference_time=("sequence", dates(times), about),
+                valid_time=(("sequence", "time"), dates(valid.ravel()).reshape(valid.shape), {"standard_name": "time"}),
+            )
+        return found.assign_coords(lead_time=("time", *lead))
 
     def __enter__(self):
         return self
@@ -385,10 +387,11 @@ class StoredFields:
         leads = import_xarray().decode_cf(dataset[[*dataset.coords]], decode_timedelta=True).get("lead_time")
         if leads is not None and leads.dtype.kind == "m":
             seconds = leads.values / np.timedelta64(1, "s")
-            if not np.allclose(seconds, facts.leads, atol=0.5):
+            wanted = facts.valid - facts.times[:, None]  # (N, T); those of months differ
+            if ((seconds < wanted.min(0) - 0.5) | (seconds > wanted.max(0) + 0.5)).any():
                 raise UserError(
                     f"--forecasts {self.path}: its lead times are {seconds.tolist()} s, but those of the test set are "
-                    f"{facts.leads.tolist()} s"
+                    f"{wanted[0].tolist()} s"
                 )
         wanted = [moment_of(time) for time in facts.info.decoded_times(facts.times)]
         moments = [moment_of(time) for time in dataset["forecast_reference_time"].values.ravel()]

@@ -76,7 +76,7 @@ class GridInfo:
     coordinates   xarray.Dataset of all that does not change with time: coordinates of y and x, the map projection, and
                   the attributes of the file
     time          name of the time dimension of a forecast
-    time_facts    attributes of the time coordinate
+    time_facts    attributes of the time coordinate, with a unit only where its numbers are no dates
     time_source   where the times come from, in words; "" where frames have no times
     calendar      CF name of the times' calendar; "" where they count frames and are no dates
     times         float64 (T,), see vmrnn.data.times; None where frames have no times
@@ -210,6 +210,27 @@ class GridInfo:
         xarray = import_xarray()
         coded = xarray.Variable("time", np.asarray(times), {"units": EPOCH, "calendar": self.calendar})
         return xarray.decode_cf(xarray.Dataset({"time": coded}))["time"].values
+
+    def lead_time(self, valid, reference):
+        """The coordinate of the lead times of forecasts: (values (T,), attributes).
+
+        valid       times of the forecast frames of each sequence, float64 (S, T)
+        reference   time of the last given frame of each sequence, float64 (S,)
+
+        Sequences whose lead times differ by a second or more, as those of months do, have the numbers of the frames instead.
+        """
+        leads = valid - reference[:, None]
+        if np.ptp(leads, axis=0).max() >= 1:
+            return np.arange(1, leads.shape[1] + 1), {"long_name": "number of the forecast frame", "units": "1"}
+        facts = {"standard_name": "forecast_period", "long_name": "time since the last given frame"}
+        if not self.calendar:
+            return leads[0], facts | self.time_unit
+        return np.round(leads[0] * 1e9).astype("timedelta64[ns]"), facts
+
+    @property
+    def time_unit(self):
+        """{"units": ...} of times that are numbers without a date; {} where they have none, or are dates."""
+        return {key: self.time_facts[key] for key in ("units",) if key in self.time_facts}
 
     def calendar_features(self, times):
         """Sine and cosine of the hour of the day and of the day of the year (UTC), float32 (T, 4), scaled to [0, 1].

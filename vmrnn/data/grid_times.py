@@ -158,9 +158,8 @@ def scalar_or_axis(dataset, name, axis, path):
     what = f"the coordinate {name}" if axis else f"the variable {name}"
     if is_reference(name, variable):
         what += ", the times at which forecasts began"
-    facts = plain_attributes(
-        {k: v for k, v in variable.attrs.items() if k not in ("units", "calendar", *PACKING, "bounds")}
-    )
+    coded = ("units", "calendar") if calendar else ("calendar",)  # a forecast has dates in a unit of its own
+    facts = plain_attributes({k: v for k, v in variable.attrs.items() if k not in (*coded, *PACKING, "bounds")})
     return FrameTimes(values if values.ndim else values[None], what, calendar, facts)
 
 
