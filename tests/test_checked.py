@@ -81,7 +81,10 @@ def content_of(network):
         (lambda c: c.update(value_range=3), "value_range is no table"),
         (lambda c: c.update(value_range={"low": "a"}), "value_range"),
         (lambda c: c.update(value_range={"low": [1.0], "high": 2.0, "missing": 3, "transform": []}), "value_range"),
-        (lambda c: c.update(value_range={"low": 0.0, "high": 1.0, "transform": "log", "zero_below": [0.1]}), "zero_below"),
+        (
+            lambda c: c.update(value_range={"low": 0.0, "high": 1.0, "transform": "log", "zero_below": [0.1]}),
+            "zero_below",
+        ),
         (lambda c: c.update(value_range={"low": 0.0, "high": 1.0, "missing": 3}), "has missing 3"),
         (lambda c: c.update(optimizer=3), "optimizer is no table"),
         (lambda c: c.update(position=[]), "position is no table"),

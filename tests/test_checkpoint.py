@@ -346,7 +346,10 @@ def test_bare_weights_need_a_configuration(tmp_path):
 
 
 def test_digits_of_the_training_say_nothing_of_other_data(tmp_path):
-    config, path = configuration.resolve(None, TINY | {"dataset": "moving_mnist", "num_objects": 1}), tmp_path / "w.safetensors"
+    config, path = (
+        configuration.resolve(None, TINY | {"dataset": "moving_mnist", "num_objects": 1}),
+        tmp_path / "w.safetensors",
+    )
     save_weights(path, build_model(**config.network_options), config.to_dict())
     assert vmrnn.load_network(path).config.num_objects == 1
     assert vmrnn.load_network(path, dataset="array").config.num_objects == 2

@@ -443,7 +443,11 @@ def test_nothing_is_loaded_whole(own, tmp_path):
         (dict(dataset="array"), {"a.npy": np.zeros((40, 8, 10)), "b.npy": np.zeros((40, 8, 9))}, r"b\.npy: frames of"),
         (dict(dataset="array"), {"a.npy": np.eye(10)[:2].reshape(2, 2, 5)}, "2 frames in 1 clips leave no training"),
         (dict(dataset="array", array_key="snow"), {"a.npz": np.zeros((40, 8, 10))}, "no array 'snow'"),
-        (dict(dataset="array", frame_fit="crop", input_size=(9, 9)), {"a.npy": np.eye(8)[None]}, "no training sequence"),
+        (
+            dict(dataset="array", frame_fit="crop", input_size=(9, 9)),
+            {"a.npy": np.eye(8)[None]},
+            "no training sequence",
+        ),
         (
             dict(dataset="array", frame_fit="crop", input_size=[9]),
             {"a.npy": np.ones((40, 8, 10)).cumsum(0)},
@@ -489,7 +493,11 @@ def test_what_cannot_be_used_says_so_in_one_line(own, tmp_path, options, write, 
         (1.0, -273.15, "the values -23.15 to 36.85 lie outside the range 250 to 310 of the training"),
         (100.0, 0.0, "the values 25000 to 31000 lie outside the range"),
         (7.0, -1500.0, "the values 250 to 670 lie in part far outside the range"),
-        (0.001, 260.0, "the values 260.25 to 260.31 span only 0.1 % of the range 250 to 310 of the training: check the"),
+        (
+            0.001,
+            260.0,
+            "the values 260.25 to 260.31 span only 0.1 % of the range 250 to 310 of the training: check the",
+        ),
     ],
 )
 def test_a_test_in_other_units_than_the_training_is_named(own, tmp_path, scale, offset, says):
@@ -498,6 +506,15 @@ def test_a_test_in_other_units_than_the_training_is_named(own, tmp_path, scale, 
     data = own("test", value_range=ValueRange(250.0, 310.0), dataset="array", test_data_dir=tmp_path / "data" / "a.npy")
     notes = [note for note in data.notes if "of the training" in note]
     assert len(notes) == (says is not None) and (says is None or re.match(f"test data: {says}", notes[0])), notes
+
+
+def test_a_range_of_rain_for_the_training_on_temperatures_is_refused(own, tmp_path):
+    """configs/grid_netcdf.toml has one."""
+    np.save(tmp_path / "data" / "a.npy", np.linspace(250, 310, 40 * 80).reshape(40, 8, 10))
+    says = r"a\.npy: the values 250 to 297.996 lie outside data_range 0 32, so .*; give --data_range without numbers"
+    with pytest.raises(UserError, match=says):
+        own("train", dataset="array", data_range=[0.0, 32.0])
+    assert own("train", dataset="array", data_range=[290.0, 320.0]).value_range.low == 290
 
 
 def test_each_channel_is_held_against_its_own_range(own, tmp_path):

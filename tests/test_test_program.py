@@ -284,7 +284,9 @@ def test_forecasts_of_months_hold_for_their_own_months(tmp_path, ending):
     # Of January to March, April and May
     shape = (2, 1, 16, 20)
     given = [facts.info.times[:3]]
-    own = Forecast(np.zeros((1, 2, 16, 20, 1), np.float32), test_set.value_range, values.dtype, False, facts.info, given)
+    own = Forecast(
+        np.zeros((1, 2, 16, 20, 1), np.float32), test_set.value_range, values.dtype, False, facts.info, given
+    )
     own.save(tmp_path / f"next{ending}")
     first = replace(facts, times=facts.times[:1], valid=facts.valid[:1])
     for name in (path.name, f"next{ending}"):

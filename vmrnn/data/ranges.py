@@ -59,6 +59,15 @@ class Summary:
                 )
         return lines
 
+    @property
+    def ends(self):
+        """Lowest and highest value of each channel, float64 (2, C).
+
+        NaN where all values are missing, and for infinite values, which are refused where frames are read.
+        """
+        ends = np.array([self.low, self.high], np.float64)  # None becomes NaN
+        return np.where(np.isinf(ends), np.nan, ends)
+
     def of_channel(self, channel):
         """The end of a phrase that names a channel; "" if there is only one."""
         return f" of channel {channel}" if len(self.low) > 1 else ""
@@ -105,6 +114,30 @@ def check_reach(summary, value_range, name):
                 )
 
 
+def beyond(summary, value_range):
+    """Which channels of a Summary have no value inside the range, and which have one far outside it: two bool (C,)."""
+    units = value_range.to_unit(summary.ends)
+    nearest = np.clip(0.5, *units)  # the place between both ends that is nearest to the middle of the range
+    return outside(nearest)[0], outside(units)[1].any(axis=0)
+
+
+def check_data_range(summary, value_range, name):
+    """UserError for training data without a value inside data_range, such as temperatures with a data_range of rain.
+
+    summary       Summary of the training data
+    value_range   ValueRange that is made of the option data_range
+    name          of the data, for messages
+    """
+    pairs = list(value_range.pairs())
+    for channel in np.flatnonzero(beyond(summary, value_range)[0]):
+        (low, high), given = summary.ends[:, channel], pairs[channel if len(pairs) > 1 else 0]
+        raise UserError(
+            f"{name}: the values {low:g} to {high:g}{summary.of_channel(channel)} lie outside data_range {given[0]:g} "
+            f"{given[1]:g}, so the network could not tell them apart; give --data_range without numbers for the range of "
+            "the data, or check the units"
+        )
+
+
 def outside_notes(summary, value_range, split):
     """Lines about channels whose values may be in other units than those of the training.
 
@@ -115,23 +148,17 @@ def outside_notes(summary, value_range, split):
     All values of such a channel lie outside the range of the training, some of them lie far outside, or they span less than
     the share SMALL of it.
     """
-    # (2, C). Infinite values are refused where they are read.
-    ends = np.array([summary.low, summary.high], np.float64)  # None becomes NaN
-    units = value_range.to_unit(np.where(np.isinf(ends), np.nan, ends))
-    _, far = outside(units)
-    all_outside, _ = outside(
-        np.clip(0.5, *units)
-    )  # the place between both ends that is nearest to the middle of the range
+    none_inside, far = beyond(summary, value_range)
     given = list(value_range.given.pairs()) if value_range.given else []
     pairs = list(value_range.pairs())
     pairs = pairs * (len(summary.low) - len(given)) if len(pairs) == 1 else pairs
     lines = []
-    for channel, ((low, high), trained) in enumerate(zip(ends.T, pairs + given)):
+    for channel, ((low, high), trained) in enumerate(zip(summary.ends.T, pairs + given)):
         values = f"{split} data: the values {low:g} to {high:g}{summary.of_channel(channel)}"
         trained_range = f"the range {trained[0]:g} to {trained[1]:g} of the training"
         share = (high - low) / (trained[1] - trained[0])
-        if all_outside[channel] or far[:, channel].any():
-            what = "outside" if all_outside[channel] else "in part far outside"
+        if none_inside[channel] or far[channel]:
+            what = "outside" if none_inside[channel] else "in part far outside"
             lines.append(
                 f"{values} lie {what} {trained_range}; name a fill value with missing_value, or check the units"
             )

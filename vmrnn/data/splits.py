@@ -21,7 +21,15 @@ from vmrnn.data.grids import calendar_of, grid_clips
 from vmrnn.data.images import IMAGES, image_notes, page_count
 from vmrnn.data.media import files_in
 from vmrnn.data.prepare import stored_size
-from vmrnn.data.ranges import check_not_all_missing, check_reach, forcing_range, outside_notes, range_of, summarize
+from vmrnn.data.ranges import (
+    check_data_range,
+    check_not_all_missing,
+    check_reach,
+    forcing_range,
+    outside_notes,
+    range_of,
+    summarize,
+)
 from vmrnn.data.table import DATASETS, SPLIT_NAMES
 from vmrnn.data.times import parse_step, runs_without_gap, span, step_notes, usual_step
 from vmrnn.data.videos import VIDEOS
@@ -300,6 +308,8 @@ def own(split, options, value_range, pictures=False):
 
     # The data set
     check_reach(summary, value_range, clips[0].name)
+    if split == "train":
+        check_data_range(summary, value_range, clips[0].name)
     notes += summary.notes(options, split) + outside_notes(summary, value_range, split)
     if split != "train":
         windows = thin(windows, getattr(options, f"{split}_sequences"))
