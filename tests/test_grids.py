@@ -956,6 +956,17 @@ def test_another_step_and_turned_maps_are_said(tmp_path):
     assert not any("in the training" in note for note in same.notes)
 
 
+def test_another_band_is_said(tmp_path):
+    """The name of the field and its unit are the same, and a scalar coordinate alone tells them apart."""
+    crs = ((), 0, {"grid_mapping_name": "latitude_longitude"})
+    first, second = (write(field().assign_coords(band=band, height=2.0, crs=crs), tmp_path / f"{band}.nc") for band in (1, 2))
+    trained = build_dataset("train", options(first, tmp_path)).value_range
+    assert ValueRange.from_dict(trained.to_dict()).labels == ("band 1",)
+    said = [build_dataset("test", options(first, tmp_path, test_data_dir=path), trained).notes for path in (first, second)]
+    said = [[note for note in notes if "in the training" in note] for notes in said]
+    assert said == [[], ["band is 2, but was 1 in the training: make sure that it is the same field"]]
+
+
 def test_a_climatology_is_the_mean_of_all_frames_in_the_units_of_the_data(tmp_path):
     whole = field(SIX_HOURS[[0, 1, 2, 5, 6, 7]])
     whole.t2m[1, 2, 3] = np.nan

@@ -22,8 +22,8 @@ TABLES = {"config": dict, "value_range": dict, "optimizer": dict, "scaler": dict
 RANGE = ValueRange.__dataclass_fields__.keys()
 # Entries of a stored ValueRange that are one value, and those that are lists; low and high may be either
 RANGE_SINGLES = {"transform", "zero_below", "step"}
-RANGE_LISTS = {"missing", "names", "units", "levels", "directions"}
-RANGE_TEXTS = {"transform", "names", "units", "levels", "directions"}
+RANGE_LISTS = {"missing", "names", "units", "levels", "directions", "labels"}
+RANGE_TEXTS = {"transform", "names", "units", "levels", "directions", "labels"}
 METADATA = {"format", "config", "value_range", "checksum"}  # the keys of our safetensors files
 
 

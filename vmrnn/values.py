@@ -30,8 +30,9 @@ class ValueRange:
     levels       of these channels as text, such as 850 hPa, "" where a file names none; (): of an older checkpoint
     step         seconds from one frame of the training to the next; 0: they have no dates
     directions   of the coordinates of rows and columns of the training: rising, falling, or "" where there are none
+    labels       what other coordinates of one value said of the fields of the training, such as band 2
 
-    The last five change no value, and ranges that differ by them alone are equal.
+    The last six change no value, and ranges that differ by them alone are equal.
     Frames are (..., C), channels last, where low and high are tuples. The data set makes the range, the checkpoint
     stores it, and every program that reads or writes values uses it.
     UserError: low or high is not finite, low is not below high, or the transform cannot take them.
@@ -48,6 +49,7 @@ class ValueRange:
     levels: tuple = field(default=(), compare=False)
     step: float = field(default=0.0, compare=False)
     directions: tuple = field(default=(), compare=False)
+    labels: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
         pairs = list(self.pairs())

@@ -226,6 +226,16 @@ def scalar_levels(coordinates, names):
     return [with_unit(unpacked(v).item(), v) for name, v in own.items() if v.ndim == 0 and is_vertical(name, v)]
 
 
+def labels_of(coordinates):
+    """What scalar coordinates say of a field beside its height and its map projection, a list of texts such as "band 2".
+
+    coordinates   {name: xarray.DataArray}
+    """
+    of_maps = {"grid_mapping_name", "crs_wkt"}
+    scalars = {name: c for name, c in coordinates.items() if c.ndim == 0 and not of_maps & {*c.attrs}}
+    return [f"{name} {c.item()}" for name, c in scalars.items() if not is_vertical(name, c)]
+
+
 def with_unit(value, coordinate):
     """A value of a coordinate with its unit, as text; all pressures are in hPa, so that 85000 Pa is 850 hPa."""
     unit = str(coordinate.attrs.get("units", ""))

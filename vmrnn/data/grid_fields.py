@@ -13,6 +13,7 @@ from vmrnn.data.grid_axes import (
     is_lead,
     is_reference,
     is_time,
+    labels_of,
     levels_of,
     place_names,
     read_roles,
@@ -154,6 +155,7 @@ def describe(path, variables, array_axes, time_from, forcings=()):
     dims = {letter: plain_dim(dim, letter) for dim, letter in first.roles.items()}
     # A dimension of leads or of reference times holds the times of the frames in a forecast
     began = dims.get("T", "").lower() in (*LEAD_NAMES, *REFERENCE_NAMES)
+    steady = import_xarray().Dataset(coords=coordinates, attrs=attributes)
     info = GridInfo(
         channels=[channel for f in forecast for channel in f.channels],
         forcings=[file_of(name)[1] for name in forcings],
@@ -161,7 +163,7 @@ def describe(path, variables, array_axes, time_from, forcings=()):
         given_levels=[f.channels[0].level_text for f in fields[len(variables) :]],
         variables={f.selection.variable: f.attributes for f in forecast},
         y=dims["H"], x=dims["W"], time="time" if times.calendar and began else dims.get("T", "time"),
-        coordinates=import_xarray().Dataset(coords=coordinates, attrs=attributes),
+        coordinates=steady, labels=labels_of(steady.coords),
     )  # fmt: skip
     return Description(info, Part(path, *first.size[:2], times, [f.selection for f in fields]), fields)
 

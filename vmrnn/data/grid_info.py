@@ -79,6 +79,7 @@ class GridInfo:
     time_facts    attributes of the time coordinate, with a unit only where its numbers are no dates
     time_source   where the times come from, in words; "" where frames have no times
     calendar      CF name of the times' calendar; "" where they count frames and are no dates
+    labels        what scalar coordinates say of the fields, see grid_axes.labels_of
     times         float64 (T,), see vmrnn.data.times; None where frames have no times
     """
 
@@ -94,6 +95,7 @@ class GridInfo:
     calendar: str = ""
     given_units: list = field(default_factory=list)
     given_levels: list = field(default_factory=list)
+    labels: list = field(default_factory=list)
     times: np.ndarray | None = None
 
     @property
@@ -130,7 +132,7 @@ class GridInfo:
                 given = replace(given, names=tuple(self.forcings), units=tuple(self.given_units),
                                 levels=tuple(self.given_levels))  # fmt: skip
             return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), levels=tuple(self.levels), given=given,
-                           step=self.step(options), directions=self.directions)  # fmt: skip
+                           step=self.step(options), directions=self.directions, labels=tuple(self.labels))  # fmt: skip
         fields = [*zip(self.names, self.all_units, self.levels, *facts_of_training(value_range))]
         given, forcings = value_range.given, []
         if given and self.forcings:
@@ -164,6 +166,10 @@ class GridInfo:
             fields = ", ".join(f"{name} in {unit or 'no unit'}" for name, unit in zip(self.names, self.all_units))
             return [f"the network was trained on data without units: whether they were {fields} is not checked"]
         lines = step_notes(self.step(options), value_range.step)
+        known = dict(label.split(" ", 1) for label in value_range.labels)
+        for name, value in (label.split(" ", 1) for label in self.labels):
+            if value != known.get(name, value):
+                lines.append(f"{name} is {value}, but was {known[name]} in the training: make sure that it is the same field")
         for dim, direction, trained in zip((self.y, self.x), self.directions, value_range.directions):
             if direction and trained and direction != trained:
                 lines.append(f"the coordinate {dim} is {direction}, but was {trained} in the training: turn the maps")
