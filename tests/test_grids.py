@@ -500,6 +500,20 @@ def test_zarr_holds_what_netcdf_holds(tmp_path):
 # Times
 
 
+def test_a_fill_value_of_zarr_that_nobody_chose_is_said(tmp_path):
+    """Zarr 2 makes 0 the fill value of an array that is made without one: dry pixels would be missing without a word."""
+    zarr = pytest.importorskip("zarr")
+    for number, (form, fill, said) in enumerate(((2, 0, True), (2, None, False), (3, 0, False))):
+        group = zarr.open_group(tmp_path / f"{number}.zarr", mode="w", zarr_format=form)
+        names = {"dimension_names": ("time", "y", "x")} if form == 3 else {}
+        rain = group.create_array("rain", shape=(2, 3, 4), dtype="f4", fill_value=fill, **names)
+        rain.attrs["_ARRAY_DIMENSIONS"] = ["time", "y", "x"]
+        rain[:] = np.arange(24.0).reshape(2, 3, 4) // 2
+        grid = open_grid(tmp_path / f"{number}.zarr")
+        assert np.isnan(read(grid)).sum() == 2 * said
+        assert any("missing: 0, the fill value of rain in Zarr" in note for note in grid.notes) == said
+
+
 def test_times_of_single_frames(tmp_path):
     """From a scalar variable, else from an attribute, else from the name; time_from goes before all."""
     frame = field().isel(time=0, drop=True)
@@ -585,8 +599,9 @@ HOURS = {"units": "hours since 2020-01-01"}
             {"units": "day as %Y%m%d.%f"},
             "in the unit 'day as %Y%m%d.%f'; write them as days since",
         ),
+        ([0, 1], {"units": "months since 2000-01-01"}, "cannot be read; write them as days since a date"),
     ],
-    ids=["packed", "capitals", "360 days", "text", "missing", "no unit since a date"],
+    ids=["packed", "capitals", "360 days", "text", "missing", "no unit since a date", "months"],
 )
 def test_times_are_those_that_the_file_says(tmp_path, values, facts, said):
     if facts.get("calendar") == "360_day":
@@ -959,10 +974,14 @@ def test_another_step_and_turned_maps_are_said(tmp_path):
 def test_another_band_is_said(tmp_path):
     """The name of the field and its unit are the same, and a scalar coordinate alone tells them apart."""
     crs = ((), 0, {"grid_mapping_name": "latitude_longitude"})
-    first, second = (write(field().assign_coords(band=band, height=2.0, crs=crs), tmp_path / f"{band}.nc") for band in (1, 2))
+    first, second = (
+        write(field().assign_coords(band=band, height=2.0, crs=crs), tmp_path / f"{band}.nc") for band in (1, 2)
+    )
     trained = build_dataset("train", options(first, tmp_path)).value_range
     assert ValueRange.from_dict(trained.to_dict()).labels == ("band 1",)
-    said = [build_dataset("test", options(first, tmp_path, test_data_dir=path), trained).notes for path in (first, second)]
+    said = [
+        build_dataset("test", options(first, tmp_path, test_data_dir=path), trained).notes for path in (first, second)
+    ]
     said = [[note for note in notes if "in the training" in note] for notes in said]
     assert said == [[], ["band is 2, but was 1 in the training: make sure that it is the same field"]]
 

@@ -87,6 +87,7 @@ class Field:
     channels     list of Channel, one per level
     attributes   that its forecast gets
     said         what the file says of its values that is not applied
+    doubt        a line about values that may be read as missing by mistake; "": there is none
     facts        what all files must share, {what: text}
     """
 
@@ -97,6 +98,7 @@ class Field:
     channels: list
     attributes: dict
     said: str
+    doubt: str
     facts: dict
 
 
@@ -201,6 +203,12 @@ def describe_field(dataset, variable, level, path, array_axes):
     # Files may differ in how much is missing, such as percent_missing
     alike = [said, *(text for key, text in unused.items() if "missing" not in key.lower())]
     said = ", ".join(filter(None, [said, *unused.values()]))
+    doubt = ""
+    if format_of(path) == "zarr" and np.ravel(found.attrs.get("_FillValue", np.nan))[0] == 0:
+        # Zarr 2 gives every array that is made without one the fill value 0, and xarray takes it for missing
+        doubt = (
+            f"missing: 0, the fill value of {variable} in Zarr; if 0 is a value, set fill_value to null in its .zarray"
+        )
     selection = Selection(variable, "".join(roles.values()), tuple(position for position, *_ in levels), tuple(flags))
     facts = {
         f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": ", ".join(filter(None, alike)),
@@ -209,7 +217,7 @@ def describe_field(dataset, variable, level, path, array_axes):
     }  # fmt: skip
     return Field(
         selection, roles, (sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]),
-        stored_type(found.dtype, found.attrs, flags), channels, field_attributes(found), said, facts,
+        stored_type(found.dtype, found.attrs, flags), channels, field_attributes(found), said, doubt, facts,
     )  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def format_of(path):
 # What open_groups understands. It decodes in spite of decode_cf=False.
 UNDECODED = {"mask_and_scale": False, "decode_times": False, "decode_timedelta": False, "concat_characters": False,
              "decode_coords": False}  # fmt: skip
+# Many stores have no summary of their metadata, and xarray would warn of it. On a disk it saves next to nothing.
+ZARR = {"engine": "zarr", "consolidated": False}
 # Attributes of packed values that are numbers, and that some programs write as text
 NUMBERS = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
 
@@ -96,7 +98,7 @@ def opened(path, group="", variable=""):
         elif kind == "hdf5":
             store = xarray.open_dataset(path, engine="h5netcdf", group=group or None, phony_dims="access", **options)
         elif kind == "zarr":
-            store = xarray.open_dataset(path, engine="zarr", group=group or None, chunks=None, **options)
+            store = xarray.open_dataset(path, group=group or None, chunks=None, **ZARR, **options)
         else:
             keys = {"filter_by_keys": {"cfVarName": variable}} if variable else {}
             store = xarray.open_dataset(path, engine="cfgrib", backend_kwargs={"indexpath": "", **keys}, **options)
@@ -267,7 +269,7 @@ def grib_variables(path):
 def open_groups(path):
     """{group: its Dataset} of all groups of an HDF5 or Zarr file; to be closed by the caller."""
     kind = format_of(path)
-    options = {"engine": "h5netcdf", "phony_dims": "access"} if kind == "hdf5" else {"engine": "zarr"}
+    options = {"engine": "h5netcdf", "phony_dims": "access"} if kind == "hdf5" else ZARR
     try:
         return import_xarray().open_groups(path, **UNDECODED, **options)
     except Exception as error:

@@ -169,7 +169,9 @@ class GridInfo:
         known = dict(label.split(" ", 1) for label in value_range.labels)
         for name, value in (label.split(" ", 1) for label in self.labels):
             if value != known.get(name, value):
-                lines.append(f"{name} is {value}, but was {known[name]} in the training: make sure that it is the same field")
+                lines.append(
+                    f"{name} is {value}, but was {known[name]} in the training: make sure that it is the same field"
+                )
         for dim, direction, trained in zip((self.y, self.x), self.directions, value_range.directions):
             if direction and trained and direction != trained:
                 lines.append(f"the coordinate {dim} is {direction}, but was {trained} in the training: turn the maps")

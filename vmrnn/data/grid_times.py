@@ -57,7 +57,8 @@ def coded_times(values, attributes, path):
     except (ValueError, OverflowError) as error:
         if calendar not in STANDARD:
             import_cftime(calendar, path)  # xarray's error does not name the package that is missing
-        raise UserError(f"{path}: its times cannot be read ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{path}: its times, {unit!r} in the calendar {calendar}, cannot be read; write them as "
+                        "days since a date in a calendar of CF (cdo -r copy)") from error  # fmt: skip
     # Such dates lie behind the reform of the calendar, so that the proleptic one is the same
     return dates.astype("datetime64[ns]").astype(np.int64) / 1e9, "standard"
 

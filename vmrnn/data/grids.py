@@ -309,4 +309,4 @@ def notes_of(first, files, shape, breaks):
     flags = sorted({flag for f in first.fields for flag in f.selection.flags})
     if flags:
         notes.append(f"missing: the stored {', '.join(f'{flag:g}' for flag in flags)}, by the file's attributes")
-    return notes
+    return notes + [f.doubt for f in first.fields if f.doubt]
