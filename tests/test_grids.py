@@ -26,6 +26,7 @@ from vmrnn.field_facts import climatology, latitude_weights
 from vmrnn.forecast_files import Forecast
 from vmrnn.values import ValueRange
 
+KELVINS = [200.0, 350.0]  # a range that holds the values of `field`
 SIX_HOURS = np.arange("2020-01-01", "2020-01-03", dtype="datetime64[6h]").astype("datetime64[ns]")
 
 
@@ -425,7 +426,9 @@ def test_fields_of_one_series_and_of_one_network_are_of_one_level(tmp_path, form
     with pytest.raises(UserError, match="t2m level (500 hPa|850 m; 851 m), but .*a.nc: 850 hPa"):
         open_grid(tmp_path / "[ab].nc")
     variables = {"variables": ["t2m"], "input_channels": 2 if form == "unit" else 1}
-    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path, **variables, num_frames_output=1)).value_range
+    trained = build_dataset(
+        "train", options(tmp_path / "a.nc", tmp_path, **variables, num_frames_output=1, data_range=KELVINS)
+    ).value_range
     test = options(tmp_path / "a.nc", tmp_path, **variables, test_data_dir=str(tmp_path / "b.nc"))
     with pytest.raises(UserError, match="is at (500 hPa|850 m), but the network was trained on t2m.* at 850 hPa"):
         build_dataset("test", test, trained)
@@ -925,7 +928,9 @@ def test_random_crops_show_values_where_most_of_the_map_is_missing(tmp_path):
     whole["t2m"][:, :, 12:] = np.nan  # the right side
     whole["t2m"][:, 14:] = np.nan  # and what lies below
     write(whole, tmp_path / "a.nc")
-    config = options(tmp_path / "a.nc", tmp_path, frame_fit="crop", input_size=[7, 7], train_sequences=64)
+    config = options(
+        tmp_path / "a.nc", tmp_path, frame_fit="crop", input_size=[7, 7], data_range=KELVINS, train_sequences=64
+    )
     data = build_dataset("train", config)
     missing = [data[3, i][0][0].isnan().float().mean() for i in range(64)]
     assert max(missing) <= 0.5 and len({float(share) for share in missing}) > 2  # still at different places
@@ -937,7 +942,7 @@ def test_a_network_is_given_the_fields_of_its_training(tmp_path):
     write(whole, tmp_path / "a.nc")
     write(whole.rename(t2m="sst"), tmp_path / "name.nc")
     write(whole.assign(t2m=whole.t2m.assign_attrs(units="degC")), tmp_path / "unit.nc")
-    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path)).value_range
+    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path, data_range=KELVINS)).value_range
     assert ValueRange.from_dict(trained.to_dict()) == trained and trained.units == ("K",)
     for name, message in (
         ("name", "holds sst, but the network was trained on t2m"),
@@ -960,7 +965,7 @@ def test_a_network_is_given_the_fields_of_its_training(tmp_path):
 
 def test_another_step_and_turned_maps_are_said(tmp_path):
     write(field(), tmp_path / "a.nc")
-    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path)).value_range
+    trained = build_dataset("train", options(tmp_path / "a.nc", tmp_path, data_range=KELVINS)).value_range
     assert ValueRange.from_dict(trained.to_dict()).step == 6 * 3600
     turned = field(SIX_HOURS[0] + np.arange(8) * np.timedelta64(3600, "s")).isel(latitude=slice(None, None, -1))
     path = write(turned, tmp_path / "b.nc")
@@ -977,7 +982,7 @@ def test_another_band_is_said(tmp_path):
     first, second = (
         write(field().assign_coords(band=band, height=2.0, crs=crs), tmp_path / f"{band}.nc") for band in (1, 2)
     )
-    trained = build_dataset("train", options(first, tmp_path)).value_range
+    trained = build_dataset("train", options(first, tmp_path, data_range=KELVINS)).value_range
     assert ValueRange.from_dict(trained.to_dict()).labels == ("band 1",)
     said = [
         build_dataset("test", options(first, tmp_path, test_data_dir=path), trained).notes for path in (first, second)
