@@ -30,8 +30,8 @@ class Forecast:
     info          GridInfo of a gridded field; None for other inputs
     times         times of the observed frames of each sequence, float64 (n,), or None
     step          frames of the input per frame of the forecast
-    given         the last observed frames of each sequence, for films: a list of float32 (n, H, W, C) on the scale [0, 1],
-                  or of None
+    given         the last observed frames of each sequence, for films: a list of float32 (n, H, W, C) on the scale
+                  [0, 1], or of None
     config        Config of the network, which tells pictures from fields; None: pictures
     colours       see Look.of
     """

@@ -28,8 +28,8 @@ class ForecastWriter:
     value_range   ValueRange of the data
     facts         FieldFacts of the test set, whose names, units, coordinates and times are written
 
-    with ForecastWriter(...) as writer: call it with each batch. The file appears under its name at the end, and only if no
-    error was raised.
+    with ForecastWriter(...) as writer: call it with each batch. The file appears under its name at the end, and only if
+    no error was raised.
 
     UserError: a file that cannot be written.
     """
@@ -256,16 +256,17 @@ class StoredForecasts:
 class StoredFields:
     """The forecasts of a NetCDF or Zarr file, read one at a time.
 
-    path    .nc or .zarr with the variable `forecast`, as test.py --save_forecasts writes it, or with the variables of the
-            data, as predict.py does. Dimensions are told by their names: sequence, time, channel, and those of the test set's
-            rows and columns; two others are rows and columns as grid_axes.rows_first tells them
+    path    .nc or .zarr with the variable `forecast`, as test.py --save_forecasts writes it, or with the variables of
+            the data, as predict.py does. Dimensions are told by their names: sequence, time, channel, and those of the
+            test set's rows and columns; two others are rows and columns as grid_axes.rows_first tells them
     count   sequences of the test set
     shape   (T, C, H, W) of the targets
     facts   FieldFacts of the test set
 
     Where both have times, the forecasts are found by their reference time, and the file may hold more of them than the
-    test set. Where sequences share a reference time, as the members of an ensemble do, forecasts and sequences must have the
-    same times in the same order. These forecasts, and those without times, are taken in order, and `notes` says so.
+    test set. Where sequences share a reference time, as the members of an ensemble do, forecasts and sequences
+    must have the same times in the same order. These forecasts, and those without times, are taken in order, and
+    `notes` says so.
     UserError: a variable, a forecast or a lead time that is not there, another size, unit or place, another number of
     forecasts, or shared reference times in another order.
     """

@@ -7,7 +7,8 @@
         forecaster.observe(frame)
         coming = forecaster.forecast(10)    # the 10 frames after it, (10, H, W) or (10, H, W, C)
 
-Only the network's states, and the motion if it is the base, are kept of the past, so memory does not grow with the stream.
+Only the network's states, and the motion if it is the base, are kept of the past, so memory does not grow
+with the stream.
 """
 
 import logging
@@ -40,8 +41,8 @@ class Forecaster:
                  configs/moving_mnist_d.toml
     device       auto, cpu, cuda, cuda:1 or mps
     scan         scan back end, see vmrnn.scan
-    cuda_graph   record the kernels of a frame once and replay them. CUDA GPUs only. It pays for streams, where launching
-                 the kernels one by one takes longer than running them
+    cuda_graph   record the kernels of a frame once and replay them. CUDA GPUs only. It pays for streams, where
+                 launching the kernels one by one takes longer than running them
     own_size     True: frames keep their size. False: frames of another size than those of the training are resized as
                  the training did, and forecasts are resized back. A network that was trained on crops keeps the size of
                  its frames either way
@@ -86,8 +87,8 @@ class Forecaster:
     def observe(self, frame, date=None):
         """Take the next frame of the stream.
 
-        frame   array, masked array or tensor (H, W) or (H, W, C) of any real type, in the units of the data; the forcings
-                of the network are its last channels
+        frame   array, masked array or tensor (H, W) or (H, W, C) of any real type, in the units of the data; the
+                forcings of the network are its last channels
         date    numpy.datetime64 or cftime date of the frame (UTC), for a network that was trained with --calendar
 
         A frame that is refused changes nothing. Values outside the range that the network was trained on are reported
@@ -162,12 +163,13 @@ class Forecaster:
         """Forecast the next frames. What has been observed stays as it is.
 
         horizon    number of frames, at least 1
-        forcings   (horizon - 1 or more, H, W, F) of the frames to forecast, in the units of the data; the last frame needs
-                   none. None: the network has no forcings
+        forcings   (horizon - 1 or more, H, W, F) of the frames to forecast, in the units of the data; the last frame
+                   needs none. None: the network has no forcings
         dates      of the frames to forecast, for a network that was trained with --calendar
 
         Returns float32 (horizon, H, W) if the frames were given so, else (horizon, H, W, C), in the units of the data.
-        UserError: before the first frame, a horizon below 1, forcings that are missing, or a forecast that is not finite.
+        UserError: before the first frame, a horizon below 1, forcings that are missing, or a forecast that
+        is not finite.
         """
         unit = self.forecast_in_unit(horizon, forcings, dates)
         frames = self.observed_range.to_data(unit)

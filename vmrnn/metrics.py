@@ -32,7 +32,8 @@ class Comparison:
 
     pred      forecasts (..., C, H, W)
     true      truths of the same shape, NaN where a pixel is missing
-    weights   (H, W), weights of the pixels in sums of errors, mean 1, such as cosines of latitudes; None: all weigh alike
+    weights   (H, W), weights of the pixels in sums of errors, mean 1, such as cosines of latitudes; None:
+              all weigh alike
 
     Sums have a last dimension of rows: row 0 is the whole frame. With several channels, rows 1 to C are the channels.
     """
@@ -125,8 +126,8 @@ class Metric:
     pooled       True: the mean over lead times comes from the sums over all of them. False: it is the mean of the
                  lead times' figures, and the terms are (sum of the frames' figures, number of frames)
     prepare      called once before the first frame; raises UserError if the metric cannot run on this machine
-    family       (name, convention) shown once for all rows whose names differ only in a number, such as csi_X for csi_1 and
-                 csi_5; None: the row has a line of its own
+    family       (name, convention) shown once for all rows whose names differ only in a number, such as csi_X for csi_1
+                 and csi_5; None: the row has a line of its own
     """
 
     name: str
@@ -312,7 +313,8 @@ def fractions_skill(threshold, unit_value, window):
     window       side of the square that the shares of events are compared in, an odd number of pixels
 
     1 - sum((f - o)^2) / sum(f^2 + o^2) over the windows around all pixels; f and o are the shares of events in the
-    window, pixels outside the frame and missing ones counted as none. The sums run over all frames together, as in pysteps.
+    window, pixels outside the frame and missing ones counted as none. The sums run over all frames together,
+    as in pysteps.
     """
 
     def terms(c):
@@ -404,8 +406,8 @@ def metric_rows(names, thresholds=(), value_range=UNIT_RANGE, lpips=False, windo
     """The metrics of an experiment, a tuple of rows.
 
     names         names of METRICS, in the order of the tables
-    thresholds    thresholds of events in the units of the data. If there are any, rmse is added, and a row of each score for
-                  each threshold
+    thresholds    thresholds of events in the units of the data. If there are any, rmse is added, and a row of each
+                  score for each threshold
     value_range   ValueRange of the data
     lpips         whether to add lpips
     windows       sides of the windows of the fractions skill score, for each threshold

@@ -167,8 +167,8 @@ class ValueRange:
         value   the threshold in the units of the stored values
 
         Stored values are scaled from float32 or from float64, which rounds differently. The smaller result is taken,
-        so that a pixel equal to the threshold counts as an event either way. A transform and its inverse round more, so the
-        threshold is then lowered by 1e-5 of its size.
+        so that a pixel equal to the threshold counts as an event either way. A transform and its inverse round more, so
+        the threshold is then lowered by 1e-5 of its size.
         """
         scale = replace(self, missing=(), transform="none", zero_below=0.0, given=None)
         shape = np.shape(self.low)

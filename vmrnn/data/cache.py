@@ -91,7 +91,8 @@ def large_files(folder, known=()):
 def is_whole(folder):
     """Whether a folder of the cache exists and its files are those that it was made with.
 
-    A large file is read whole only if it may have been written since it was last found good. Its samples are read always.
+    A large file is read whole only if it may have been written since it was last found good. Its samples are
+    read always.
     """
     try:
         if json.loads((folder / CONTENTS).read_text(encoding="utf-8")) != contents(folder):

@@ -95,8 +95,8 @@ class Source:
         time_step   such as 0.2s: only the frames nearest to this regular step, with the times that they then stand for;
                     "": all
 
-        UserError, with a time_step: a frame has no time, the times do not increase, the step is too short, or it has a unit
-        and the names of the images only count them.
+        UserError, with a time_step: a frame has no time, the times do not increase, the step is too short, or it has a
+        unit and the names of the images only count them.
         """
         if not time_step:
             yield from self.all_frames(channels)
@@ -129,7 +129,8 @@ class Source:
     def series(self):
         """The series of a folder of images, a list of Source: one, or several whose names count on for themselves.
 
-        UserError: several series, such as two cameras, whose images lie between one another: 000_left.png, 000_right.png.
+        UserError: several series, such as two cameras, whose images lie between one another: 000_left.png,
+        000_right.png.
         """
         runs = [(0, 1)] if len(self.files) == 1 else series_of_names(self.files)
         if len(runs) == 1:
@@ -178,8 +179,8 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
     antialias   as in prepare.resize
     time_step   as in Source.timed_frames
 
-    UserError: a damaged source, one whose frames have another size or type than those before, or one whose times do not fit
-    time_step.
+    UserError: a damaged source, one whose frames have another size or type than those before, or one whose times do not
+    fit time_step.
     """
     # The names of images tell their times: an image that gets another name is at another time
     versions = [[source.name, source.named_times(), *map(stamp, source.files)] for source in sources]

@@ -44,7 +44,8 @@ TIMEOUT = 60  # seconds without a byte before a download is given up
 def fetch_mnist(folder="data"):
     """The path of MNIST's training images under `folder`; they are fetched if they are absent.
 
-    folder   holds train-images-idx3-ubyte, plain or gzipped, or MNIST/raw/train-images-idx3-ubyte as torchvision keeps it
+    folder   holds train-images-idx3-ubyte, plain or gzipped, or MNIST/raw/train-images-idx3-ubyte as
+             torchvision keeps it
 
     UserError: a download that failed.
     """

@@ -1,7 +1,7 @@
 """What the dimensions of a field are: sequences, time, channels, rows, columns.
 
-Names of dimensions are those of CF (https://cfconventions.org, sections 4 and 5) and those that are common in models and
-products.
+Names of dimensions are those of CF (https://cfconventions.org, sections 4 and 5) and those that are common in models
+and products.
 """
 
 from dataclasses import dataclass
@@ -113,8 +113,8 @@ class Place:
     def unlike(self, other):
         """Whether another coordinate of the same axis has other values.
 
-        Numbers that differ by rounding to 32 bits are the same, and so are longitudes that differ by 360 degrees. Of maps
-        of other sizes, such as a crop or another resolution, only the direction is compared.
+        Numbers that differ by rounding to 32 bits are the same, and so are longitudes that differ by 360 degrees. Of
+        maps of other sizes, such as a crop or another resolution, only the direction is compared.
         """
         ours, theirs = self.values, other.values
         numbers = ours.dtype.kind in "iuf" and theirs.dtype.kind in "iuf"
@@ -162,8 +162,9 @@ def unlike_place(ours, dims, theirs, their_dims):
     theirs       xarray.Dataset with the coordinates of the other map; the name is that of one of these
     their_dims   names of its dimensions of rows and columns
 
-    Coordinates of rows are compared with coordinates of rows, and those of columns with those of columns: of the same name
-    or, if none is, of the same kind or, if none is, the one-dimensional ones. What one of the maps lacks is not compared.
+    Coordinates of rows are compared with coordinates of rows, and those of columns with those of columns: of the
+    same name or, if none is, of the same kind or, if none is, the one-dimensional ones. What one of the maps lacks
+    is not compared.
     """
     mine, its = places_of(ours, [*dims]), places_of(theirs, [*their_dims])
     for axis in (0, 1):

@@ -52,8 +52,8 @@ class Part:
     sequences    how many sequences it holds
     count        frames of each
     times        FrameTimes of the frames
-    selections   list of Selection, the variables and then the forcings: a file may have dimensions and levels in an order
-                 of its own
+    selections   list of Selection, the variables and then the forcings: a file may have dimensions and levels in an
+                 order of its own
     """
 
     path: Path

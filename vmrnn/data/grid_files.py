@@ -120,8 +120,8 @@ def inherited(path, group, store):
 
     store   Dataset of the group
 
-    In NetCDF-4 a group has the dimensions of all groups above it, and so their coordinates. If two groups have a coordinate
-    of one name, that of the nearer group counts.
+    In NetCDF-4 a group has the dimensions of all groups above it, and so their coordinates. If two groups have a
+    coordinate of one name, that of the nearer group counts.
     """
     keys = ("coordinates", "grid_mapping")
     named = {word for v in store.variables.values() for key in keys for word in str(v.attrs.get(key, "")).split()}

@@ -52,7 +52,8 @@ class Channel:
     variable     in the file, with the groups in front of it: image1/image_data
     level        {dimension: position} where the variable has dimensions beside time, y and x
     value        {dimension: coordinate value at that position}
-    level_text   the level with its unit, such as 850 hPa, where a dimension or a scalar coordinate names it; "": none does
+    level_text   the level with its unit, such as 850 hPa, where a dimension or a scalar coordinate names it;
+                 "": none does
     """
 
     name: str
@@ -70,8 +71,8 @@ class GridInfo:
     forcings      names of the channels behind them, which are given and never forecast
     given_units   of the forcings, "" where the file names none
     given_levels  of the forcings, as Channel.level_text
-    variables     {variable: its attributes} of what is forecast, units among them, without those that say how values are
-                  packed
+    variables     {variable: its attributes} of what is forecast, units among them, without those that say how
+                  values are packed
     y, x          names of the dimensions of rows and columns
     coordinates   xarray.Dataset of all that does not change with time: coordinates of y and x, the map projection, and
                   the attributes of the file
@@ -123,8 +124,8 @@ class GridInfo:
         options       Config
         path          of these fields, for messages
 
-        UserError: the fields are not those of the training, by unit, by order, by level (one that is asked for as u@500 is
-        meant) or, if no variables are named, by name.
+        UserError: the fields are not those of the training, by unit, by order, by level (one that is asked for as u@500
+        is meant) or, if no variables are named, by name.
         """
         if not value_range.names:
             given = value_range.given
@@ -225,7 +226,8 @@ class GridInfo:
         valid       times of the forecast frames of each sequence, float64 (S, T)
         reference   time of the last given frame of each sequence, float64 (S,)
 
-        Sequences whose lead times differ by a second or more, as those of months do, have the numbers of the frames instead.
+        Sequences whose lead times differ by a second or more, as those of months do, have the numbers of the
+        frames instead.
         """
         leads = valid - reference[:, None]
         if np.ptp(leads, axis=0).max() >= 1:

@@ -80,9 +80,9 @@ def find_times(dataset, roles, path, time_from):
     roles       of its dimensions (read_roles)
     time_from   "" or name:FORM, attribute:NAME, variable:NAME, which goes before all else
 
-    A time dimension has them in its coordinate or in another variable over it, see best_times. A file with one frame and no
-    time dimension has its time in a scalar variable or, if there is none, in an attribute. Its name counts only if time_from
-    says so. Times at which forecasts began count only where the file has none for which they hold.
+    A time dimension has them in its coordinate or in another variable over it, see best_times. A file with one frame
+    and no time dimension has its time in a scalar variable or, if there is none, in an attribute. Its name counts only
+    if time_from says so. Times at which forecasts began count only where the file has none for which they hold.
     UserError: time_from names nothing in the file, or two scalar variables may be the time.
     """
     kind, _, wanted = time_from.partition(":")
@@ -130,8 +130,9 @@ def best_times(dataset, roles, axis):
     roles     of its dimensions
     axis      name of the time dimension
 
-    Times for which the frames hold go before those at which forecasts began; then dates before plain numbers, such as hours
-    after the first frame; then the standard_name time or the name valid_time; then the coordinate of the dimension.
+    Times for which the frames hold go before those at which forecasts began; then dates before plain numbers,
+    such as hours after the first frame; then the standard_name time or the name valid_time; then the coordinate
+    of the dimension.
     """
     names = [axis, "valid_time", *(name for name, v in dataset.variables.items() if is_time(v))]
     found = {name: dataset.variables[name] for name in names if name in dataset.variables}

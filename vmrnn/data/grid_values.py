@@ -12,7 +12,8 @@ from vmrnn.values import equals
 
 # Attributes that say how values are packed. Reading uses them up.
 PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates", "GDAL_NODATA")
-# Parts of the names, in small letters and without _, of attributes that may say what is missing or how values are scaled
+# Parts of the names, in small letters and without _, of attributes that may say what is missing or how values
+# are scaled
 HINTS = ("nodata", "fillvalue", "missing", "scale", "scaling", "slope", "intercept", "gain", "offset")
 
 
@@ -50,8 +51,9 @@ def not_applied(attributes, flags):
 
     flags   from missing_flags
 
-    Only the names of CF are applied. Other names are many, and what they mean is not certain: some divide by the scale. NaN
-    and a missing value that is applied by another name are left out, and so is what cfgrib writes: it has applied it.
+    Only the names of CF are applied. Other names are many, and what they mean is not certain: some divide by the
+    scale. NaN and a missing value that is applied by another name are left out, and so is what cfgrib writes: it
+    has applied it.
     """
     named = [number for key in ("_FillValue", "missing_value") for number in np.ravel(attributes.get(key, ()))]
     found = {}
@@ -105,9 +107,9 @@ def decode(block, flags, dtype, netcdf):
     dtype    of the result
     netcdf   whether the variable is one of NetCDF (is_netcdf)
 
-    Returns (values, how many values are NaN only because they lie beyond the fill value). Where a NetCDF variable of whole
-    numbers has a fill value and no valid range, the NetCDF User Guide ("Attribute Conventions", valid_range) lets the
-    fill value bound the range: with -1 as the fill value, -2 is no value either.
+    Returns (values, how many values are NaN only because they lie beyond the fill value). Where a NetCDF variable of
+    whole numbers has a fill value and no valid range, the NetCDF User Guide ("Attribute Conventions", valid_range) lets
+    the fill value bound the range: with -1 as the fill value, -2 is no value either.
     """
     xarray = import_xarray()
     stored = block.values

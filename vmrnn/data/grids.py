@@ -43,7 +43,8 @@ class Grid:
     parts         list of Part, the files in the order of their frames
     taken         numbers of the frames that are used, counted over all files; None: all
     step          the regular time step at which frames were taken; None: the usual step of the files
-    beyond_fill   {variable: number of values beyond its fill value, read as missing}; complete after all frames were read
+    beyond_fill   {variable: number of values beyond its fill value, read as missing}; complete after all
+                  frames were read
     """
 
     info: GridInfo

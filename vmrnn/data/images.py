@@ -33,8 +33,8 @@ def image_frames(paths, channels=None):
     paths      of image files; of several each must hold one frame
     channels   1 (grey) or 3 (RGB); None: as the files store them; an alpha channel is dropped
 
-    The frames are uint8, or what a deeper image stores: bool becomes uint8, all other types stay. Where a TIFF file names a
-    number that means missing (GDAL_NODATA), whole numbers become floats, and that number NaN.
+    The frames are uint8, or what a deeper image stores: bool becomes uint8, all other types stay. Where a TIFF file
+    names a number that means missing (GDAL_NODATA), whole numbers become floats, and that number NaN.
     UserError: no image, a damaged one, images of different sizes, types or channel counts, more bits than can be kept.
     """
     first = None

@@ -77,9 +77,11 @@ class Input:
 def open_input(path, config, whole=False):
     """The frames of a file or folder, as an Input.
 
-    path     a video, a folder of images, .npy, .npz, or a gridded field: a file, a folder of files, a Zarr store or a glob
+    path     a video, a folder of images, .npy, .npz, or a gridded field: a file, a folder of files, a Zarr
+             store or a glob
     config   Config of the network; its options on how files are read count
-    whole    True: all frames count; False: of frames with gaps in time only those after the last gap, which can be continued
+    whole    True: all frames count; False: of frames with gaps in time only those after the last gap, which can
+             be continued
 
     UserError: a missing, damaged or foreign file.
     """

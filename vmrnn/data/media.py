@@ -8,7 +8,8 @@ from pathlib import Path
 from vmrnn.data.images import IMAGES
 from vmrnn.errors import UserError
 
-# A whole number, or a decimal number, with an exponent or a sign where it cannot be a part of a word, a date or a version
+# A whole number, or a decimal number, with an exponent or a sign where it cannot be a part of a word, a date
+# or a version
 SIGN = r"(?:(?<![^\s_=(,/])[-+])?"
 NUMBER = re.compile(rf"({SIGN}(?<![A-Za-z0-9.])[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![A-Za-z0-9]|\.[0-9])|[0-9]+)")
 

@@ -22,8 +22,8 @@ from vmrnn.values import ValueRange
 def moving_mnist(split, options, value_range=None):
     """The data set of one split; a row of vmrnn.data.table.
 
-    Training draws new sequences in each epoch. Validation, and the test unless test_data_dir names a file or is `standard`, are the
-    same sequences in every epoch, of digits that training does not use.
+    Training draws new sequences in each epoch. Validation, and the test unless test_data_dir names a file or is
+    `standard`, are the same sequences in every epoch, of digits that training does not use.
     """
     lengths = options.num_frames_input, options.num_frames_output
     if split == "test" and options.test_data_dir:
@@ -320,8 +320,8 @@ def check_order(path, frames):
     path     of the file, for messages
     frames   uint8 (frames, sequences, H, W)
 
-    The shape does not tell, so a sample of frames is read. Neighbours in time are alike, neighbouring sequences are not: in
-    the test sequences of Moving MNIST the mean absolute difference in time is 0.7 times that between sequences.
+    The shape does not tell, so a sample of frames is read. Neighbours in time are alike, neighbouring sequences are
+    not: in the test sequences of Moving MNIST the mean absolute difference in time is 0.7 times that between sequences.
     """
     if min(frames.shape[:2]) < 2:
         return

@@ -25,8 +25,8 @@ def overlap_notes(data, split, options, training):
     options    Config that the data set was made with
     training   options of the training, a dict
 
-    Frames are known by their files and their numbers. A copy of a file is not noticed. The data sets of the literature have
-    splits of their own, which no option changes.
+    Frames are known by their files and their numbers. A copy of a file is not noticed. The data sets of the literature
+    have splits of their own, which no option changes.
     """
     if training.get("dataset", options.dataset) != options.dataset:
         return []
@@ -77,8 +77,8 @@ def frames_of_training(path, split, options, trained):
     options   Config that the data set was made with
     trained   Config with the paths and fractions of the training
 
-    Returns ({(path, index) of a clip: numbers of its frames}, the files in common). The first is known only where both are
-    the same files, so that their frames have the same numbers; the second is for all other paths.
+    Returns ({(path, index) of a clip: numbers of its frames}, the files in common). The first is known only where both
+    are the same files, so that their frames have the same numbers; the second is for all other paths.
     """
     parts = [("train", trained.train_data_dir, False)]
     if split == "test":

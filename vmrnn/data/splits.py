@@ -150,8 +150,9 @@ def human36m(split, options, value_range=None):
 def taxibj(split, options, value_range=None):
     """TaxiBJ: dataset.npz with X_train, Y_train, X_test, Y_test, floats in [-1, 1].
 
-    Each array is (N, T, 2, 32, 32) or (N, T, 32, 32, 2). X holds the inputs and Y the frames that follow; num_frames_input
-    takes the last frames of X, num_frames_output the first of Y. Validation is the last tenth of X_train.
+    Each array is (N, T, 2, 32, 32) or (N, T, 32, 32, 2). X holds the inputs and Y the frames that follow;
+    num_frames_input takes the last frames of X, num_frames_output the first of Y. Validation is the last
+    tenth of X_train.
     """
     path = Path(path_of(split, options))
     path = path / "dataset.npz" if path.is_dir() else path

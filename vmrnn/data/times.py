@@ -108,8 +108,8 @@ def times_from_names(paths):
 
     paths   of files that count on by their names, see series_of_names
 
-    The numbers that stand in all names are read as a date and time together if they can be (20240131_2355), else the last
-    one that differs between the names counts the frames.
+    The numbers that stand in all names are read as a date and time together if they can be (20240131_2355), else the
+    last one that differs between the names counts the frames.
     """
     found = dates_from_names(paths)
     if found is None:
@@ -147,8 +147,8 @@ def series_of_names(paths):
     paths   of files in natural order
 
     A number or a date in the names counts. Another series begins where the text before it changes, or where it does not
-    increase: camA_000.png and what follows, then camB_000.png. Of several numbers that one counts which leaves the fewest
-    series. Names are one series if they do not hold equally many numbers, or if most of them would stand alone.
+    increase: camA_000.png and what follows, then camB_000.png. Of several numbers that one counts which leaves the
+    fewest series. Names are one series if they do not hold equally many numbers, or if most of them would stand alone.
     """
     stems = [Path(path).stem for path in paths]
     readings = []  # of each name, the text before the counting number, and that number
@@ -264,8 +264,8 @@ def nearest_frames(times, step):
     times   float (T,), increasing
     step    of the regular times, which start at the first frame; in the unit of `times`
 
-    Returns (indices, regular times), both (n,). A regular time without a frame less than half a step away is left out, so
-    a gap stays a gap.
+    Returns (indices, regular times), both (n,). A regular time without a frame less than half a step away is left out,
+    so a gap stays a gap.
     """
     indices, regular = zip(*at_regular_step(enumerate(times), step))
     return np.array(indices), np.array(regular)
@@ -277,8 +277,8 @@ def later_times(times, count, calendar=None):
     times      float (T,), at least two
     calendar   of the times: None where they count frames, else the CF name
 
-    Frames that are whole calendar months apart go on by months: in the middle of each, or on the same day at the same hour,
-    which is the last day of a shorter month.
+    Frames that are whole calendar months apart go on by months: in the middle of each, or on the same day at the same
+    hour, which is the last day of a shorter month.
     UserError: one time alone, whose step is not known.
     """
     if len(times) < 2:

@@ -68,8 +68,8 @@ class ClipDataset(Dataset):
     calendar            float32 (frames of the clips' file, K): channels in [0, 1] that are the same for all pixels of a
                         frame, behind the others; None: there are none
     moved_channels      number of leading channels whose motion forecast is appended behind all other channels; 0: none.
-                        Input frame t gets the forecast of frame t + 1. Target frame t gets the forecast of frame t + 1 from
-                        the last input. The last target gets zeros
+                        Input frame t gets the forecast of frame t + 1. Target frame t gets the forecast of frame t + 1
+                        from the last input. The last target gets zeros
 
     A key is an index or (epoch, index). An item depends on seed and key only.
     UserError: frames too small to be cropped.
@@ -190,9 +190,9 @@ class ClipDataset(Dataset):
     def place(self, frames, epoch, index):
         """The rectangle of frames (T, H, W, C) that an item shows, as slices (rows, columns).
 
-        In training, up to PLACES places are drawn, and the first one is taken at which at most half of the first frame is
-        missing. If there is none, the place with the fewest missing pixels is taken. Missing pixels teach nothing, and
-        most of a radar map is often missing.
+        In training, up to PLACES places are drawn, and the first one is taken at which at most half of the first frame
+        is missing. If there is none, the place with the fewest missing pixels is taken. Missing pixels teach nothing,
+        and most of a radar map is often missing.
         """
         room = np.array(frames.shape[1:3]) - self.size
         draws = uniform_draws(self.seed, [epoch], [index], 2 * PLACES).reshape(-1, 2) if self.random else [[0.5, 0.5]]
