@@ -223,19 +223,20 @@ class StoredForecasts:
     def restart(self, numbers):
         """Begin again, with these sequences in this order."""
         self.numbers = list(numbers)
-        self.rows = self.in_order(self.numbers)
+        self.rows = self.read_rows(self.numbers)
 
-    def in_order(self, numbers):
+    def read_rows(self, numbers):
+        """Yields the forecasts of these sequences, in this order. A .npz can only be read from its start."""
+        wanted = set(numbers)
         if self.fields:
             yield from map(self.fields.row, numbers)
         elif self.path.suffix.lower() != ".npz":
             array = open_npy(self.path)
             yield from (array[number] for number in numbers)
         elif numbers == sorted(numbers):
-            wanted = set(numbers)
             yield from (row for i, row in enumerate(npz_rows(self.path, self.key)) if i in wanted)
         else:
-            kept = {i: row.copy() for i, row in enumerate(npz_rows(self.path, self.key)) if i in set(numbers)}
+            kept = {i: row.copy() for i, row in enumerate(npz_rows(self.path, self.key)) if i in wanted}
             yield from (kept[number] for number in numbers)
 
     def __call__(self, inputs, targets):

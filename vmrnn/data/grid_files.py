@@ -14,7 +14,7 @@ import tifffile
 from vmrnn.data.grid_axes import is_columns, is_rows
 from vmrnn.data.grid_info import import_xarray
 from vmrnn.data.images import gdal_scales, nodata_of, refuse_mask
-from vmrnn.data.media import files_in, in_order
+from vmrnn.data.media import files_in, in_natural_order
 from vmrnn.errors import UserError
 
 GRIDS = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5", ".hdf", ".zarr", ".grib", ".grib2", ".grb", ".grb2",
@@ -35,9 +35,9 @@ def grid_files(path, notes=None):
         stores = [store for store in folder.rglob("*.zarr") if is_zarr(store)]
         stores = [s for s in stores if not any(part.startswith(".") for part in s.relative_to(folder).parts)]  # hidden
         files = files_in(folder, GRIDS, notes, set(stores))
-        found = in_order([*files, *stores], folder)
+        found = in_natural_order([*files, *stores], folder)
     else:
-        found = in_order([Path(name) for name in glob.glob(str(path), recursive=True)], folder.anchor)
+        found = in_natural_order([Path(name) for name in glob.glob(str(path), recursive=True)], folder.anchor)
     if not found:
         raise UserError(f"{path}: no such file, no folder with {' '.join(GRIDS)} in it, no glob that fits a file")
     return found

@@ -162,7 +162,7 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
         check_alike(first, other, files[0], file)
         dtype = np.result_type(dtype, other.dtype)
         parts.append(other.part)
-    parts, times, alone = in_order(parts)
+    parts, times, alone = parts_by_time(parts)
     info = first.info
     info.times, info.calendar = times, parts[0].times.calendar
     info.time_source, info.time_facts = parts[0].times.source, parts[0].times.facts
@@ -253,7 +253,7 @@ def take_nearest(grid, time_step, path):
     grid.notes.append(f"time step: {time_step}, of the {total} frames the {len(grid.taken)} nearest")
 
 
-def in_order(parts):
+def parts_by_time(parts):
     """Parts in the order of their times.
 
     Returns (parts, times of all frames or None, whether each sequence of a file stands for itself). Files that each

@@ -33,7 +33,7 @@ def whole_key(name):
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
-def in_order(files, folder):
+def in_natural_order(files, folder):
     """Files in natural order of their paths in a folder.
 
     Where two names would have the same numbers (1.1 and 1.10), the dot is no decimal point.
@@ -72,7 +72,7 @@ def files_in(folder, suffixes, notes=None, without=()):
         endings = ", ".join(f"{ending} {count}" for ending, count in passed_over.most_common(8))
         total = passed_over.total()
         notes.append(f"{folder}: {total} file{'s' * (total > 1)} passed over because of their ending ({endings})")
-    return in_order(taken, folder)
+    return in_natural_order(taken, folder)
 
 
 def images_in(folder, notes=None):
