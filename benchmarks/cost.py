@@ -23,12 +23,13 @@ import sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.footprint import fake_network
 from benchmarks.record import record
 from benchmarks.timing import peak_mib, wall_seconds
 from functions import mixed_precision
 from vmrnn import command_line, config as configuration
 from vmrnn.network import build_model, compile_model
-from vmrnn.network.kernels import UsesKernels, kernels_of
+from vmrnn.network.kernels import kernels_of
 from vmrnn.rollout import rollout
 from vmrnn.runtime import describe_device, pick_device, run_program
 from vmrnn.scan import DIRECTIONS
@@ -48,20 +49,16 @@ class ScanCount:
         return torch.empty_like(x)
 
 
-def count(model, size, given, horizon):
-    """{"multiply_adds", "scan_operations"} of a rollout with batch 1; of one frame if given and horizon are 1.
+def count(config, given, horizon):
+    """{"multiply_adds", "scan_operations"} of the network of a Config: of a rollout with batch 1, shapes alone.
 
-    model    a network on the meta device: shapes alone, nothing is computed
-    size     (H, W) of the frames
     given    frames that are known
     horizon  frames to forecast
     """
-    frames = torch.empty(1, given + horizon, model.in_chans, *size, device="meta")
     scan = ScanCount()
-    for module in model.modules():
-        if isinstance(module, UsesKernels):
-            module.kernels = kernels_of("torch")._replace(scan=scan)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    model, mode = fake_network(config, kernels_of("torch")._replace(scan=scan))
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        frames = torch.empty(1, given + horizon, model.in_chans, *config.frame_size)
         rollout(model.eval(), frames[:, :given], horizon, following=frames[:, given:])
     # The counter counts two operations per multiply-add.
     return {"multiply_adds": counter.get_total_flops() // 2 + scan.projection, "scan_operations": scan.operations}
@@ -69,12 +66,11 @@ def count(model, size, given, horizon):
 
 def cost(config):
     """{"parameters", "frame": count, "sequence": count, "steps"} of the network and the task of a Config."""
-    model = build_model(**config.network_options).to("meta")
-    size, given, horizon = config.frame_size, config.num_frames_input, config.num_frames_output
+    given, horizon = config.num_frames_input, config.num_frames_output
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "frame": count(model, size, 1, 1),
-        "sequence": count(model, size, given, horizon),
+        "parameters": sum(parameter.numel() for parameter in build_model(**config.network_options).parameters()),
+        "frame": count(config, 1, 1),
+        "sequence": count(config, given, horizon),
         "steps": given - 1 + horizon,
     }
 

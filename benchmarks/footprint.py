@@ -81,15 +81,24 @@ def footprint(model, shape, horizon, precision="fp32", grad_checkpoint=False):
     return {"kept": kept, "peak": ledger.peak}
 
 
-def fake_footprint(config):
-    """footprint of the training step that a Config describes."""
+def fake_network(config, kernels):
+    """(network of a Config, FakeTensorMode): under this mode the network computes shapes alone.
+
+    kernels   Kernels of all its layers
+    """
     model = build_model(**config.network_options)
     mode = FakeTensorMode()
     for module in model.modules():
         if isinstance(module, UsesKernels):
-            module.kernels = kernels_of("triton" if config.scan == "auto" else config.scan)
+            module.kernels = kernels
         for tensors in (module._parameters, module._buffers):
             tensors |= {name: mode.from_tensor(t) for name, t in tensors.items() if t is not None}
+    return model, mode
+
+
+def fake_footprint(config):
+    """footprint of the training step that a Config describes."""
+    model, mode = fake_network(config, kernels_of("triton" if config.scan == "auto" else config.scan))
     shape = (config.train_batch_size // config.accumulate, config.num_frames_input, model.in_chans)
     with mode:
         return footprint(

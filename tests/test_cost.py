@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import cost
 from vmrnn import config as configuration
+from vmrnn.network.advection import MOVES, REACH
 
 TAXIBJ_B = dict(
     model="VMRNN-B", patch_size=4, embed_dim=128, depths=[12], input_channels=2, input_size=[32, 32],
@@ -45,6 +46,19 @@ def test_a_base_costs_its_channels_in_the_patch_embedding():
         for base in ("none", "motion")
     )
     assert moved["multiply_adds"] - plain["multiply_adds"] == 7 * 64 * 16 * 2 * 128
+
+
+def test_a_head_that_moves_the_last_frame():
+    plain, advection = (
+        cost.cost(configuration.resolve(None, TAXIBJ_B | dict(dataset="array", head=head)))["frame"]["multiply_adds"]
+        for head in ("plain", "advection")
+    )
+    length = 2 * REACH + 1  # of a filter
+    side = 4 + length - 1  # of what the filters of a patch of 4 pixels reach
+    drawn = 256 * 9 * 128 * (MOVES + 1)  # weights of the copies and of the drawn frame
+    filters = 64 * 128 * MOVES * 2 * length
+    moved = 64 * MOVES * 2 * (4 * side * side + 4 * side * 4)  # two channels, along columns and then along rows
+    assert advection - plain == drawn + filters + moved
 
 
 def test_network_d_of_moving_mnist():
