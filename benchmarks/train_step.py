@@ -44,7 +44,7 @@ NETWORKS = {
     "B": ("VMRNN-B", 2, 128, [6], 64),
     "D": ("VMRNN-D", 2, 128, ([2, 6], [6, 2]), 64),
     "B4": ("VMRNN-B", 4, 48, [2], 32),  # configs/quickstart.toml
-    "B8": ("VMRNN-B", 8, 128, [3], 64),  # configs/moving_mnist_small.toml
+    "B8": ("VMRNN-B", 8, 128, [3], 64),  # the full task of benchmarks.recipes
     "D4": ("VMRNN-D", 4, 64, ([2], [3]), 64),
 }
 
