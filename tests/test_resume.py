@@ -70,17 +70,18 @@ def test_twenty_kills_at_random_moments(whole, start, tmp_path):
 
 # Python that ends the process in the third save, at a moment that chance would hardly find.
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+# In the second save of last.pt
 IN_A_SAVE = """
-import itertools, torch
-count = itertools.count()
-whole_save, whole_replace, whole_fsync = torch.save, os.replace, os.fsync
+import torch
+saved = []
+whole_save, whole_replace = torch.save, os.replace
 def save(content, path, **rest):
     whole_save(content, path, **rest)
-    if next(count) == 2:
+    saved.append(path)
+    if len(saved) == 2:
         {after_save}
 def replace(source, target):
-    dying = next(count) >= 3 and "last.pt" in str(source)
-    if dying and {replace_name!r} in str(target):
+    if len(saved) == 2 and "last.pt" in str(source) and {replace_name!r} in str(target):
         {before_replace}
     whole_replace(source, target)
 torch.save = save
