@@ -17,7 +17,7 @@ from dataset import build_dataset
 from vmrnn.config import Config
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import grid_files
-from vmrnn.data.grid_info import GridInfo
+from vmrnn.data.grid_info import GridInfo, direction_of
 from vmrnn.data.grids import grid_clips, open_grid
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
@@ -879,6 +879,14 @@ def test_longitudes_that_cross_the_date_line_rise(tmp_path):
         assert unlike_place(plain, plane, theirs, plane) is None
         assert unlike_place(plain, plane, theirs.isel(longitude=slice(None, None, -1)), plane) == "longitude"
     assert open_grid(write(wrapped, tmp_path / "a.nc")).info.directions == ("falling", "rising")
+
+
+@pytest.mark.parametrize(
+    ("values", "direction"),
+    [([1, 2, 4], 1), ([4, 2, 1], -1), ([3, 3], 0), ([5], 0), ([np.nan, 1, 2, np.nan], 1), ([np.nan, np.nan], 0)],
+)
+def test_the_direction_of_a_coordinate(values, direction):
+    assert direction_of(np.array(values)) == direction
 
 
 def test_a_steady_forcing_of_another_file_has_coordinates_of_other_names(tmp_path):

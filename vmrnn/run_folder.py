@@ -321,7 +321,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another process trains there; wait for it, or give another --res_dir"
             ) from None
-        except (NotImplementedError, OSError) as error:  # filelock before 4 raises the first
+        except (NotImplementedError, OSError) as error:  # some versions of filelock raise the first
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
             log.warning("%s: this file system has no locks; see to it that no other process trains there", self.path)

@@ -30,7 +30,8 @@ def unpacked(variable):
 def direction_of(values):
     """1: the values of a coordinate (n,) rise; -1: they fall; 0: neither. Longitudes that jump from 180 to -180 rise."""
     steps = np.diff(values.astype(np.float64))
-    return int(np.sign(np.median(steps))) if len(steps) and np.isfinite(steps).any() else 0
+    known = steps[np.isfinite(steps)]  # maps of latitudes may lack those of their corners
+    return int(np.sign(np.median(known))) if len(known) else 0
 
 
 def unlike_level(level, other):
