@@ -869,6 +869,38 @@ def test_a_field_of_other_places_is_told_whatever_its_coordinates_are_called(for
     assert unlike_place(ours, plane, xarray.Dataset(), ("y", "x")) is None
 
 
+def on_plane(unit, size, **sizes):
+    """A field on a plane of 9x12 pixels of 10 m, 5,000 km north of its origin, with coordinates in a unit of `size` metres."""
+    dataset = field(**sizes).rename(latitude="y", longitude="x")
+    rows, columns = dataset.sizes["y"], dataset.sizes["x"]
+    facts = {"units": unit} if unit else {}
+    return dataset.assign_coords(
+        y=("y", (5e6 - 10.0 * np.arange(rows)) / size, facts), x=("x", 10.0 * np.arange(columns) / size, facts)
+    )
+
+
+def test_coordinates_are_compared_in_one_unit():
+    ours, plane = on_plane("m", 1), ("y", "x")
+
+    def unlike(theirs):
+        return unlike_place(ours, plane, theirs, theirs["t2m"].dims[1:])
+
+    for theirs in (on_plane("km", 1000), on_plane("Metres", 1), on_plane("", 1), on_plane("km", 1000, height=5)):
+        assert unlike(theirs) is None
+    assert unlike(on_plane("km", 1)) == "y (in km, the other in m)"  # the same numbers
+    assert unlike(on_plane("", 1000)) == "y"
+    assert unlike(on_plane("1", 1)) == "y (in 1, the other in m)"
+    assert unlike(field()) == "latitude (in degrees_north, the other in m)"
+    radians = field().assign_coords(latitude=("latitude", np.deg2rad(field().latitude.values), {"units": "radian"}))
+    assert unlike_place(field(), ("latitude", "longitude"), radians, ("latitude", "longitude")) is None
+
+
+def test_a_shift_by_less_than_a_pixel_is_told_far_from_the_origin():
+    ours, plane = on_plane("m", 1), ("y", "x")
+    assert unlike_place(ours, plane, ours.assign_coords(y=ours.y - 5), plane) == "y"
+    assert unlike_place(ours, plane, ours.assign_coords(y=ours.y.astype(np.float32)), plane) is None
+
+
 def test_longitudes_that_cross_the_date_line_rise(tmp_path):
     """170, ..., 179, -180, -179 are the meridians 170 to 181."""
     plain = field().assign_coords(longitude=("longitude", np.arange(170.0, 182), {"units": "degrees_east"}))

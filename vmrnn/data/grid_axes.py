@@ -25,6 +25,13 @@ Z_NAMES = ("level", "lev", "levels", "plev", "pressure", "pressure_level", "isob
            "heightaboveground", "heightabovesea", "altitude", "depth", "sigma", "hybrid", "z")  # fmt: skip
 PRESSURES = {"pa": 0.01, "hpa": 1, "mbar": 1, "mb": 1, "millibar": 1, "millibars": 1}  # units in hPa
 DEGREES_EAST = ("degrees_east", "degree_east", "degree_e", "degrees_e", "degreee", "degreese")
+# Units of coordinates of places: {unit: (what it measures, its size in metres or degrees)}
+PLACE_UNITS = {
+    **dict.fromkeys(("m", "metre", "meter", "metres", "meters"), ("length", 1)),
+    **dict.fromkeys(("km", "kilometre", "kilometer", "kilometres", "kilometers"), ("length", 1000)),
+    **dict.fromkeys(("degree", "degrees", *DEGREES_NORTH, *DEGREES_EAST), ("angle", 1)),
+    **dict.fromkeys(("rad", "radian", "radians"), ("angle", float(np.rad2deg(1)))),
+}
 
 
 def read_roles(dataset, name, array_axes, path):
@@ -101,6 +108,7 @@ class Place:
     axis     0: it tells rows apart, 1: columns
     flat     whether it has one dimension
     kind     what it measures: its standard_name, or latitude or longitude by its unit; "": the file does not say
+    unit     in small letters; "": the file names none
     values   (H, W), (H, 1) or (1, W)
     """
 
@@ -108,24 +116,49 @@ class Place:
     axis: int
     flat: bool
     kind: str
+    unit: str
     values: np.ndarray
+
+    @property
+    def scale(self):
+        """(what it measures, size of its unit): see PLACE_UNITS. Another unit measures what only itself does."""
+        return PLACE_UNITS.get(self.unit, (self.unit, 1))
 
     def unlike(self, other):
         """Whether another coordinate of the same axis has other values.
 
-        Numbers that differ by rounding to 32 bits are the same, and so are longitudes that differ by 360 degrees. Of
-        maps of other sizes, such as a crop or another resolution, only the direction is compared.
+        Lengths and angles are compared in one unit, and numbers without a unit as if they had that of the other.
+        Numbers that differ by less than a hundredth of a step or by rounding to 32 bits are the same, and so are
+        longitudes that differ by 360 degrees. Of maps of other sizes, such as a crop or another resolution, only the
+        direction is compared.
         """
         ours, theirs = self.values, other.values
         numbers = ours.dtype.kind in "iuf" and theirs.dtype.kind in "iuf"
+        if numbers and self.unit and other.unit:
+            if self.scale[0] != other.scale[0]:
+                return True
+            ours, theirs = (place.values * np.float64(place.scale[1]) for place in (self, other))
         if any(a != b and 1 not in (a, b) for a, b in zip(ours.shape, theirs.shape)):
             return numbers and self.direction() * other.direction() < 0
         ours, theirs = np.broadcast_arrays(ours, theirs)
         if not numbers:
             return not np.array_equal(ours, theirs)
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
         if "longitude" in (self.kind, other.kind):  # 350 and -10 degrees are one meridian
-            theirs = theirs + 360 * np.round((np.asarray(ours, np.float64) - theirs) / 360)
-        return not np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+            theirs = theirs + 360 * np.round((ours - theirs) / 360)
+        steps = abs(np.diff(ours, axis=self.axis))
+        steps = steps[np.isfinite(steps)]
+        near = 0.01 * np.median(steps) if len(steps) else 0
+        return not np.allclose(ours, theirs, rtol=2 * np.finfo(np.float32).eps, atol=near + 1e-6, equal_nan=True)
+
+    def beside(self, other):
+        """Its name, with the units of both where they are not the same."""
+        known = self.unit and other.unit
+        return (
+            f"{self.name} (in {self.unit}, the other in {other.unit})"
+            if known and self.scale != other.scale
+            else self.name
+        )
 
     def direction(self):
         """1: its values rise with the number of the row or column; -1: they fall; 0: neither is known."""
@@ -143,7 +176,8 @@ def places_of(coordinates, dims):
         values = coordinate.set_dims(dict.fromkeys(dims, 1) | dict(coordinate.sizes)).transpose(*dims).values
         flat = coordinate.ndim == 1
         axis = dims.index(coordinate.dims[0]) if flat else int(not is_rows(coordinate))
-        found.append(Place(name, axis, flat, kind_of(coordinate), values))
+        unit = facts_of(coordinate)["units"]
+        found.append(Place(name, axis, flat, kind_of(coordinate), unit, values))
     return sorted(found, key=lambda place: place.name not in dims)
 
 
@@ -156,6 +190,8 @@ def kind_of(coordinate):
 
 def unlike_place(ours, dims, theirs, their_dims):
     """The name of a coordinate that puts the pixels of a map elsewhere than those of another map; None: there is none.
+
+    Units that differ stand behind the name.
 
     ours         xarray.Dataset with the coordinates of a map
     dims         names of its dimensions of rows and columns
@@ -174,7 +210,7 @@ def unlike_place(ours, dims, theirs, their_dims):
         flat = [(a, b) for a, b in pairs if a.flat and b.flat][:1]
         for a, b in named or alike or flat:
             if a.unlike(b):
-                return b.name
+                return b.beside(a)
     return None
 
 
