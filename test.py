@@ -84,20 +84,21 @@ def load(args, given):
     return None, config, None, config.to_dict(), pick_device(config.device)
 
 
-def rows_of(args, config, value_range, info):
+def rows_of(args, config, test_set, info):
     """The metrics of the test.
 
-    args          arguments of this program
-    config        Config of the test
-    value_range   ValueRange of the test set
-    info          its GridInfo; None: it is no gridded field
+    args       arguments of this program
+    config     Config of the test
+    test_set   from dataset.build_dataset
+    info       its GridInfo; None: it is no gridded field
     """
-    spec = DATASETS[config.dataset]
+    spec, value_range = DATASETS[config.dataset], test_set.value_range
     rows = metric_rows(
         spec.metrics, config.thresholds, value_range, config.lpips, config.fss_windows, data_units=spec.own
     )
     if args.climatology:
-        rows += (anomaly_correlation(climatology(args.climatology, config, value_range, info)),)
+        stored = test_set.clips[0].frames().shape[1:3] if config.frame_fit == "crop" else None
+        rows += (anomaly_correlation(climatology(args.climatology, config, value_range, info, stored)),)
     return rows
 
 
@@ -318,7 +319,7 @@ def main(argv=None):
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     facts = FieldFacts.of(test_set, config)
-    rows = rows_of(args, config, value_range, facts.info)
+    rows = rows_of(args, config, test_set, facts.info)
     weights = latitude_weights(facts.info, config) if args.latitude_weights else None
     baselines = dict(BASELINES)
     if not (DATASETS[config.dataset].own if args.motion is None else args.motion):

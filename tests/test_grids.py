@@ -945,6 +945,24 @@ def test_a_climatology_is_of_the_places_of_the_test_set(tmp_path):
         climatology(tmp_path / "c.nc", config, value_range, info)
 
 
+def test_a_climatology_is_cropped_as_the_test_is(tmp_path):
+    """The margins are odd. One that has the size of the crop is taken as it is, and another one is refused."""
+    whole = field(height=15, width=21)
+    path = write(whole, tmp_path / "a.nc")
+    config = options(path, tmp_path, frame_fit="crop", input_size=[8, 12], data_range=KELVINS, test_data_dir=path)
+    data = build_dataset("test", config)
+    info, stored = GridInfo.load(os.path.dirname(data.clips[0].path)), (15, 21)
+    shown = data[0][0][0, 0]  # the first frame
+    write(whole.isel(time=[0]), tmp_path / "first.nc")
+    crop = climatology(tmp_path / "first.nc", config, data.value_range, info, stored)
+    torch.testing.assert_close(crop[0], shown, rtol=0, atol=1e-6)
+    write(whole.isel(time=[0], latitude=slice(4, 12), longitude=slice(5, 17)), tmp_path / "crop.nc")
+    torch.testing.assert_close(climatology(tmp_path / "crop.nc", config, data.value_range, info, stored), crop)
+    write(field(height=30, width=42), tmp_path / "large.nc")
+    with pytest.raises(UserError, match=r"its frames become \(1, 30, 42\), but those of the test are \(1, 8, 12\)"):
+        climatology(tmp_path / "large.nc", config, data.value_range, info, stored)
+
+
 def test_the_weights_of_a_crop_are_those_of_its_rows(tmp_path):
     """21 rows of which 8 are shown: the margin is odd."""
     dataset = field(height=21, width=16)

@@ -76,9 +76,7 @@ def latitude_weights(info, config):
     weights = torch.from_numpy(np.cos(np.deg2rad(latitude)))
     height, width = config.frame_size
     if config.frame_fit == "crop":  # the test takes the centre
-        # A side of 1 is that of a row or a column alone, which is repeated below
-        top, left = (int(crop_start(max(side - own, 0))) for side, own in zip(weights.shape, (height, width)))
-        weights = weights[top : top + height, left : left + width]
+        weights = centre(weights, (height, width))
     else:
         size = [1 if own == 1 else side for side, own in zip((height, width), weights.shape)]
         weights = resize(weights[None, None], size)[0, 0].double()
@@ -86,13 +84,20 @@ def latitude_weights(info, config):
     return weights / weights.mean()
 
 
-def climatology(path, config, value_range, info=None):
+def centre(maps, size):
+    """The part of maps (..., H, W) that a test with cropping shows; size: its (H, W). A smaller side stays as it is."""
+    top, left = (int(crop_start(max(side - own, 0))) for side, own in zip(maps.shape[-2:], size))
+    return maps[..., top : top + size[0], left : left + size[1]]
+
+
+def climatology(path, config, value_range, info=None, stored=None):
     """The mean of the frames of a file, as frames of a test: float32 (C, H, W) on the scale without transform.
 
     path          any file that predict.py takes, in the units of the data
     config        Config of the test
     value_range   ValueRange of the data
     info          GridInfo of the test set; None: it is no gridded field
+    stored        (H, W) of the frames of the test set before they are cropped: a map of that size is cropped as they are
 
     UserError: frames that do not become those of the test, or that are of other places.
     """
@@ -112,6 +117,8 @@ def climatology(path, config, value_range, info=None):
         unit = value_range.to_linear(prepare(frame), axis=0)
         total, count = total + unit.nan_to_num(0), count + ~unit.isnan()
     mean = total / count  # NaN where no frame has a value
+    if config.frame_fit == "crop" and tuple(mean.shape[1:]) == stored:
+        mean = centre(mean, config.frame_size)
     if tuple(mean.shape) != (config.input_channels, *config.frame_size):
         raise UserError(
             f"--climatology {path}: its frames become {tuple(mean.shape)}, but those of the test are "
