@@ -14,7 +14,7 @@ from vmrnn.checkpoint import save_weights
 from vmrnn.config import Config
 from vmrnn.data.clips import Source
 from vmrnn.data.inputs import open_input
-from vmrnn.data.times import later_times, parse_step, series_of_names, times_from_names
+from vmrnn.data.times import later_times, lead_names, parse_step, series_of_names, times_from_names, whole_months
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
 
@@ -110,6 +110,21 @@ def test_times_from_names(names, times):
 )
 def test_a_time_step_in_every_unit_and_without_one(text, seconds):
     assert parse_step(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "months"),
+    [("2019-12", "M", 1), ("2019-12", "3M", 3), ("2018", "Y", 12), ("2019-12-31", "D", 0), ("2019-12-01", "31D", 0)],
+)
+def test_months_alone_are_counted_in_months(first, step, months):
+    times = (np.datetime64(first, step[-1]) + np.arange(4) * np.timedelta64(int(step[:-1] or 1), step[-1])).astype(
+        "datetime64[s]"
+    )
+    seconds = times.astype(np.float64)
+    assert whole_months(seconds, "standard")[0] == months and whole_months(seconds, "")[0] == 0
+    names = {1: ["1 month", "2 month"], 3: ["3 month", "6 month"], 12: ["1 year", "2 year"]}
+    if months:
+        assert lead_names([1.0, 2.0], months) == names[months]
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])

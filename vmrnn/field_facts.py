@@ -11,25 +11,28 @@ from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.inputs import open_input
 from vmrnn.data.prepare import Preparation, resize
-from vmrnn.data.times import lead_names, moment, usual_step
+from vmrnn.data.times import lead_names, moment, usual_step, whole_months
 from vmrnn.data.windows import crop_start
 from vmrnn.errors import UserError
+from vmrnn.pictures import counted_leads
 
 
 @dataclass
 class FieldFacts:
     """Facts of a test set.
 
-    info    GridInfo; None: the data are no gridded field
-    times   time of the last input frame of each sequence, float64 (N,); None: the frames have no dates
-    valid   times of the frames to forecast, float64 (N, T); None: the frames have no dates
-    step    seconds that frames are usually apart (the lengths of months differ); None: the frames have no dates
+    info     GridInfo; None: the data are no gridded field
+    times    time of the last input frame of each sequence, float64 (N,); None: the frames have no dates
+    valid    times of the frames to forecast, float64 (N, T); None: the frames have no dates
+    step     seconds that frames are usually apart; None: the frames have no dates
+    months   calendar months that frames are apart, whose seconds differ; 0: they are not whole months apart
     """
 
     info: GridInfo | None = None
     times: np.ndarray | None = None
     valid: np.ndarray | None = None
     step: float | None = None
+    months: int = 0
 
     @classmethod
     def of(cls, test_set, config):
@@ -45,13 +48,17 @@ class FieldFacts:
             clips[clip].start + clips[clip].step * (first + config.num_frames_input - 1)
             for clip, first in test_set.windows
         ])  # fmt: skip
-        following = last[:, None] + clips[0].step * np.arange(1, config.num_frames_output + 1)
-        return cls(info, info.times[last], info.times[following], usual_step(info.times) * clips[0].step)
+        step = clips[0].step
+        following = last[:, None] + step * np.arange(1, config.num_frames_output + 1)
+        first = info.times[last[0] + step * np.arange(1 - config.num_frames_input, config.num_frames_output + 1)]
+        months, _ = whole_months(first, info.calendar)
+        return cls(info, info.times[last], info.times[following], usual_step(info.times) * step, months)
 
     def lead_names(self, horizon):
-        """A short name of every lead time: 10 min where frames have times, else 1, 2, ..."""
-        counted = range(1, horizon + 1)
-        return [str(i) for i in counted] if self.step is None else lead_names([self.step * i for i in counted])
+        """A short name of every lead time: 10 min or 1 month where frames have times, else 1, 2, ..."""
+        if self.step is None:
+            return counted_leads(horizon)
+        return lead_names([self.step * i for i in range(1, horizon + 1)], self.months)
 
     def title(self, index):
         """A name of sequence `index`: its number and, where frames have times, the time of its last input frame."""

@@ -8,7 +8,7 @@ import numpy as np
 from vmrnn.colours import Look
 from vmrnn.data.grid_info import import_xarray
 from vmrnn.data.prepare import as_type
-from vmrnn.data.times import lead_names
+from vmrnn.data.times import lead_names, whole_months
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 from vmrnn.pictures import save_film, save_images
@@ -84,7 +84,8 @@ class Forecast:
         times = self.next_times()
         if times is None or not self.info.calendar:
             return None
-        return lead_names((times[0] - self.reference_times()[0]).tolist())
+        months, _ = whole_months(np.append(self.times[0], times[0]), self.info.calendar)
+        return lead_names((times[0] - self.reference_times()[0]).tolist(), months)
 
     def dataset(self):
         """The forecasts as an xarray.Dataset that has the names, units, coordinates and attributes of the input.

@@ -24,7 +24,17 @@ from vmrnn.data.grid_fields import check_alike, describe, file_of, opened_datase
 from vmrnn.data.grid_files import choose_variables, format_of, grid_files, split_path
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grid_values import decode, is_netcdf
-from vmrnn.data.times import check_step, moment, nearest_frames, parse_step, runs_without_gap, span, usual_step
+from vmrnn.data.times import (
+    check_step,
+    lead_names,
+    moment,
+    nearest_frames,
+    parse_step,
+    runs_without_gap,
+    span,
+    usual_step,
+    whole_months,
+)
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar, counted
 
@@ -298,7 +308,10 @@ def notes_of(first, files, shape, breaks):
         order = "the files are in the order of their names" if len(files) > 1 else "the frames are in the file's order"
         notes.append(f"times: none, {order}")
     elif info.calendar:
-        step = f", every {span(usual_step(times))}" if len(times) > 1 and not breaks else ""
+        step = ""
+        if len(times) > 1 and not breaks:
+            months, _ = whole_months(times, info.calendar)
+            step = f", every {lead_names([usual_step(times)], months)[0] if months else span(usual_step(times))}"
         span_of_all = " to ".join(moment(time, info.calendar) for time in (times.min(), times.max()))
         notes.append(f"times: {span_of_all}{step}, from {first.part.times.source}")
     else:

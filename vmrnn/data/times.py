@@ -275,7 +275,7 @@ def later_times(times, count, calendar=None):
     """The times of the `count` frames that follow: the last time plus the usual step, again and again.
 
     times      float (T,), at least two
-    calendar   of the times: None where they count frames, else the CF name
+    calendar   of the times: "" or None where they count frames, else the CF name
 
     Frames that are whole calendar months apart go on by months: in the middle of each, or on the same day at the same
     hour, which is the last day of a shorter month.
@@ -285,23 +285,39 @@ def later_times(times, count, calendar=None):
         raise UserError(
             "one frame alone has no time step: the times of those that follow are not known; give two or more"
         )
-    if calendar:
-        months = month_numbers(times, calendar)
-        by = np.unique(np.diff(months))
-        if len(by) == 1 and by[0] > 0:
-            later = months[-1] + by[0] * np.arange(1, count + 1)
-            (starts, lengths), (first, sizes) = (month_spans(numbers, calendar) for numbers in (months, later))
-            into = times - starts
-            day, hour = into.max(), into.max() % DAY
-            # The middle is tried first. In July and August it is the same day too, but not in September.
-            for place in (
-                lambda length: length / 2,
-                lambda length: np.minimum(day, length - DAY + hour),
-                lambda length: length / 2 // DAY * DAY,
-            ):
-                if np.allclose(place(lengths), into, rtol=0, atol=1):
-                    return first + place(sizes)
+    months, place = whole_months(times, calendar)
+    if months:
+        later = month_numbers(times[-1:], calendar) + months * np.arange(1, count + 1)
+        starts, lengths = month_spans(later, calendar)
+        return starts + place(lengths)
     return times[-1] + usual_step(times) * np.arange(1, count + 1)
+
+
+def whole_months(times, calendar):
+    """How many calendar months frames are apart, and where in its month each lies.
+
+    times      float (T,), at least two
+    calendar   of the times: "" where they are no dates, else the CF name
+
+    Returns (months, function of the lengths of months that returns seconds after their starts); (0, None): frames are
+    not whole months apart.
+    """
+    months = month_numbers(times, calendar) if calendar else np.zeros(len(times), int)
+    by = np.unique(np.diff(months))
+    if len(by) != 1 or by[0] < 1:
+        return 0, None
+    starts, lengths = month_spans(months, calendar)
+    into = times - starts
+    day, hour = into.max(), into.max() % DAY
+    # The middle is tried first. In July and August it is the same day too, but not in September.
+    for place in (
+        lambda length: length / 2,
+        lambda length: np.minimum(day, length - DAY + hour),
+        lambda length: length / 2 // DAY * DAY,
+    ):
+        if np.allclose(place(lengths), into, rtol=0, atol=1):
+            return int(by[0]), place
+    return 0, None
 
 
 def import_cftime(calendar, path="the data"):
@@ -373,11 +389,15 @@ def span(seconds):
     return f"{seconds:g} s"
 
 
-def lead_names(seconds):
-    """Names of lead times, all in the unit of the first one: 10 min, 20 min, ..., 60 min.
+def lead_names(seconds, months=0):
+    """Names of lead times, all in the unit of the first one: 10 min, 20 min, ..., 60 min; 1 month, 2 month, ...
 
     seconds   float (T,), increasing
+    months    whole months from one frame to the next, whose seconds differ; 0: they are not whole months apart
     """
+    if months:
+        size, unit = (12, "year") if months % 12 == 0 else (1, "month")
+        return [f"{months * i // size} {unit}" for i in range(1, len(seconds) + 1)]
     unit = span(seconds[0]).partition(" ")[2]
     return [f"{round(time / WRITTEN_UNITS[unit], 6):g} {unit}" for time in seconds]
 
