@@ -153,6 +153,7 @@ def main(argv=None):
         source.notes += step_notes(apart, forecaster.value_range.step)
     for note in source.notes:
         log.info("input      %s", note)
+    said = len(source.notes)
     args.output = args.output or [default_output(args, source)]
     for path in args.output:
         path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made fails before the work
@@ -169,6 +170,8 @@ def main(argv=None):
             given_frames.append(given)
             all_times = sequence.times
             times.append(None if all_times is None else all_times[sequence.taken(config.frame_step)])
+    for note in source.notes[said:]:  # of the forcings
+        log.info("input      %s", note)
     if source.many:
         log.info("input      %d sequences, each with a forecast of its own", len(forecasts))
 

@@ -84,13 +84,14 @@ def load(args, given):
     return None, config, None, config.to_dict(), pick_device(config.device)
 
 
-def rows_of(args, config, test_set, info):
+def rows_of(args, config, test_set, info, notes):
     """The metrics of the test.
 
     args       arguments of this program
     config     Config of the test
     test_set   from dataset.build_dataset
     info       its GridInfo; None: it is no gridded field
+    notes      list to which lines are added about the climatology
     """
     spec, value_range = DATASETS[config.dataset], test_set.value_range
     rows = metric_rows(
@@ -98,7 +99,7 @@ def rows_of(args, config, test_set, info):
     )
     if args.climatology:
         stored = test_set.clips[0].frames().shape[1:3] if config.frame_fit == "crop" else None
-        rows += (anomaly_correlation(climatology(args.climatology, config, value_range, info, stored)),)
+        rows += (anomaly_correlation(climatology(args.climatology, config, value_range, info, stored, notes)),)
     return rows
 
 
@@ -319,7 +320,8 @@ def main(argv=None):
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     facts = FieldFacts.of(test_set, config)
-    rows = rows_of(args, config, test_set, facts.info)
+    notes = []
+    rows = rows_of(args, config, test_set, facts.info, notes)
     weights = latitude_weights(facts.info, config) if args.latitude_weights else None
     baselines = dict(BASELINES)
     if not (DATASETS[config.dataset].own if args.motion is None else args.motion):
@@ -331,7 +333,7 @@ def main(argv=None):
     about = about_motion(baselines, config, test_set) if model else {}
     log.info("data       %s", test_set)
     overlap = overlap_notes(test_set, "test", config, training)
-    for note in [*test_set.notes, *overlap]:
+    for note in [*test_set.notes, *notes, *overlap]:
         log.info("           %s", note)
     folder = make_folder(given.get("res_dir") or default_folder(tested, config))
     for old in folder.glob("forecast_[0-9][0-9][0-9][0-9].png"):  # an earlier test may have drawn more sequences

@@ -175,6 +175,18 @@ def test_predict_refuses_forcings_that_are_not_those_of_the_input(trained, chang
         predict_from(trained[0], forcing_data="changed.nc")
 
 
+def test_predict_says_that_forcings_are_of_another_member(trained, caplog):
+    import xarray
+
+    folder = trained[0]
+    for number, name in enumerate(("past", "coming")):
+        with xarray.open_dataset(folder / f"{name}.nc") as source:
+            source.assign_coords(number=number).to_netcdf(folder / f"{name}_{number}.nc", engine="h5netcdf")
+    with caplog.at_level("INFO", "vmrnn"):
+        predict_from(folder, input="past_0.nc", forcing_data="coming_1.nc")
+    assert f"{folder / 'coming_1.nc'}: number is 1, but is 0 in the input" in caplog.text
+
+
 def test_predict_refuses_an_input_with_a_forcing_in_another_unit(trained):
     import xarray
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -22,8 +23,9 @@ from vmrnn.data.grids import grid_clips, open_grid
 from vmrnn.data.inputs import open_input
 from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
 from vmrnn.errors import UserError
-from vmrnn.field_facts import climatology, latitude_weights
+from vmrnn.field_facts import FieldFacts, climatology, latitude_weights
 from vmrnn.forecast_files import Forecast
+from vmrnn.forecast_store import StoredFields
 from vmrnn.values import ValueRange
 
 KELVINS = [200.0, 350.0]  # a range that holds the values of `field`
@@ -1047,6 +1049,27 @@ def test_another_band_is_said(tmp_path):
     ]
     said = [[note for note in notes if "in the training" in note] for notes in said]
     assert said == [[], ["band is 2, but was 1 in the training: make sure that it is the same field"]]
+
+
+def test_another_band_is_said_of_files_that_are_read_beside_others(tmp_path):
+    """Of a climatology, of another method's forecasts, and of further files of a series. 1.0 is band 1."""
+
+    def banded(name, band, hours=0):
+        times = SIX_HOURS[:2] + np.timedelta64(hours, "h")
+        return write(field(times).assign_coords(band=band, quality=0.5), tmp_path / name)
+
+    first, same, other = banded("a.nc", 1), banded("b.nc", 1.0), banded("c.nc", 2)
+    info, value_range = open_grid(first).info, ValueRange(*KELVINS, labels=("band 1",))
+    config, notes = options(first, tmp_path, input_size=[9, 12]), []
+    for path in (same, other):
+        climatology(path, config, value_range, info, notes=notes)
+    assert notes == [f"--climatology {other}: band is 2, but is 1 in the test set: make sure that it is the same field"]
+    held = [StoredFields(Path(path), 1, (2, 1, 9, 12), FieldFacts(info)).notes[:-1] for path in (same, other)]
+    assert held == [[], ["band is 2, but is 1 in the test set: make sure that it is the same field"]]
+    banded("d1.nc", 2, 12)
+    last = banded("d2.nc", 3, 24)
+    series = [note for note in open_grid(tmp_path / "d*.nc").notes if "make sure" in note]
+    assert series == [f"{last}: band is 3, but is 2 in {tmp_path / 'd1.nc'}: make sure that it is the same field"]
 
 
 def test_a_climatology_is_the_mean_of_all_frames_in_the_units_of_the_data(tmp_path):

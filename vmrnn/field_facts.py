@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vmrnn.data.grid_axes import unlike_place
-from vmrnn.data.grid_info import GridInfo
+from vmrnn.data.grid_info import GridInfo, label_notes
 from vmrnn.data.inputs import open_input
 from vmrnn.data.prepare import Preparation, resize
 from vmrnn.data.times import lead_names, moment, usual_step, whole_months
@@ -97,7 +97,7 @@ def centre(maps, size):
     return maps[..., top : top + size[0], left : left + size[1]]
 
 
-def climatology(path, config, value_range, info=None, stored=None):
+def climatology(path, config, value_range, info=None, stored=None, notes=None):
     """The mean of the frames of a file, as frames of a test: float32 (C, H, W) on the scale without transform.
 
     path          any file that predict.py takes, in the units of the data
@@ -105,6 +105,7 @@ def climatology(path, config, value_range, info=None, stored=None):
     value_range   ValueRange of the data
     info          GridInfo of the test set; None: it is no gridded field
     stored        (H, W) of the frames of the test set before they are cropped: a map of that size is cropped as they are
+    notes         list to which lines are added about what may be another field
 
     UserError: frames that do not become those of the test, or that are of other places.
     """
@@ -119,6 +120,9 @@ def climatology(path, config, value_range, info=None, stored=None):
                 f"--climatology {path}: its coordinate {name} is not that of the test set; give frames of the same "
                 "places in the same order"
             )
+        if notes is not None:
+            said = label_notes(source.info.labels, info.labels, "is {} in the test set")
+            notes += [f"--climatology {path}: {line}" for line in said]
     prepare, total, count = Preparation.of(options, replace(value_range, given=None)), 0, 0
     for frame in chain.from_iterable(sequence.frames() for sequence in source.sequences):
         unit = value_range.to_linear(prepare(frame), axis=0)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from vmrnn.data.arrays import npz_member, npz_rows, open_npy
-from vmrnn.data.grid_axes import rows_first, scalar_levels, unlike_place
-from vmrnn.data.grid_info import import_xarray, unlike_level
+from vmrnn.data.grid_axes import labels_of, rows_first, scalar_levels, unlike_place
+from vmrnn.data.grid_info import import_xarray, label_notes, unlike_level
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 
@@ -267,7 +267,7 @@ class StoredFields:
     Where both have times, the forecasts are found by their reference time, and the file may hold more of them than the
     test set. Where sequences share a reference time, as the members of an ensemble do, forecasts and sequences
     must have the same times in the same order. These forecasts, and those without times, are taken in order, and
-    `notes` says so.
+    `notes` says so. It also says if a scalar coordinate, such as band, has another value than in the test set.
     UserError: a variable, a forecast or a lead time that is not there, another size, unit or place, another number of
     forecasts, or shared reference times in another order.
     """
@@ -336,7 +336,7 @@ class StoredFields:
         return arrays
 
     def check_alike(self, dataset, arrays, info):
-        """UserError: forecasts in other units than the test set, at other levels, or at other places."""
+        """Adds to `notes`. UserError: forecasts in other units than the test set, at other levels, or at other places."""
         if info is None:
             return
         for i, array in enumerate(arrays):
@@ -353,6 +353,8 @@ class StoredFields:
                         f"--forecasts {self.path}: {info.names[i]} is at {level}, but at {info.levels[i]} in the test set; write "
                         "forecasts of that level"
                     )
+            said = label_notes(labels_of(array.coords), info.labels, "is {} in the test set")
+            self.notes += [line for line in said if line not in self.notes]
         if name := unlike_place(info.coordinates, (info.y, info.x), dataset, arrays[0].dims[-2:]):
             raise UserError(
                 f"--forecasts {self.path}: its coordinate {name} is not that of the test set; write forecasts of the same "

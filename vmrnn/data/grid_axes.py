@@ -270,7 +270,9 @@ def labels_of(coordinates):
     """
     of_maps = {"grid_mapping_name", "crs_wkt"}
     scalars = {name: c for name, c in coordinates.items() if c.ndim == 0 and not of_maps & {*c.attrs}}
-    return [f"{name} {c.item()}" for name, c in scalars.items() if not is_vertical(name, c)]
+    # 1 and 1.0 are one label
+    values = {name: f"{c.item():.9g}" if c.dtype.kind == "f" else str(c.item()) for name, c in scalars.items()}
+    return [f"{name} {value}" for name, value in values.items() if not is_vertical(name, scalars[name])]
 
 
 def with_unit(value, coordinate):

@@ -40,6 +40,21 @@ def unlike_level(level, other):
     return bool(known) and not (level.startswith(f"{other} ") or other.startswith(f"{level} "))
 
 
+def label_notes(labels, others, other):
+    """Lines about scalar coordinates that have another value than the same ones of other fields.
+
+    labels   of these fields, from grid_axes.labels_of
+    others   of the other fields
+    other    what is said of their value, such as "was {} in the training"
+    """
+    known = dict(label.split(" ", 1) for label in others)
+    return [
+        f"{name} is {value}, but {other.format(known[name])}: make sure that it is the same field"
+        for name, value in (label.split(" ", 1) for label in labels)
+        if value != known.get(name, value)
+    ]
+
+
 def facts_of_training(value_range):
     """(names, units, levels) of the channels of a ValueRange. One of an older checkpoint knows no levels: they are ""."""
     return value_range.names, value_range.units, value_range.levels or ("",) * len(value_range.names)
@@ -168,12 +183,7 @@ class GridInfo:
             fields = ", ".join(f"{name} in {unit or 'no unit'}" for name, unit in zip(self.names, self.all_units))
             return [f"the network was trained on data without units: whether they were {fields} is not checked"]
         lines = step_notes(self.step(options), value_range.step)
-        known = dict(label.split(" ", 1) for label in value_range.labels)
-        for name, value in (label.split(" ", 1) for label in self.labels):
-            if value != known.get(name, value):
-                lines.append(
-                    f"{name} is {value}, but was {known[name]} in the training: make sure that it is the same field"
-                )
+        lines += label_notes(self.labels, value_range.labels, "was {} in the training")
         for dim, direction, trained in zip((self.y, self.x), self.directions, value_range.directions):
             if direction and trained and direction != trained:
                 lines.append(f"the coordinate {dim} is {direction}, but was {trained} in the training: turn the maps")

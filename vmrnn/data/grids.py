@@ -22,7 +22,7 @@ from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.clips import Clip
 from vmrnn.data.grid_fields import check_alike, describe, file_of, opened_dataset
 from vmrnn.data.grid_files import choose_variables, format_of, grid_files, split_path
-from vmrnn.data.grid_info import GridInfo
+from vmrnn.data.grid_info import GridInfo, label_notes
 from vmrnn.data.grid_values import decode, is_netcdf
 from vmrnn.data.times import (
     check_step,
@@ -166,10 +166,12 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
     files = grid_files(path)
     variables = choose_variables(files[0], variables, forcings)
     first = describe(files[0], variables, array_axes, time_from, forcings)
-    parts, dtype = [first.part], first.dtype
+    parts, dtype, odd = [first.part], first.dtype, {}
     for file in counted(files[1:], "look at files", "file"):
         other = describe(file, variables, array_axes, time_from, forcings)
         check_alike(first, other, files[0], file)
+        for line in label_notes(other.info.labels, first.info.labels, f"is {{}} in {files[0]}"):
+            odd.setdefault(line.partition(" ")[0], f"{file}: {line}")  # of each coordinate once
         dtype = np.result_type(dtype, other.dtype)
         parts.append(other.part)
     parts, times, alone = parts_by_time(parts)
@@ -179,7 +181,7 @@ def open_grid(path, variables=(), array_axes="", time_from="", time_step="", for
     lengths = [part.count for part in parts for _ in range(part.sequences)]
     breaks = [int(end) for end in np.cumsum(lengths)[:-1]] if alone else []
     shape = (sum(lengths), *first.fields[0].size[2:], len(info.channels) + len(info.forcings))
-    grid = Grid(info, shape, dtype, breaks, notes_of(first, files, shape, breaks), parts)
+    grid = Grid(info, shape, dtype, breaks, [*notes_of(first, files, shape, breaks), *odd.values()], parts)
     if time_step:
         take_nearest(grid, time_step, path)
     return grid

@@ -11,7 +11,7 @@ from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy,
 from vmrnn.data.clips import Source, series_note
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
-from vmrnn.data.grid_info import unlike_level
+from vmrnn.data.grid_info import label_notes, unlike_level
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames, image_notes
 from vmrnn.data.media import images_in
@@ -204,6 +204,7 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     count        frames whose forcings are needed
     path         file, folder or glob with those that change with time, at these times or, without times, in order
 
+    Adds a line to the notes of `source` for a scalar coordinate, such as band, that has another value than in it.
     UserError: a forcing that changes with time and is not given for one of the frames.
     """
     if not config.forcings or count < 1:
@@ -238,6 +239,8 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     plane, other = (source.info.y, source.info.x), (grid.info.y, grid.info.x)
     if coordinate := unlike_place(source.info.coordinates, plane, grid.info.coordinates, other):
         raise UserError(f"{path}: its coordinate {coordinate} is not that of the input; they are of different places")
+    said = label_notes(grid.info.labels, source.info.labels, "is {} in the input")
+    source.notes += [line for line in (f"{path}: {line}" for line in said) if line not in source.notes]
     # Find the frame of each time. Without times the frames are taken in order.
     numbers = range(count)
     if times is not None and grid.info.times is not None:
