@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_close, assert_identical, outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vmrnn import runtime
 from vmrnn.network import linear as module
 from vmrnn.network.linear import Linear, gradient_of_input, gradient_of_weight, linear
 
@@ -189,9 +190,9 @@ def test_a_torch_without_the_operation_or_with_another_one(kind, monkeypatch):
 
 def test_the_vendor_of_the_processor(monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: x\n")
-    monkeypatch.setattr(module, "CPUINFO", tmp_path / "cpuinfo")
-    assert module.processor_vendor() == "GenuineIntel"
-    monkeypatch.setattr(module, "CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(runtime, "CPUINFO", tmp_path / "cpuinfo")
+    assert module.processor_vendor() == "GenuineIntel" and runtime.cpu_name() == "x"
+    monkeypatch.setattr(runtime, "CPUINFO", tmp_path / "absent")
     for said, vendor in (("AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", "AuthenticAMD"), ("arm", "arm")):
         monkeypatch.setattr(platform, "processor", lambda said=said: said)
         assert module.processor_vendor() == vendor

@@ -21,6 +21,7 @@ log = logging.getLogger("vmrnn")
 
 LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
 KILLED_WORKER = "a process that prepares batches was killed, perhaps for want of memory (use fewer --num_workers)"
+CPUINFO = Path("/proc/cpuinfo")  # Linux
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the program again
 
 
@@ -264,9 +265,15 @@ def describe_device(device):
 
 
 def cpu_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The name of the processor; only its architecture where the system does not know the name."""
+    return cpu_fact("model name") or platform.processor() or platform.machine()
+
+
+def cpu_fact(key):
+    """What Linux says of the first processor, such as its "vendor_id"; "" on other systems and for an unknown key."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""

@@ -12,15 +12,15 @@ AVX-512 from torch's own loops, leaves all products to MKL, too.
 
 import functools
 import platform
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from vmrnn.runtime import cpu_fact
+
 # multiply-adds. A call of oneDNN takes longer to start than one of MKL, which smaller products do not make up for.
 LEAST = 1 << 22
-CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def linear(x, weight, bias=None):
@@ -133,9 +133,5 @@ def onednn_multiplies():
 
 def processor_vendor():
     """Such as "AuthenticAMD" or "GenuineIntel"; something else where the system does not say, as on macOS."""
-    if CPUINFO.exists():
-        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("vendor_id"):
-                return line.split(":", 1)[1].strip()
     # Windows: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD"
-    return platform.processor().rpartition(", ")[2]
+    return cpu_fact("vendor_id") or platform.processor().rpartition(", ")[2]
