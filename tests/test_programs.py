@@ -57,7 +57,8 @@ def test_training_says_what_runs_and_leaves_a_whole_run_folder(trained):
     assert read_checkpoint(folder / "best.safetensors")["config"]["depths"] == [1]
     assert read_checkpoint(folder / "last.pt")["position"]["epoch"] == 3
     for picture in ("loss.png", "forecast.gif", "pictures/epoch0001_batch0001.png"):
-        assert min(Image.open(folder / picture).size) > 100
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 100
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
@@ -73,8 +74,8 @@ def test_testing_a_checkpoint_with_its_own_configuration(trained, run_forked):
         if name != "psnr_uint8":  # the short table has it only where published figures use it
             assert f"{value:.4f}" in done.stdout and name in done.stdout
     assert "psnr_uint8" not in done.stdout and done.stdout.count("\nssim_dr2: SSIM") == 1
-    gif = Image.open(folder / "test_moving_mnist_2" / "forecast.gif")
-    assert gif.n_frames == 5
+    with Image.open(folder / "test_moving_mnist_2" / "forecast.gif") as gif:
+        assert gif.n_frames == 5
     assert {p.name for p in (folder / "test_moving_mnist_2").glob("*.png")} == {
         "forecast_0000.png", "forecast_0001.png", "lead_times.png", "spectrum.png",
     }  # fmt: skip
