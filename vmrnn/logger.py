@@ -3,7 +3,7 @@
 import logging
 from contextlib import contextmanager
 
-from vmrnn.errors import first_line
+from vmrnn.errors import UserError, first_line
 from vmrnn.files import make_folder
 from vmrnn.run_folder import read_log
 
@@ -100,11 +100,18 @@ class RunLogger(Logger):
 
 @contextmanager
 def harmless(what, where):
-    """Turn an error of the block into a warning: no picture and no line of a log is worth the training behind it."""
+    """Turn an error of the block into a warning: no picture and no line of a log is worth the training behind it.
+
+    Every error is caught, because matplotlib, TensorBoard and loggers of users each raise their own kinds. One that is
+    neither of a file nor of the data is a fault in a program, so its traceback is logged as well.
+    """
     try:
         yield
     except Exception as error:
-        log.warning("warning: %s was not written to %s (%s); training goes on", what, where, first_line(error))
+        line, expected = first_line(error), isinstance(error, OSError | UserError)
+        log.warning(
+            "warning: %s was not written to %s (%s); training goes on", what, where, line, exc_info=not expected
+        )
 
 
 def make_logger(run, state):
