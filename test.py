@@ -182,11 +182,7 @@ def default_folder(tested, config):
 def data_description(config):
     """What the data are, in one line."""
     text = DATASETS[config.dataset].description
-    if config.dataset == "moving_mnist" and config.num_objects != 2:
-        digits = "one handwritten digit" if config.num_objects == 1 else f"{config.num_objects} handwritten digits"
-        text = text.replace("two handwritten digits", digits)
-        text = text.replace("that move and bounce", "that moves and bounces") if config.num_objects == 1 else text
-    return text
+    return f"{text}; digits per sequence: {config.num_objects}" if config.dataset == "moving_mnist" else text
 
 
 class Pictures:

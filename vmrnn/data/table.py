@@ -56,7 +56,7 @@ class Spec:
 
 DATASETS = {
     "moving_mnist": Spec(
-        description="two handwritten digits that move and bounce (Srivastava et al. 2015); values in [0, 1]",
+        description="handwritten digits that move and bounce (Srivastava et al. 2015); values in [0, 1]",
         metrics=IMAGE_METRICS,
         selects="sequences generated from digits that training does not use",
         find="vmrnn.data.moving_mnist:moving_mnist",
