@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, without_time
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.optim import muon as timm_muon
 from timm.scheduler import CosineLRScheduler
@@ -15,7 +15,7 @@ import test
 import train
 from benchmarks import curves
 from functions import RolloutLoss, Step, evaluate, train_one_epoch
-from vmrnn import config as configuration
+from vmrnn import config as configuration, pictures
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.forecaster import Forecaster
@@ -196,6 +196,46 @@ def test_a_run_in_fp16_keeps_its_scale(tmp_path):
     assert saved["_growth_tracker"] == 4
     train.main([*options, "--epochs", "2", "--resume", "auto"])
     assert read_checkpoint(tmp_path / "x" / "last.pt")["scaler"]["_growth_tracker"] == 8
+
+
+def values_of(option):
+    """(option, value) of every value that the table of options allows."""
+    return [(option, value) for value in configuration.FIELDS[option].metadata["choices"]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [*values_of("optimizer"), *values_of("schedule")[1:], *values_of("precision")[1:]]
+)
+def test_a_resumed_run_is_the_same_bits(option, value, tmp_path, monkeypatch):
+    """Killed after the second of four updates. test_resume.py kills whole processes, with one set of options."""
+    for name in ("save_strip", "save_animation", "save_curve"):
+        monkeypatch.setattr(pictures, name, lambda *arguments, **options: None)
+    options = [
+        *TINY, "--epochs", "1", "--save_every", "1", "--log_train", "1", "--ema", "0.9", "--warmup_steps", "2",
+        "--curriculum", "3", "--weight_decay", "0.1", f"--{option}", value, "--res_dir",
+    ]  # fmt: skip
+    train.main([*options, str(tmp_path / "whole")])
+
+    save = train.checkpoint.save_checkpoint
+
+    def save_and_die(path, content):
+        save(path, content)
+        if content["position"]["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.checkpoint, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*options, str(tmp_path / "resumed")])
+    train.main([*options, str(tmp_path / "resumed"), "--resume", "auto"])
+
+    whole, resumed = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "resumed"))
+    assert whole["config"][option] == value
+    assert resumed["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+    tensors = [[c["model"], c["ema"], c["optimizer"]["state"], c["scaler"]] for c in (whole, resumed)]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    log, resumed_log = (without_time(read_log(tmp_path / name / "log.jsonl")) for name in ("whole", "resumed"))
+    assert log == resumed_log and len(log) == 5  # four updates, with their rates, and a validation
 
 
 def test_wsd_is_constant_and_then_falls_linearly_to_zero_at_the_end_of_the_run():
