@@ -158,3 +158,5 @@ def test_bright_pixels_weigh_more():
     expected = (0.1**2 * 1 + 0.2**2 * 3 + 0.3**2 * 5) / 3
     loss = RolloutLoss(0.0, 4.0)(outputs, truth[:, :1], truth)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+    expected += 0.5 * (0.1 * 1 + 0.2 * 3 + 0.3 * 5) / 3
+    assert RolloutLoss(0.5, 4.0)(outputs, truth[:, :1], truth).item() == pytest.approx(expected, rel=1e-6)

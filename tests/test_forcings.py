@@ -69,6 +69,8 @@ def test_loss_and_metrics_are_of_what_is_forecast(model):
     assert results[0] == results[1]
     assert all(tensor.shape[2] == 2 for tensor in seen[0][1:])
     outputs = rollout(model, inputs, 2, following=targets)
+    without = (outputs, inputs[:, :, :2], targets[:, :, :2])
+    assert RolloutLoss()(outputs, inputs, targets) == RolloutLoss()(*without)
     expected = (outputs[:, 2:] - targets[:, :, :2]).square().sum(dim=(2, 3, 4)).mean().item()
     assert results[0][1]["forecast"]["mean"]["mse"] == pytest.approx(expected, rel=1e-5)
 

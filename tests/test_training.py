@@ -14,7 +14,7 @@ from timm.scheduler import CosineLRScheduler
 import test
 import train
 from benchmarks import curves
-from functions import RolloutLoss, Step, evaluate, train_one_epoch
+from functions import SMALLEST_SCALE, NonFinite, RolloutLoss, Step, evaluate, train_one_epoch
 from vmrnn import config as configuration, pictures
 from vmrnn.checkpoint import read_checkpoint
 from vmrnn.errors import UserError
@@ -131,6 +131,22 @@ def test_accumulated_parts_are_the_whole_batch():
     assert [u.grad_norm for u in a] == pytest.approx([u.grad_norm for u in b], rel=1e-4)
 
 
+def test_an_update_has_the_learning_rate_of_its_number_and_a_clipped_gradient():
+    torch.manual_seed(3)
+    step = Step(Rollout(small()), RolloutLoss(), torch.device("cpu"))
+    optimizer = torch.optim.SGD(step.parameters, lr=0.1)
+    loader = [(torch.rand(1, 3, 1, 16, 16), torch.rand(1, 2, 1, 16, 16))] * 2
+    updates = train_one_epoch(
+        step, loader, optimizer, lambda n: n / 100, updates_per_epoch=3, start=1, epoch_start=30, clip_grad=0.1
+    )
+    for number in (31, 32):
+        before = torch.cat([p.detach().flatten() for p in step.parameters])
+        update = next(updates)
+        moved = torch.cat([p.detach().flatten() for p in step.parameters]) - before
+        assert update.grad_norm > 0.2 and update.step == number - 29
+        assert moved.norm().item() == pytest.approx(number / 100 * 0.1, rel=1e-3)
+
+
 def test_training_and_evaluation_weigh_l1_as_asked():
     torch.manual_seed(3)
     inputs, targets = torch.rand(2, 3, 1, 16, 16), torch.rand(2, 2, 1, 16, 16)
@@ -146,12 +162,13 @@ def test_training_and_evaluation_weigh_l1_as_asked():
 def test_an_evaluation_counts_every_sample_once_in_the_precision_asked_for():
     torch.manual_seed(3)
     inputs, targets = torch.rand(3, 3, 1, 16, 16), torch.rand(3, 2, 1, 16, 16)
-    model, device = small().eval(), torch.device("cpu")
+    model, device = small(drop_path_rate=0.5).eval(), torch.device("cpu")
     batches = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
     losses = {}
     for precision in ("fp32", "bf16"):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
-            outputs = [rollout(model, *batch[:1], 2) for batch in batches]
+            outputs = [rollout(model.eval(), *batch[:1], 2) for batch in batches]
+        model.train()  # as an epoch leaves it
         samples = [RolloutLoss()(o, *batch).item() for o, batch in zip(outputs, batches)]
         losses[precision], _ = evaluate(model, batches, device, ("mse",), RolloutLoss(), precision)
         assert losses[precision] == pytest.approx((2 * samples[0] + samples[1]) / 3, rel=1e-6)
@@ -178,15 +195,30 @@ def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
 
 
 def test_fp16_scales_gradients_and_comes_close_to_fp32():
-    _, exact = run_updates(1)
+    in_fp32, exact = run_updates(1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # the first gradients overflow: those updates are skipped
     (first, second), untouched = run_updates(1, precision="fp16", scaler=scaler)
     assert math.isinf(first.grad_norm) or math.isnan(first.grad_norm)
     assert scaler.get_scale() == 2.0**58
     torch.manual_seed(3)
     assert torch.equal(untouched, torch.cat([p.detach().flatten() for p in small().parameters()]))
-    _, half = run_updates(1, precision="fp16", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    updates, half = run_updates(1, precision="fp16", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    assert [u.grad_norm for u in updates] == pytest.approx([u.grad_norm for u in in_fp32], rel=1e-2)
     assert 0 < (half - exact).abs().max() < 1e-2 * (exact - untouched).abs().max()
+
+
+def test_gradients_that_no_smaller_scale_makes_finite_end_the_run():
+    def loss(outputs, inputs, targets):
+        return (outputs - outputs.detach()).sqrt().sum()  # 0, with an infinite gradient
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2 * SMALLEST_SCALE)
+    step = Step(Rollout(small()), loss, torch.device("cpu"), "fp16", scaler=scaler)
+    loader = [(torch.rand(1, 3, 1, 16, 16), torch.rand(1, 2, 1, 16, 16))] * 3
+    optimizer = torch.optim.SGD(step.parameters, lr=0.1)
+    updates = train_one_epoch(step, loader, optimizer, lambda n: 0.1, updates_per_epoch=3)
+    assert not math.isfinite(next(updates).grad_norm) and scaler.get_scale() == SMALLEST_SCALE
+    with pytest.raises(NonFinite):
+        next(updates)
 
 
 def test_a_run_in_fp16_keeps_its_scale(tmp_path):
