@@ -188,6 +188,30 @@ def test_values_far_outside_are_reported_and_no_forecast_of_them_is_believed(tmp
         stream.forecast(2)
 
 
+@pytest.mark.parametrize("transform", [{}, {"transform": "sqrt", "zero_below": 0.001}], ids=["linear", "sqrt"])
+def test_values_that_span_next_to_nothing_are_reported(tmp_path, caplog, transform):
+    """Metres for millimetres: 0 to 0.05 of a range from 0 to 50. A dry map is no reason to doubt."""
+    options = {"data_range": [0.0, 50.0]} | transform
+    _, config = save_network(tmp_path / "w.safetensors", **options)
+    assert config.transform == transform.get("transform", "none")
+    rain = np.random.default_rng(0).uniform(0, 50, (3, 16, 20)).astype(np.float32)
+    rain[:, :5, :8], rain[:, 5:10, :8], rain[:, 0, 19] = 0, 50, np.nan
+    stream = vmrnn.Forecaster(tmp_path / "w.safetensors", device="cpu")
+    for frames, said in ((rain, False), (0 * rain, False), (rain / 1000, True)):
+        stream.reset()
+        caplog.clear()
+        for frame in frames:
+            stream.observe(frame)
+        for _ in range(2):
+            stream.forecast(1)
+        assert caplog.text.count("3 frames: the values span only 0.1 % of the range of the training") == said
+    caplog.clear()
+    xarray.Dataset({"rain": (("time", "y", "x"), rain / 1000)}).to_netcdf(tmp_path / "rain.nc", engine="h5netcdf")
+    files = ("--input", tmp_path / "rain.nc", "--output", tmp_path / "next.npy")
+    run("--checkpoint", tmp_path / "w.safetensors", *files, "--device", "cpu")
+    assert "span only 0.1 % of the range of the training" in caplog.text
+
+
 def test_a_refused_frame_changes_nothing(tmp_path):
     save_network(tmp_path / "w.safetensors")
     stream = vmrnn.Forecaster(tmp_path / "w.safetensors", device="cpu")

@@ -20,6 +20,7 @@ import torch
 
 from vmrnn.checkpoint import load_network
 from vmrnn.data.prepare import Preparation, as_channels, as_frame
+from vmrnn.data.ranges import SMALL
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import calendar_features
 from vmrnn.errors import UserError
@@ -77,7 +78,8 @@ class Forecaster:
         self.observed_range = None  # ValueRange of the stream's frames
         self.never_seen = None  # bool (H, W): pixels that were missing in every frame, in every channel
         self.count = 0  # frames of the stream
-        self._warned = False  # whether values outside the range were reported
+        self._warned = False  # whether values were reported that may be in other units
+        self._ends = None  # lowest and highest value of each channel on the linear scale, a tensor (2, C)
         self._size = None  # (h, w) of the prepared frames
         self._next_frame = None  # the forecast of the frame after the last observed one
         self._states = None  # the network's states after the last observed frame
@@ -92,7 +94,7 @@ class Forecaster:
         date    numpy.datetime64 or cftime date of the frame (UTC), for a network that was trained with --calendar
 
         A frame that is refused changes nothing. Values outside the range that the network was trained on are reported
-        once per stream. UserError: no frame of real numbers, another shape than the frames before, another number of
+        once per stream, and a stream whose values span less than 2 % of it is reported with its first forecast. UserError: no frame of real numbers, another shape than the frames before, another number of
         channels than the network's, or, if the file knows no range, values outside [0, 1] that are not uint8.
         """
         given = tuple(np.shape(frame))
@@ -104,6 +106,7 @@ class Forecaster:
             raise UserError(f"a frame of {values.dtype} after others: uint8 and other types have different ranges here")
         unit = replace(self.prepare, value_range=value_range)(values)
         self._report_outside(unit, value_range)
+        ends = self._ends_with(unit, value_range)
         missing = value_range.is_missing(values[..., : self.model.out_chans]).all(axis=-1)
         if self.config.calendar:
             unit = torch.cat((unit, self._waves([date], 1, unit.shape[-2:])[0]))
@@ -116,6 +119,7 @@ class Forecaster:
 
         self._motion = motion
         self._next_frame, self._states = advanced
+        self._ends = ends
         self.shape, self.observed_range, self._size = given, value_range, tuple(unit.shape[-2:])
         self.never_seen = missing if self.never_seen is None else self.never_seen & missing
         self.count += 1
@@ -159,6 +163,29 @@ class Forecaster:
             self.count, int(beyond.sum()), unit.numel(), value_range, int(far.sum()), worst,
         )  # fmt: skip
 
+    def _ends_with(self, unit, value_range):
+        """`_ends` of the stream and one more prepared frame; parameters as in `_report_outside`."""
+        count = self.model.out_chans
+        values = torch.cat((value_range.to_linear(unit[:count], axis=0), unit[count:])).flatten(1)
+        ends = torch.stack((values.nan_to_num(torch.inf).amin(1), values.nan_to_num(-torch.inf).amax(1)))
+        if self._ends is None:
+            return ends
+        return torch.stack((ends[0].minimum(self._ends[0]), ends[1].maximum(self._ends[1])))
+
+    def _report_small(self):
+        """Warn once of values that span next to nothing of the training range, as ranges.outside_notes does of a test.
+
+        The frames of a stream count together: one that is dry everywhere says nothing of the units.
+        """
+        for channel, share in enumerate((self._ends[1] - self._ends[0]).tolist()):
+            if not self._warned and 0 < share < SMALL:
+                self._warned = True
+                log.warning(
+                    "%d frames: the values%s span only %.2g %% of the range of the training (%s): check the units",
+                    self.count, f" of channel {channel}" if len(self._ends[0]) > 1 else "", 100 * share,
+                    self.observed_range,
+                )  # fmt: skip
+
     def forecast(self, horizon, forcings=None, dates=None):
         """Forecast the next frames. What has been observed stays as it is.
 
@@ -182,6 +209,7 @@ class Forecaster:
             raise UserError("forecast() before observe(): there is nothing to continue")
         if horizon < 1:
             raise UserError(f"a forecast of {horizon} frames: ask for 1 or more")
+        self._report_small()
         given = self._given_channels(horizon - 1, forcings, dates)
         frames, states = [self._next_frame], self._states
         for t in range(horizon - 1):
