@@ -1051,6 +1051,24 @@ def test_another_band_is_said(tmp_path):
     assert said == [[], ["band is 2, but was 1 in the training: make sure that it is the same field"]]
 
 
+@pytest.mark.parametrize(("quantity", "gain"), [("RATE", 0.5), ("DBZH", 0.4)])
+def test_stored_numbers_of_another_meaning_are_said(tmp_path, quantity, gain):
+    """ODIM: values keep their stored numbers, so a rate and a reflectivity have no unit and the same name."""
+    for folder, what in (("a", ("DBZH", 0.5)), ("b", (quantity, gain))):
+        (tmp_path / folder).mkdir()
+        for minute in range(0, 50, 10):
+            with h5py.File(tmp_path / folder / f"{minute:02d}.h5", "w") as f:
+                f["dataset1/data1/data"] = np.random.default_rng(minute).integers(0, 200, (9, 12)).astype("u1")
+                f.create_group("what").attrs.update(date="20200101", time=f"00{minute:02d}00")
+                f.create_group("dataset1/data1/what").attrs.update(quantity=what[0], gain=what[1], offset=-32.0)
+    name = "dataset1/data1/data"
+    how = {"variables": [name], "input_size": [9, 12], "test_data_dir": str(tmp_path / "b")}
+    trained = build_dataset("train", options(tmp_path / "a", tmp_path, **how)).value_range
+    said = build_dataset("test", options(tmp_path / "a", tmp_path, **how), trained).notes[-1]
+    assert said == (f"{name} is quantity {quantity}, gain {gain}, offset -32.0, but was quantity DBZH, gain 0.5, offset "
+                    "-32.0 in the training: make sure that it is the same field")  # fmt: skip
+
+
 def test_another_band_is_said_of_files_that_are_read_beside_others(tmp_path):
     """Of a climatology, of another method's forecasts, and of further files of a series. 1.0 is band 1."""
 

@@ -87,6 +87,7 @@ class Field:
     channels     list of Channel, one per level
     attributes   that its forecast gets
     said         what the file says of its values that is not applied
+    label        the same as one of GridInfo.labels; "": it says nothing
     doubt        a line about values that may be read as missing by mistake; "": there is none
     facts        what all files must share, {what: text}
     """
@@ -98,6 +99,7 @@ class Field:
     channels: list
     attributes: dict
     said: str
+    label: str
     doubt: str
     facts: dict
 
@@ -165,7 +167,7 @@ def describe(path, variables, array_axes, time_from, forcings=()):
         given_levels=[f.channels[0].level_text for f in fields[len(variables) :]],
         variables={f.selection.variable: f.attributes for f in forecast},
         y=dims["H"], x=dims["W"], time="time" if times.calendar and began else dims.get("T", "time"),
-        coordinates=steady, labels=labels_of(steady.coords),
+        coordinates=steady, labels=[*labels_of(steady.coords), *(f.label for f in fields if f.label)],
     )  # fmt: skip
     return Description(info, Part(path, *first.size[:2], times, [f.selection for f in fields]), fields)
 
@@ -201,7 +203,7 @@ def describe_field(dataset, variable, level, path, array_axes):
     flags, said = missing_flags(path, variable, found.attrs)
     unused = {key: f"{key} {str(value)[:60]}" for key, value in not_applied(found.attrs, flags).items()}
     # Files may differ in how much is missing, such as percent_missing
-    alike = [said, *(text for key, text in unused.items() if "missing" not in key.lower())]
+    alike = ", ".join(filter(None, [said, *(text for key, text in unused.items() if "missing" not in key.lower())]))
     said = ", ".join(filter(None, [said, *unused.values()]))
     doubt = ""
     if format_of(path) == "zarr" and np.ravel(found.attrs.get("_FillValue", np.nan))[0] == 0:
@@ -211,13 +213,13 @@ def describe_field(dataset, variable, level, path, array_axes):
         )
     selection = Selection(variable, "".join(roles.values()), tuple(position for position, *_ in levels), tuple(flags))
     facts = {
-        f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": ", ".join(filter(None, alike)),
+        f"{variable} units": str(found.attrs.get("units", "")), f"{variable} values": alike,
         f"{variable} dimensions": dims_text(found, roles), f"{variable} missing": " ".join(map(str, flags)),
         f"{variable} level": "; ".join(dict.fromkeys(channel.level_text for channel in channels)),
     }  # fmt: skip
     return Field(
         selection, roles, (sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]),
-        stored_type(found.dtype, found.attrs, flags), channels, field_attributes(found), said, doubt, facts,
+        stored_type(found.dtype, found.attrs, flags), channels, field_attributes(found), said, f"{variable} {alike}" if alike else "", doubt, facts,
     )  # fmt: skip
 
 

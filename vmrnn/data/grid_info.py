@@ -96,7 +96,8 @@ class GridInfo:
     time_facts    attributes of the time coordinate, with a unit only where its numbers are no dates
     time_source   where the times come from, in words; "" where frames have no times
     calendar      CF name of the times' calendar; "" where they count frames and are no dates
-    labels        what scalar coordinates say of the fields, see grid_axes.labels_of
+    labels        what scalar coordinates say of the fields, see grid_axes.labels_of, and of each variable what the
+                  file says of its values that is not applied, such as image_data gain 0.5
     times         float64 (T,), see vmrnn.data.times; None where frames have no times
     """
 
@@ -157,7 +158,7 @@ class GridInfo:
         for name, unit, _, trained_name, trained_unit, _ in (*fields, *forcings):
             if unit != trained_unit:
                 raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on {trained_name} in "
-                                f"{trained_unit or 'no unit'}; give the same field")  # fmt: skip
+                                f"{trained_unit or 'no unit'}; give the same field, or write the same units if both mean one")  # fmt: skip
         for name, _, _, trained_name, _, _ in fields:
             if name != trained_name and name in value_range.names:
                 raise UserError(f"{path}: holds {', '.join(self.names)}, but the network was trained on "

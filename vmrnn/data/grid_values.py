@@ -17,6 +17,10 @@ PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates",
 HINTS = ("nodata", "fillvalue", "missing", "scale", "scaling", "slope", "intercept", "gain", "offset")
 
 
+# Attributes of KNMI's and of ODIM's groups that say what is stored, and how it is scaled
+MEANINGS = ("image_geo_parameter", "calibration_formulas", "quantity", "gain", "offset", "undetect")
+
+
 def missing_flags(path, variable, attributes):
     """Stored numbers that mean missing in a file without CF attributes, and what its groups say of its values.
 
@@ -31,7 +35,7 @@ def missing_flags(path, variable, attributes):
         return [], ""
     group, _ = split_path(variable)
     found, said = set(), []
-    places = {f"{group}/calibration", f"{group}/what", f"{group.rpartition('/')[0]}/what"}
+    places = {group, f"{group}/calibration", f"{group}/what", f"{group.rpartition('/')[0]}/what"}
     for place in sorted(places):
         try:
             with opened(path, place.strip("/")) as dataset:
@@ -41,8 +45,7 @@ def missing_flags(path, variable, attributes):
         for name in ("calibration_missing_data", "calibration_out_of_image", "nodata"):
             if isinstance(attributes.get(name), int | float):
                 found.add(attributes[name])
-        said += [f"{name} {attributes[name]}" for name in ("calibration_formulas", "gain", "offset", "undetect")
-                 if name in attributes]  # fmt: skip
+        said += [f"{name} {attributes[name]}" for name in MEANINGS if name in attributes]
     return sorted(found), ", ".join(said)
 
 
