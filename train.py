@@ -66,7 +66,7 @@ def parse_arguments(argv=None):
             raise UserError(
                 f"--resume {resume}: holds weights alone; resume from last.pt, or start a new run with --init_from"
             )
-        # A run goes on in its own folder unless another one is named.
+        # A run continues in its own folder unless another one is named.
         if "res_dir" not in configuration.read_toml(toml) | given:
             given["res_dir"] = str(resume.parent)
     config = configuration.resolve(toml, given)
@@ -320,7 +320,7 @@ def log_plan(state, train_loader, valid_loader, parts):
         config.precision, config.train_batch_size, train_loader.batch_size, parts, distributed.world_size(),
     )  # fmt: skip
     if progress.step:
-        log.info("going on   after update %d of epoch %d", progress.step, progress.epoch)
+        log.info("continues  after update %d of epoch %d", progress.step, progress.epoch)
 
 
 def time_left(progress, epochs):
@@ -380,7 +380,7 @@ def check_validation(loss, mse, state, run):
     config, previous = state.config, checkpoint.previous_of(run.last)
     if not math.isfinite(loss):
         # last.pt holds the weights that failed, and a start from it would validate them again.
-        start = f"go on from {previous} in another --res_dir" if previous.exists() else "start anew"
+        start = f"continue from {previous} in another --res_dir" if previous.exists() else "start anew"
         raise UserError(
             f"the validation loss of epoch {state.progress.epoch} is {loss}: {start} with a lower --lr or --clip_grad 1"
         )
@@ -393,7 +393,7 @@ def stop(run, state, reason):
     run.save(state)
     raise Stopped(
         f"{reason} in epoch {state.progress.epoch} after update {state.progress.step}; {run.last} is saved, "
-        "--resume auto goes on"
+        "--resume auto continues"
     )
 
 

@@ -125,7 +125,7 @@ def test_a_killed_process_is_started_again_to_the_same_result(pair, torchrun, tm
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     printed = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and "going on" in printed, printed
+    assert process.returncode == 0 and "continues  after update" in printed, printed
     a, b = (read_checkpoint(folder / "last.pt") for folder in (pair, tmp_path / "run"))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])

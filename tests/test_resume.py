@@ -133,7 +133,7 @@ def test_a_signal_finishes_the_update_and_saves(whole, start, tmp_path, number):
     os.killpg(pid, number)
     code, error = wait(), (tmp_path / "err").read_text()
     assert code == EXIT_STOPPED, error
-    assert re.fullmatch(rf"stopped by {number.name} in epoch \d after update \d; .*--resume auto goes on\n", error)
+    assert re.fullmatch(rf"stopped by {number.name} in epoch \d after update \d; .*--resume auto continues\n", error)
     assert start(tmp_path / "run")[1]() == 0
     assert_same(whole[0], tmp_path / "run")
 
@@ -186,7 +186,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(whole,
     last.write_bytes(content)
     caplog.set_level("INFO", "vmrnn")
     train.main(stopped)
-    assert re.search(r"last.pt: damaged .*: going on from .*previous_last.pt", caplog.text)
+    assert re.search(r"last.pt: damaged .*: continuing from .*previous_last.pt", caplog.text)
     kept = tmp_path / "run" / "last.pt.kept1"
     assert kept.read_bytes() == content
     kept.unlink()

@@ -135,7 +135,7 @@ def test_pictures_that_fail_cost_no_epoch(tmp_path, monkeypatch, caplog):
     assert (tmp_path / "x" / "best.safetensors").exists()
     for what in ("a picture", "the animation", "the curve"):
         assert f"{what} was not written" in caplog.text
-    assert caplog.text.count("(no pixels); training goes on") == 6
+    assert caplog.text.count("(no pixels); training continues") == 6
     assert caplog.text.count("in fail\n") == 6  # a fault in a program shows where it is
 
 

@@ -378,7 +378,7 @@ def test_weights_that_cannot_be_validated_are_not_where_the_run_goes_on(tmp_path
     run = RunFolder(tmp_path / "x")
     (tmp_path / "x" / "previous_last.pt").touch()
     state = SimpleNamespace(config=None, progress=SimpleNamespace(epoch=3))
-    with pytest.raises(UserError, match=r"of epoch 3 is nan: go on from .*previous_last.pt in another --res_dir with"):
+    with pytest.raises(UserError, match=r"epoch 3 is nan: continue from .*previous_last.pt in another --res_dir with"):
         train.check_validation(math.nan, math.nan, state, run)
 
 

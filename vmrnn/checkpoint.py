@@ -334,7 +334,7 @@ def read_last_checkpoint(path):
             raise
         error = damage
     content = read_patiently(previous)
-    log.warning("%s: going on from %s", error, previous)
+    log.warning("%s: continuing from %s", error, previous)
     return content, previous
 
 

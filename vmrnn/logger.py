@@ -110,7 +110,7 @@ def harmless(what, where):
     except Exception as error:
         line, expected = first_line(error), isinstance(error, OSError | UserError)
         log.warning(
-            "warning: %s was not written to %s (%s); training goes on", what, where, line, exc_info=not expected
+            "warning: %s was not written to %s (%s); training continues", what, where, line, exc_info=not expected
         )
 
 

@@ -113,7 +113,7 @@ def counted(items, title, unit):
 
 @contextmanager
 def still_running(what, silent=False):
-    """While the block runs, write a line per minute that says that `what` is still going on.
+    """While the block runs, write a line per minute that says that `what` still runs.
 
     what     work that cannot be counted in parts
     silent   whether to write nothing

@@ -101,7 +101,7 @@ def give_up(stream):
 
 
 class StandardOutput(logging.StreamHandler):
-    """Writes the program's lines. If they cannot be written (full disk, closed pipe), it says so once and goes on."""
+    """Writes the program's lines. If they cannot be written (full disk, closed pipe), it says so once and continues."""
 
     def handleError(self, record):
         error = sys.exc_info()[1]
@@ -109,7 +109,7 @@ class StandardOutput(logging.StreamHandler):
             super().handleError(record)
             return
         give_up(self.stream)
-        complain(f"the standard output cannot be written ({error.strerror}); the program goes on", head="warning: ")
+        complain(f"the standard output cannot be written ({error.strerror}); the program continues", head="warning: ")
 
 
 # Signals that ask a program to stop: from a terminal, a scheduler, a terminal that is closed, and a job system
