@@ -20,7 +20,7 @@ COLOURS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a UserError of one line, and a hyphen in a flag counts as an underscore."""
+    """argparse, but a wrong flag raises a UserError of one line, and a hyphen in a flag counts as an underscore."""
 
     def __init__(self, description):
         super().__init__(
@@ -47,10 +47,8 @@ class Parser(argparse.ArgumentParser):
         if not flag.startswith("--") or flag in self._option_string_actions:
             return word
         name = flag[2:].replace("-", "_")
-        for spelling in (f"--{name}", f"--no-{name.removeprefix('no_')}"):
-            if spelling in self._option_string_actions and (name.startswith("no_") or "--no-" not in spelling):
-                return "=".join([spelling, *value])
-        return word
+        spelling = f"--no-{name.removeprefix('no_')}" if name.startswith("no_") else f"--{name}"
+        return "=".join([spelling, *value]) if spelling in self._option_string_actions else word
 
     def error(self, message):
         short = message if len(message) <= 250 else f"{message[:120]} ... {message[-60:]}"
@@ -112,8 +110,8 @@ def train_parser(description):
     parser.add_argument(
         "--resume",
         metavar="auto|FILE",
-        help="auto: continue the run in --res_dir, or begin it there; FILE: continue from this last.pt, or from that of a "
-        "folder",
+        help="auto: continue the run in --res_dir, or begin it there; FILE: continue from this last.pt, or from that of "
+        "a folder",
     )
     add_options(parser)
     return parser

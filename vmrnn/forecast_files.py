@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.colours import Look
+from vmrnn.data.grid_files import is_zarr
 from vmrnn.data.grid_info import import_xarray
 from vmrnn.data.prepare import as_type
 from vmrnn.data.times import lead_names, whole_months
@@ -185,12 +186,13 @@ class Forecast:
 
 
 def first_of(arrays):
+    """{name: the first element of the array}: of the only sequence."""
     return {name: array[0] for name, array in arrays.items()}
 
 
 def save_zarr(dataset, path):
     """Write a Dataset as a Zarr folder. An older one of that name is replaced; another kind of folder is not."""
-    if path.exists() and not (path / "zarr.json").exists() and not (path / ".zgroup").exists():
+    if path.exists() and not is_zarr(path):
         raise UserError(f"{path}: exists and is no Zarr store; name another")
     try:
         dataset.to_zarr(path, mode="w", consolidated=False)

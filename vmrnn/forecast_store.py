@@ -10,6 +10,7 @@ import torch
 
 from vmrnn.data.arrays import npz_member, npz_rows, open_npy
 from vmrnn.data.grid_axes import labels_of, rows_first, scalar_levels, unlike_place
+from vmrnn.data.grid_files import is_zarr
 from vmrnn.data.grid_info import import_xarray, label_notes, unlike_level
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
@@ -169,7 +170,7 @@ class ForecastWriter:
                 for name in NAMES:
                     archive.write(self.folder / f"{name}.npy", f"{name}.npy")
             return
-        if self.path.is_dir() and not any((self.path / name).exists() for name in ("zarr.json", ".zgroup")):
+        if self.path.is_dir() and not is_zarr(self.path):
             raise UserError(f"{self.path}: is a folder and no Zarr store; name another")
         if self.path.is_dir():
             shutil.rmtree(self.path)
@@ -280,7 +281,7 @@ class StoredFields:
         arrays = self.arrays(dataset, channels, facts.info)
         self.channels = [self.in_axes(array, facts) for array in arrays]
         self.check_alike(dataset, self.channels, facts.info)
-        found = self.channels[0].shape[0], *self.channels[0].shape[1:]
+        found = self.channels[0].shape
         if found[1:] != (steps, height, width):
             raise UserError(
                 f"--forecasts {path}: holds {found[0]} forecasts of {found[1]} frames, {found[2]}x{found[3]}, but the test set "
