@@ -251,8 +251,8 @@ def test_frames_without_a_known_pixel_are_not_counted():
 
 
 def test_a_forecast_that_is_not_a_number_shows():
-    pred, true = frames(2, 1, 1, 9, 9), with_holes(frames(2, 1, 1, 9, 9, seed=1), 0.01)
-    pred[0, 0, 0, 0, 0] = torch.nan
+    pred, true = frames(2, 2, 1, 9, 9), with_holes(frames(2, 2, 1, 9, 9, seed=1), 0.01)
+    pred[0, 0, 0, 0, 0] = torch.nan  # of one lead time
     total = Metrics(("mse", "ssim", "rmse"))
     total.update(pred, true)
     assert all(np.isnan(value) for value in total.compute()["mean"].values())
@@ -453,7 +453,7 @@ def test_weights_of_latitudes():
     weights = torch.cos(torch.deg2rad(latitude))[:, None].expand(8, 9)
     weights = weights / weights.mean()
     pred, true = frames(2, 3, 1, 8, 9), with_holes(frames(2, 3, 1, 8, 9, seed=1), 0.2)
-    total = Metrics(("rmse", "mse", "mae_pixel"), weights)
+    total = Metrics(("rmse", "mse", "mae_pixel", "psnr", "psnr_uint8"), weights)
     total.update(pred, true)
     known = ~true.isnan().numpy()
     error, weights = (pred.double() - true.double()).numpy(), np.broadcast_to(weights.numpy(), known.shape)
@@ -466,15 +466,22 @@ def test_weights_of_latitudes():
         np.mean([np.average(abs(error[i, 1])[known[i, 1]], weights=weights[i, 1][known[i, 1]]) for i in range(2)]),
         rel=1e-9,
     )
+    assert got["mean"]["psnr"] == pytest.approx(np.mean(-10 * np.log10(frame)), rel=1e-9)
+    wrapped = np.where(known, np.subtract(*((x.nan_to_num() * 255).numpy().astype(np.uint8) for x in (pred, true))), 0)
+    squares = (wrapped * wrapped) * weights
+    frame = [squares[i, t].sum() / (weights * known)[i, t].sum() for i in range(2) for t in range(3)]
+    assert got["mean"]["psnr_uint8"] == pytest.approx(np.mean(10 * np.log10(255**2 / np.array(frame))), rel=1e-9)
 
 
 def test_anomaly_correlation_is_the_correlation_of_anomalies():
-    climatology = frames(1, 8, 9, seed=5)
+    climatology = with_holes(frames(1, 8, 9, seed=5), 0.1)
     pred, true = frames(3, 2, 1, 8, 9), with_holes(frames(3, 2, 1, 8, 9, seed=1), 0.2)
-    total = Metrics((anomaly_correlation(climatology),))
-    total.update(pred, true)
-    known = ~true.isnan()
-    f, o = ((x.double() - climatology.double())[known].numpy() for x in (pred, true))
-    assert total.compute()["mean"]["acc"] == pytest.approx(
-        (f * o).sum() / np.sqrt((f**2).sum() * (o**2).sum()), rel=1e-9
-    )
+    rows = torch.linspace(0.1, 1.9, 8, dtype=torch.float64)[:, None].expand(8, 9)
+    for weights in (None, rows):
+        total = Metrics((anomaly_correlation(climatology),), weights)
+        total.update(pred, true)
+        known = ~(true + climatology).isnan()
+        f, o = ((x.double() - climatology.double())[known].numpy() for x in (pred, true))
+        w = np.ones_like(f) if weights is None else weights.expand(known.shape)[known].numpy()
+        expected = (w * f * o).sum() / np.sqrt((w * f**2).sum() * (w * o**2).sum())
+        assert total.compute()["mean"]["acc"] == pytest.approx(expected, rel=1e-9)
