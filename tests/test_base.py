@@ -77,6 +77,19 @@ def test_the_base_of_a_field_that_does_not_begin_at_0_is_the_baseline(options, t
     torch.testing.assert_close(torch.from_numpy(forecaster.forecast_in_unit(3)[..., 0]), expected[0, :, 0])
 
 
+def test_every_clip_has_the_flow_of_its_own_frames(options, tmp_path):
+    """Of two clips that move against one another, in one data set."""
+    frames = np.load(options["train_data_dir"])[:10]
+    (tmp_path / "data").mkdir()
+    for name, clip in {"a": frames, "b": frames[::-1]}.items():
+        np.save(tmp_path / "data" / f"{name}.npy", clip)
+    paths = {"train_data_dir": str(tmp_path / "data"), "test_data_dir": str(tmp_path / "data")}
+    data = data_set("test", **options | paths | {"input_size": [40, 48]})
+    for number in (0, 4):  # the first windows of the two
+        inputs, targets = (part[None] for part in data[number])
+        assert torch.equal(inputs[:, -1:, 1:], motion(inputs[:, :, :1], 1))
+
+
 def test_a_crop_has_the_base_of_the_whole_map(options):
     """So that what moves into the crop comes from the map, not from nothing."""
     whole, crop = (data_set("test", **options | {"input_size": size})[0] for size in ([40, 48], [24, 32]))

@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from functions import compare
 from vmrnn.baselines import BASELINES, black, last_frame, motion
+from vmrnn.motion import Flow, advect, without_missing, zero_is_nothing
 from vmrnn.values import ValueRange
 
 
@@ -34,6 +35,33 @@ def test_motion_of_a_field_that_stands_still_is_the_last_frame():
     frames = moving_field((0, 0), 3)
     torch.testing.assert_close(motion(frames, 4), last_frame(frames, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(motion(frames[:, :1], 2), last_frame(frames, 2), atol=1e-5, rtol=0)
+    assert torch.equal(
+        last_frame(moving_field((2, 1), 3), 2), moving_field((2, 1), 3)[:, -1:].expand(-1, 2, -1, -1, -1)
+    )
+
+
+@pytest.mark.parametrize("coarse", [1, 2, 4])
+def test_pixels_are_traced_backwards_step_by_step(coarse):
+    """A flow that grows with the column, in pixels of a coarser map: a pixel comes from x, 0.9 x, 0.81 x, ..."""
+    x = np.arange(64, dtype=np.float32)
+    steps = np.zeros((2, 48 // coarse, 64 // coarse), np.float32)
+    steps[1] = 0.1 * x.reshape(-1, coarse).mean(1) / coarse
+    frame = np.stack((np.tile(x, (48, 1)), np.repeat(np.arange(48, dtype=np.float32)[:, None], 64, 1)))
+    moved = advect(frame, Flow(steps, coarse), 3, [False, False])
+    for n in range(3):
+        np.testing.assert_allclose(moved[n, 0, :, 8:60], np.tile(x * 0.9 ** (n + 1), (48, 1))[:, 8:60], rtol=1e-4)
+        np.testing.assert_allclose(moved[n, 1], frame[1])
+    place = slice(5, 20), slice(30, 50)
+    np.testing.assert_array_equal(advect(frame, Flow(steps, coarse), 3, [False, False], place), moved[:, :, *place])
+
+
+def test_a_missing_pixel_gets_the_nearest_known_value_or_nothing():
+    frame = np.array([[[1, np.nan, np.nan, 5], [1, np.nan, 4, 5]]] * 2 + [[[np.nan] * 4] * 2], np.float32)
+    assert without_missing(frame, [False, True, False]).tolist() == [
+        [[1, 1, 4, 5], [1, 1, 4, 5]], [[1, 0, 0, 5], [1, 0, 4, 5]], [[0] * 4] * 2
+    ]  # fmt: skip
+    assert zero_is_nothing(ValueRange((250.0, 0.0), (310.0, 64.0)), 2) == [False, True]
+    assert zero_is_nothing(ValueRange(0.05, 64.0, transform="log", zero_below=0.1), 2) == [True, True]
 
 
 def test_channels_move_together_and_missing_pixels_are_0():

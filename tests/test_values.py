@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from vmrnn.config import Config
 from vmrnn.data.prepare import Preparation
 from vmrnn.errors import UserError
-from vmrnn.values import ValueRange
+from vmrnn.values import ValueRange, outside
 
 RNG = np.random.default_rng(0)
 
@@ -39,6 +39,17 @@ def test_small_rain_is_not_squeezed():
     none, root, log = (ValueRange(0, 100, (), *kind) for kind in (("none",), ("sqrt", 0.1), ("log", 0.1)))
     assert none.to_unit(tenth) == pytest.approx(0.1)
     assert root.to_unit(tenth) == pytest.approx(math.sqrt(0.1)) and log.to_unit(tenth) > 0.6
+
+
+def test_edges_of_the_scale():
+    for transform in ("sqrt", "log"):
+        scale = ValueRange(0, 100, (), transform, 0.1)
+        assert scale.to_unit(np.array([0.1]))[0] > 0  # it is not below zero_below
+        assert scale.to_data(np.array([-0.2])) == 0  # a network of another kind may forecast less than 0
+    assert outside(np.array([-4.6, -4.4, 5.4, 5.6, np.nan]))[1].tolist() == [True, False, False, True, False]
+    assert outside(np.array([-0.01, 0, 1, 1.01, np.nan]))[0].tolist() == [True, False, False, True, False]
+    infinite = ValueRange(0, 2, (np.inf,)).to_unit(np.array([np.inf, 1.0]))
+    assert np.isnan(infinite[0]) and infinite[1] == 0.5
 
 
 def test_each_channel_has_its_range():
