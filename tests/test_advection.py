@@ -67,6 +67,12 @@ def test_the_weights_choose_between_the_frames():
         with torch.no_grad():
             head.Conv.bias[1:] = torch.where(torch.arange(MOVES + 1) == i, 100.0, -100.0)
         torch.testing.assert_close(head(features, frame), expected)
+    with torch.no_grad():  # bf16 rounds to a hundredth: a frame is not moved in it
+        head.Conv.bias[1:] = torch.tensor([100.0, -100.0, -100.0])
+        head.filters.weight.zero_()
+        head.filters.bias.view(MOVES, 2, TAPS).copy_(100.0 * (torch.arange(TAPS) == REACH))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(head(features, frame), frame[:, :1])
 
 
 @pytest.mark.parametrize("model", ["VMRNN-B", "VMRNN-D"])

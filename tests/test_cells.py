@@ -155,6 +155,19 @@ def test_shifted_windows_connect_neighbours_and_nothing_else():
         assert reached.nonzero().flatten().tolist() == list(rows)
 
 
+def test_every_second_block_of_a_swin_cell_is_shifted():
+    cell = SwinLSTMCell(16, drop_path=[0.0] * 3)
+    assert [tuple(block.shift_size) for block in cell.blocks] == [(0, 0), (2, 2), (0, 0)]
+
+
+def test_dropout_of_the_new_cells():
+    x = torch.randn(2, 4, 4, 16)
+    cell = ConvLSTMCell(16, drop_path=[0.0, 0.0], dropout=0.5)
+    assert 0.4 < (cell.train()(x)[0] == 0).float().mean() < 0.6 and (cell.eval()(x)[0] != 0).all()
+    block = SwinBlock(16, mixes_hidden=False, shifted=False, drop_path=1.0)
+    assert torch.equal(block.train()(x), x) and not torch.equal(block.eval()(x), x)  # all of a block is skipped
+
+
 @pytest.mark.parametrize("dim, heads", [(16, 1), (48, 3), (40, 2), (20, 1), (8, 1), (128, 8)])
 def test_heads(dim, heads):
     assert number_of_heads(dim) == heads

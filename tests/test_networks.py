@@ -226,6 +226,9 @@ def test_dropout_and_stochastic_depth():
         rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
         assert len(rates) > 2
         assert all(rate == (0.2 if "self_attention" in name else 0.1) for name, rate in rates.items())
+        frame = torch.rand(1, 1, 8, 8)
+        share = (model.train().encode(frame) == 0).float().mean() - (model.eval().encode(frame) == 0).float().mean()
+        assert 0.02 < share < 0.25
 
 
 def test_drop_path_rates_follow_the_published_schedule():
