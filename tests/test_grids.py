@@ -706,6 +706,43 @@ def test_a_forecast_has_names_units_and_coordinates_of_the_input(tmp_path):
     assert crop["t2m"].shape == (8, 2, 4, 5) and "latitude" not in crop.coords
 
 
+def test_a_forecast_is_a_field_of_cf(tmp_path):
+    """As it is stored: what belongs to a field is named as CF has it, and nothing says what is true of the input alone."""
+    whole = field().expand_dims(level=[500]).transpose("time", "level", ...)
+    whole = whole.assign_coords(
+        level=("level", [500], {"units": "hPa"}), crs=((), 0, {"grid_mapping_name": "latitude_longitude"})
+    )
+    whole["bounds_of_rows"] = ("latitude", "two"), np.zeros((9, 2))
+    whole.latitude.attrs["bounds"] = "bounds_of_rows"
+    whole.t2m.attrs |= {
+        "grid_mapping": "crs",
+        "actual_range": [1.0, 2.0],
+        "ancillary_variables": "q",
+        "STATISTICS_MEAN": "3",
+    }
+    whole.time.attrs["actual_range"] = [1.0, 2.0]
+    info = open_grid(write(whole, tmp_path / "a.nc"), ["t2m"]).info
+    unit = np.zeros((1, 2, 9, 12, 1), np.float32)
+    for ending in (".nc", ".zarr"):
+        if ending == ".zarr" and pytest.importorskip("zarr"):
+            how = {"engine": "zarr", "consolidated": False}
+        else:
+            how = {"engine": "h5netcdf"}
+        path = tmp_path / f"b{ending}"
+        Forecast(unit, ValueRange(), unit.dtype, False, info, [info.times]).save(path)
+        with xarray.open_dataset(path, decode_cf=False, **how) as stored:
+            facts = {name: variable.attrs for name, variable in stored.variables.items()}
+            assert stored.sizes == {"time": 2, "latitude": 9, "longitude": 12, "two": 2}
+            assert stored.level.values == 500 and stored.level.attrs == {"units": "hPa"}
+        assert {key: value for key, value in facts["t2m"].items() if key != "_FillValue"} == {
+            "units": "K", "grid_mapping": "crs", "coordinates": "forecast_reference_time lead_time level",
+        }  # fmt: skip
+        assert facts["latitude"] == {"units": "degrees_north", "bounds": "bounds_of_rows"}
+        assert (facts["time"]["standard_name"], facts["time"]["axis"]) == ("time", "T")
+        assert "actual_range" not in facts["time"] and "_FillValue" not in facts["bounds_of_rows"]
+        assert open_grid(path, ["t2m"]).info.levels == ["500 hPa"]
+
+
 def test_files_that_count_from_their_start_stand_for_themselves(tmp_path):
     for name in "ab":
         write(field(np.arange(4), seed=ord(name)), tmp_path / f"{name}.nc")
@@ -720,6 +757,7 @@ def test_a_forecast_after_numbered_frames_keeps_their_unit(tmp_path):
     unit = np.zeros((1, 2, 9, 12, 1), np.float32)
     Forecast(unit, ValueRange(), unit.dtype, False, info, [info.times]).save(tmp_path / "b.nc")
     with xarray.open_dataset(tmp_path / "b.nc", engine="h5netcdf", decode_timedelta=True) as forecast:
+        assert "standard_name" not in forecast.forecast_reference_time.attrs  # CF: that is a date
         for name, expected in {"time": [4, 5], "lead_time": [1, 2], "forecast_reference_time": 3}.items():
             np.testing.assert_array_equal(forecast[name], np.array(expected, "m8[h]"))
 

@@ -113,8 +113,8 @@ class Forecast:
             return found.assign_coords(lead_time=(time, np.arange(1, self.horizon + 1) * self.step, about))
         dates = self.info.decoded_times
         found = found.assign_coords(lead_time=(time, *self.info.lead_time(times, reference)))
-        about = {"standard_name": "forecast_reference_time", "long_name": "time of the last observed frame"}
-        about |= self.info.time_unit
+        about = {"standard_name": "forecast_reference_time"} if self.info.calendar else {}
+        about |= {"long_name": "time of the last observed frame"} | self.info.time_unit
         if not self.many:
             return found.assign_coords(forecast_reference_time=((), dates(reference)[0], about))
         valid = dates(times.ravel()).reshape(times.shape)
@@ -152,8 +152,9 @@ class Forecast:
             save_zarr(found, path)
             return
         with replacing(path) as temporary:
-            encoding = {name: dict(COMPRESSION) for name in found.data_vars}
-            found.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+            for variable in found.data_vars.values():
+                variable.encoding |= COMPRESSION
+            found.to_netcdf(temporary, engine="h5netcdf")
 
     def save_array(self, path):
         """Write a .npy or .npz file."""

@@ -22,7 +22,7 @@ from vmrnn.data.grid_axes import (
 from vmrnn.data.grid_files import NUMBERS, find_variables, format_of, opened, split_path
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
 from vmrnn.data.grid_times import TIME_ATTRIBUTES, FrameTimes, find_times
-from vmrnn.data.grid_values import PACKING, missing_flags, not_applied, stored_type
+from vmrnn.data.grid_values import OF_VALUES, PACKING, missing_flags, not_applied, stored_type
 from vmrnn.errors import UserError
 
 
@@ -283,8 +283,9 @@ def frames_text(size):
 
 
 def field_attributes(variable):
-    """Attributes of a field as its forecast has them: without those that say how values are packed."""
-    facts = plain_attributes({key: value for key, value in variable.attrs.items() if key not in PACKING})
+    """Attributes of a field as its forecast has them: without those that say how values are packed, or which they are."""
+    facts = plain_attributes({k: v for k, v in variable.attrs.items() if k not in (*PACKING, *OF_VALUES)})
+    facts = {key: value for key, value in facts.items() if not key.startswith("STATISTICS_")}  # of GDAL
     if "grid_mapping" in variable.encoding:  # the library has decoded it
         facts["grid_mapping"] = variable.encoding["grid_mapping"]
     return facts

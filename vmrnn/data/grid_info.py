@@ -271,15 +271,18 @@ class GridInfo:
         extra    names of the axes before time, such as ("sequence",)
 
         Rows and columns get the coordinates of the file where there are as many as in the file. A variable with levels
-        has them back as a dimension.
+        has them back as a dimension, and one level alone is a scalar coordinate. The attributes are those of CF.
         """
         xarray = import_xarray()
         # Coordinates that fit the frames: of other sizes than the file's, such as crops, rows and columns have none
         sizes = dict(zip((self.y, self.x), frames.shape[-3:-1]))
         fits = {name: v for name, v in self.coordinates.coords.items()
                 if all(sizes.get(dim, size) == size for dim, size in v.sizes.items())}  # fmt: skip
+        alone = {dim for channel in self.channels for dim in channel.level if dim not in channel.value}
+        fits = {name: v.isel({dim: 0 for dim in v.dims if dim in alone}) for name, v in fits.items()}
         if times is not None:
-            fits[self.time] = (self.time, self.decoded_times(times), self.time_facts)
+            dated = {"standard_name": "time", "axis": "T"} if self.calendar else {}
+            fits[self.time] = (self.time, self.decoded_times(times), dated | self.time_facts)
         # Variables: with their levels as a dimension, or each level for itself
         axes, found = (*extra, self.time), {}
         levels = self.shared_levels()
@@ -296,7 +299,15 @@ class GridInfo:
                     value = self.channels[i].value
                     label = self.channels[i].name.replace("/", "_")
                     found[label if value else name] = ((*axes, self.y, self.x), frames[..., i], facts | value)
-        return xarray.Dataset(found, fits, dict(self.coordinates.attrs))
+        whole = xarray.Dataset(found, fits, dict(self.coordinates.attrs))
+        for name, variable in whole.variables.items():
+            # Where xarray looks for them: it would list projections and bounds among the coordinates of the fields
+            variable.encoding = {
+                key: variable.attrs.pop(key) for key in ("grid_mapping", "bounds") if key in variable.attrs
+            }
+            if name in whole.coords:
+                variable.encoding["_FillValue"] = None  # coordinates have none, and xarray would write NaN
+        return whole
 
     def shared_levels(self):
         """{variable: its one dimension of levels, or None}: None where variables have different levels of one name."""

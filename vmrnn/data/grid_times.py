@@ -9,7 +9,7 @@ import numpy as np
 from vmrnn.data.grid_axes import T_NAMES, facts_of, is_reference, is_time
 from vmrnn.data.grid_files import NUMBERS, format_of, open_groups
 from vmrnn.data.grid_info import import_xarray, plain_attributes
-from vmrnn.data.grid_values import PACKING
+from vmrnn.data.grid_values import OF_VALUES, PACKING
 from vmrnn.data.times import EPOCH, STANDARD, import_cftime, time_from_name, time_from_text
 from vmrnn.errors import UserError
 
@@ -161,7 +161,9 @@ def scalar_or_axis(dataset, name, axis, path):
     if is_reference(name, variable):
         what += ", the times at which forecasts began"
     coded = ("units", "calendar") if calendar else ("calendar",)  # a forecast has dates in a unit of its own
-    facts = plain_attributes({k: v for k, v in variable.attrs.items() if k not in (*coded, *PACKING, "bounds")})
+    facts = plain_attributes(
+        {k: v for k, v in variable.attrs.items() if k not in (*coded, *PACKING, *OF_VALUES, "bounds")}
+    )
     return FrameTimes(values if values.ndim else values[None], what, calendar, facts)
 
 

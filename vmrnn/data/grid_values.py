@@ -12,6 +12,8 @@ from vmrnn.values import equals
 
 # Attributes that say how values are packed. Reading uses them up.
 PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates", "GDAL_NODATA")
+# Attributes that are about the values of a variable, and name other variables about them: those of a forecast are others
+OF_VALUES = ("actual_range", "ancillary_variables")
 # Parts of the names, in small letters and without _, of attributes that may say what is missing or how values
 # are scaled
 HINTS = ("nodata", "fillvalue", "missing", "scale", "scaling", "slope", "intercept", "gain", "offset")
