@@ -577,7 +577,7 @@ def test_times_are_those_for_which_forecasts_hold(tmp_path, layout):
     np.testing.assert_array_equal(written["time"], SIX_HOURS[-1] + np.timedelta64(6, "h") * np.arange(1, 3))
     assert written["t2m"].dims[0] == "time" and written["forecast_reference_time"] == SIX_HOURS[-1]
     assert set(written.coords) == {"time", "lead_time", "forecast_reference_time", "height", "latitude", "longitude"}
-    assert written.attrs == {"title": "a title"}
+    assert written.attrs == {"Conventions": "CF-1.7", "title": "a title"}
 
 
 def test_one_frame_has_the_time_for_which_it_holds(tmp_path):

@@ -299,7 +299,7 @@ class GridInfo:
                     value = self.channels[i].value
                     label = self.channels[i].name.replace("/", "_")
                     found[label if value else name] = ((*axes, self.y, self.x), frames[..., i], facts | value)
-        whole = xarray.Dataset(found, fits, dict(self.coordinates.attrs))
+        whole = xarray.Dataset(found, fits, {"Conventions": "CF-1.7"} | self.coordinates.attrs)
         for name, variable in whole.variables.items():
             # Where xarray looks for them: it would list projections and bounds among the coordinates of the fields
             variable.encoding = {
