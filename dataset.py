@@ -125,8 +125,8 @@ class Loader(DataLoader):
 
     def __iter__(self):
         if self.num_workers:
-            # Workers are forked. A worker that frees what the decoding of a video left behind waits for ever for
-            # threads that only this process has. So nothing may be left for its garbage collector.
+            # Workers are forked. If a worker's garbage collector freed a video decoder of this process, it would wait
+            # for ever for threads that only this process has. So all garbage is collected before the fork.
             gc.collect()
         with keep_child_handler():
             return super().__iter__()
@@ -168,8 +168,8 @@ def make_loader(
         num_workers=num_workers,
         drop_last=drop_last,
         pin_memory=pin_memory,
-        # Since Python 3.14 a server would fork them. It imports everything again, and a signal to all
-        # processes ends it.
+        # From Python 3.14 on, the default is a server process that forks the workers. It would import everything
+        # again, and a signal to all processes would end it.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_stop_signals,

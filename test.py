@@ -71,7 +71,7 @@ def parse_arguments(argv=None):
 
 
 def load(args, given):
-    """What is tested, and how its test set is made.
+    """The network to test, and the options of its test set.
 
     Returns (network or None, Config, ValueRange or None, options of the training as a dict, device).
     """
@@ -90,7 +90,7 @@ def rows_of(args, config, test_set, info, notes):
     args       arguments of this program
     config     Config of the test
     test_set   from dataset.build_dataset
-    info       its GridInfo; None: it is no gridded field
+    info       GridInfo of the test set; None if it is not a gridded field
     notes      list to which lines are added about the climatology
     """
     spec, value_range = DATASETS[config.dataset], test_set.value_range
@@ -264,9 +264,9 @@ def forecast_again(roles, errors, outputs_of, test_set, device):
 
 
 def about_motion(baselines, config, test_set):
-    """{"motion": what the baseline does not see}, where the network sees more than it; else {}.
+    """{"motion": a warning} if the network sees more of the map than the baseline `motion` does; else {}.
 
-    The base of a network is moved on the whole map. The baseline gets the inputs of the test, which may be crops.
+    The base of a network is computed on the whole map. The baseline gets the inputs of the test, which may be crops.
     """
     if "motion" not in baselines or not config.base_channels or config.frame_fit != "crop":
         return {}
@@ -274,7 +274,7 @@ def about_motion(baselines, config, test_set):
     if (height, width) == test_set.size:
         return {}
     return {
-        "motion": "this baseline sees the crop alone, but the network's base is moved on the whole map: compare the "
+        "motion": "this baseline sees only the crop, but the network's base is computed on the whole map: compare the "
         f"two on whole maps, with --input_size {height} {width}"
     }
 
@@ -311,8 +311,10 @@ def main(argv=None):
     # Test set, metrics and baselines
     test_set = build_dataset("test", config, value_range)
     if "test_sequences" in given and len(test_set) > config.test_sequences:
-        raise UserError(f"--test_sequences {config.test_sequences}: this test set has {len(test_set)} sequences, and all of them "
-                        "count, as in published figures; leave it out")  # fmt: skip
+        raise UserError(
+            f"--test_sequences {config.test_sequences}: this test set has {len(test_set)} sequences, and all of them "
+            "count, as in published figures; leave it out"
+        )
     value_range = test_set.value_range
     loader = make_loader(test_set, config.test_batch_size, config.num_workers)
     facts = FieldFacts.of(test_set, config)

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 train.py --config ... --resume auto     four GPUs, or four CPU processes
 
 Every key of the TOML file is also a flag (vmrnn/config.py). A flag wins over the file. The run folder (--res_dir) gets
-config.toml, log.jsonl, loss.png, pictures, forecast.gif, best.safetensors, last.pt and the last.pt before it.
+config.toml, log.jsonl, loss.png, pictures, forecast.gif, best.safetensors, last.pt and previous_last.pt.
 After SIGTERM or SIGINT the program finishes the update, saves, and ends with exit code 75. Start it again with
 --resume auto.
 """
@@ -64,7 +64,7 @@ def parse_arguments(argv=None):
         resume = checkpoint.find_checkpoint(resume, ("last.pt", "previous_last.pt"))
         if resume.suffix == ".safetensors":
             raise UserError(
-                f"--resume {resume}: holds weights alone; resume from last.pt, or start a new run with --init_from"
+                f"--resume {resume}: holds only weights; resume from last.pt, or start a new run with --init_from"
             )
         # A run continues in its own folder unless another one is named.
         if "res_dir" not in configuration.read_toml(toml) | given:
@@ -81,8 +81,8 @@ def parse_arguments(argv=None):
     before = configuration.resolve(None, {}, base=stored)
     if changed := configuration.changed_on_resume(before, config, "data" in resumed.content):
         raise UserError(
-            f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (with --resume {path} "
-            "alone all options are the run's) or start anew"
+            f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (--resume {path} by "
+            "itself keeps all options of the run) or start anew"
         )
     return config, None, resumed  # --init_from was for the start of the run, and its file may be gone
 
@@ -98,7 +98,7 @@ def main(argv=None):
 
 
 def train(config, weights, resumed, device, signals, run):
-    """Train from a start to the last epoch.
+    """Train to the last epoch.
 
     config    vmrnn.config.Config
     weights   path of weights to start from, or None
@@ -106,6 +106,9 @@ def train(config, weights, resumed, device, signals, run):
     device    torch.device of this process
     signals   runtime.StopSignals
     run       run_folder.RunFolder
+
+    UserError: options, data or a checkpoint that cannot be used, or a loss that is not finite.
+    Stopped: after a signal, when everything is saved.
     """
     world = distributed.world_size()
     log.info("device     %s%s", describe_device(device), f", {world} processes" if world > 1 else "")

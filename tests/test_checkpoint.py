@@ -340,7 +340,7 @@ def test_bare_weights_need_a_configuration(tmp_path):
     config = configuration.resolve(None, TINY)
     model = build_model(**config.network_options)
     torch.save(model.state_dict(), tmp_path / "bare")
-    with pytest.raises(UserError, match="bare: holds weights alone; name the network's configuration"):
+    with pytest.raises(UserError, match="bare: holds only weights; name the network's configuration"):
         vmrnn.load_network(tmp_path / "bare", scan="torch")
     assert same(vmrnn.load_network(tmp_path / "bare", **TINY).model, model)
 

@@ -176,7 +176,7 @@ def test_what_a_stream_refuses(trained, tmp_path):
     with pytest.raises(UserError, match="0 frames"):
         stream.forecast(0)
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match=r"bare.safetensors: holds weights alone"):
+    with pytest.raises(UserError, match=r"bare.safetensors: holds only weights"):
         vmrnn.Forecaster(tmp_path / "bare.safetensors")
     configuration.save_toml(configuration.resolve(None, SMALL | {"input_channels": 2}), tmp_path / "c.toml")
     vmrnn.Forecaster(tmp_path / "bare.safetensors", config=tmp_path / "c.toml", device="cpu")

@@ -236,7 +236,7 @@ def test_a_run_is_never_overwritten_by_accident(trained, tmp_path, capsys):
     folder, _ = trained
     before = (folder / "log.jsonl").read_text()
     assert "already holds a run" in fails(train, [*TINY, "--res_dir", folder], capsys)
-    assert "holds weights alone" in fails(
+    assert "holds only weights" in fails(
         train, [*TINY, "--res_dir", tmp_path, "--resume", folder / "best.safetensors"], capsys
     )
     assert (folder / "log.jsonl").read_text() == before

@@ -103,7 +103,7 @@ def test_a_damaged_log_costs_no_epoch(tmp_path, caplog):
     save_checkpoint(last, content)
     train.main([*options, "--resume", "auto"])
     assert read_checkpoint(last)["position"]["epoch"] == 3
-    assert caplog.text.count("line 1 is no entry and is skipped (7 such lines)") == 1
+    assert caplog.text.count("line 1 is not an entry and is skipped (7 such lines)") == 1
     entries = read_log(log_file)
     assert [entry["epoch"] for entry in entries[1:]] == [1, 1, 2, 2]
     assert (tmp_path / "x" / "loss.png").stat().st_size > 1000
@@ -216,7 +216,7 @@ def test_a_file_system_without_locks(error, finished, monkeypatch, caplog):
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     train.main(["--resume", str(finished)])
-    assert "this file system has no locks; see to it that no other process trains there" in caplog.text
+    assert "this file system has no locks; make sure that no other process trains there" in caplog.text
 
 
 def test_an_entry_is_written_whole_or_not_at_all(finished, start):

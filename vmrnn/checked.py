@@ -33,12 +33,12 @@ def check_contents(content):
     content   a dict, as torch.load returned it
     """
     if not all(isinstance(key, str) for key in content):
-        raise Fault("a key is no text")
+        raise Fault("a key is not text")
     if type(content["version"]) is not int or content["version"] < 1:
-        raise Fault("its version is no number")
+        raise Fault("its version is not a number")
     for key, kind in TABLES.items():
         if not isinstance(content.get(key), kind | None):
-            raise Fault(f"its {key} is no table")
+            raise Fault(f"its {key} is not a table")
     check_state(content["model"])
     if content.get("ema") is not None:
         check_state(content["ema"])
@@ -67,7 +67,7 @@ def check_state(state):
         raise Fault("it holds no state dict")
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise Fault("the name of a tensor is no text")
+            raise Fault("the name of a tensor is not text")
         check_tensor(name, tensor)
     return state
 
@@ -75,9 +75,9 @@ def check_state(state):
 def check_tensor(name, tensor):
     """Check that a value is a dense tensor of real numbers on the CPU, whose storage holds all of its elements."""
     if not isinstance(tensor, torch.Tensor):
-        raise Fault(f"{name} is no tensor")
+        raise Fault(f"{name} is not a tensor")
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
-        raise Fault(f"{name} is no plain tensor ({tensor.layout} on {tensor.device})")
+        raise Fault(f"{name} is not a plain tensor ({tensor.layout} on {tensor.device})")
     if tensor.dtype.is_complex:
         raise Fault(f"{name} holds {tensor.dtype}")
     if not tensor.is_contiguous():
@@ -92,9 +92,14 @@ def check_finite(state):
 
 
 def check_like(value, template, name):
-    """Check that a value read from a file has the form of `template`: keys, types, and numbers that are not negative.
+    """Check that a value read from a file has the form of a value that this program makes.
 
-    Floats may be infinite but not NaN, and whole numbers may stand for floats. Lists hold what floats may be.
+    value      what the file holds
+    template   a number, a list of numbers, or a dict of such values; its keys and types are the ones that are wanted
+    name       what the message calls the value
+
+    Numbers must be 0 or more, and whole numbers below 2**63. Where a float is wanted, and in lists, whole numbers and
+    infinity are allowed. NaN never is.
     """
     if isinstance(template, dict):
         if not isinstance(value, dict) or value.keys() != template.keys():
@@ -103,7 +108,7 @@ def check_like(value, template, name):
             check_like(value[key], template[key], f"{name} {key}")
     elif isinstance(template, list):
         if not isinstance(value, list):
-            raise Fault(f"{name} is no list")
+            raise Fault(f"{name} is not a list")
         for item in value:
             check_like(item, 0.0, name)
     else:
@@ -122,7 +127,7 @@ def checked_moments(optimizer, state):
     form.
     """
     if not isinstance(state, dict):
-        raise Fault("the optimiser's state is no table")
+        raise Fault("the optimiser's state is not a table")
     if not state:
         return {}
     expected = state_after_an_update(optimizer)
@@ -141,6 +146,13 @@ def checked_moments(optimizer, state):
 
 
 def checked_moment(name, value, template):
+    """One entry of an optimiser's state, checked and copied.
+
+    name       what the message calls it
+    value      what the file holds
+    template   the entry after an update: a tensor, whose shape the value must have, or a plain value, which it must
+               equal
+    """
     if not isinstance(template, torch.Tensor):
         if type(value) is not type(template) or value != template:
             raise Fault(f"{name} is {value!r}")
@@ -178,7 +190,7 @@ def checksum(state, metadata):
 
 
 def check_metadata(state, metadata):
-    """Check the texts of a safetensors file: the checksum, where there is one. Published and older files have none."""
+    """Check the checksum in the metadata of a safetensors file. Published and older files have none, and pass."""
     # A damaged name of the checksum must not pass for a file without one.
     if "config" in metadata and metadata.keys() - METADATA:
         raise Fault("its metadata have unknown keys")

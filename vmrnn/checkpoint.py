@@ -51,8 +51,8 @@ class Trained:
     model         the network, in evaluation mode, on its device
     config        vmrnn.config.Config that the network was built from
     value_range   ValueRange of the data that the network was trained on; None: the file does not say
-    training      options of the training, a dict: those in the file; those of `config` where the file holds weights
-                  alone
+    training      options of the training, a dict: those in the file, or those of `config` if the file holds only
+                  weights
     """
 
     model: torch.nn.Module
@@ -75,7 +75,7 @@ def load_network(path, config=None, device="cpu", **changes):
     content = read_checkpoint(path)
     changes = changes if device is None else changes | {"device": str(device)}
     if content["config"] is None and config is None and not configuration.for_test(changes):
-        raise UserError(f"{path}: holds weights alone; name the network's configuration with config")
+        raise UserError(f"{path}: holds only weights; name the network's configuration with config")
     stored = configuration.for_test(content["config"] or {})
     resolved = configuration.resolve(config, changes, base=stored)
     if resolved.dataset != "moving_mnist":  # the digits of the training say nothing of other data
@@ -115,10 +115,10 @@ def value_range_of(content, config):
     content   what read_checkpoint returned
     config    Config
 
-    If the file stores no range, the range is made from `config`. Else it is the stored one, but `config` may differ
-    from the training in two options: missing_value then replaces the missing values, and a data_range that is not empty
-    replaces low and high. What the network knows of its fields and forcings stays as it was.
-    UserError: another transform or zero_below than in the training, since the network knows values on that scale alone.
+    If the file stores no range, the range is made from `config`. Otherwise it is the stored one, but `config` may
+    differ from the training in two options: missing_value then replaces the missing values, and a data_range that is
+    not empty replaces low and high. Names, units and ranges of forcings stay those of the training.
+    UserError: another transform or zero_below than in the training, since the network only knows values on that scale.
     """
     stored = content["config"] or {}
     low_high = config.data_range or DATASETS[config.dataset].data_range

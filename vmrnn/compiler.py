@@ -77,6 +77,7 @@ def output_of(command):
 
 
 def checksum(path):
+    """16 hexadecimal digits that identify the content of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -98,7 +99,7 @@ def build(name, sources, flags):
     version = compiler and output_of([*compiler, "--version"]).stdout
     source = digest(*(path.read_text(encoding="utf-8") for path in sources), flags, sys.platform, platform.machine())
 
-    # What is there already. Without a compiler, the library of any compiler is good enough.
+    # A library that was compiled before. Without a compiler, that of any compiler will do.
     for path in sorted(folder.glob(f"{name}-{source}-{digest(compiler, version) if compiler else '*'}-*.lib")):
         try:
             if not distrust(path) and path.stem.rsplit("-", 1)[1] == checksum(path):
@@ -109,7 +110,7 @@ def build(name, sources, flags):
     if compiler is None:
         raise UserError(f"no C++ compiler: install {INSTALL.get(sys.platform, 'g++ or clang++')}, or set CXX")
 
-    # The first way that compiles
+    # Compile with the first set of flags that works.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / "library"
         for system in system_flags(sys.platform, version):

@@ -356,10 +356,10 @@ def changed_on_resume(before, after, data_known=False):
 
 
 def changes(before, after):
-    """What a resumed run changes, as text: lr 0.01 -> 0.001. "": nothing but its place.
+    """The options that a resumed run changes, as text such as lr 0.01 -> 0.001. res_dir does not count.
 
     before   options of its checkpoint, a dict
-    after    Config
+    after    Config of the resumed run
     """
     now = after.to_dict()
     changed = [name for name in before if name in now and name != "res_dir" and before[name] != now[name]]

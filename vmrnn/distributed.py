@@ -76,10 +76,12 @@ def rank_zero_first():
 
 
 def rank():
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -6,8 +6,8 @@ import math
 class UserError(ValueError):
     """A missing or damaged file, an impossible shape, a wrong option.
 
-    The message is one line that says what, where and what to do. The programs print it and end
-    with exit code 2 (vmrnn.runtime.run_program); a library caller sees a ValueError.
+    The message is one line that says what, where and what to do. The programs print it and end with exit code 2
+    (vmrnn.runtime.run_program). A library caller sees a ValueError.
     """
 
 

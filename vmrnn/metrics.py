@@ -157,11 +157,12 @@ def per_frame(figures, counts=lambda c: c.pixels > 0):
 
 
 def psnr(c):
+    """PSNR in dB with peak 1, at most MAX_PSNR: (..., rows)."""
     return (-10 * (c.errors[0] / c.pixels).log10()).clamp(max=MAX_PSNR)
 
 
 def psnr_uint8(c):
-    """PSNR as the published KTH figures have it.
+    """PSNR in dB as the published KTH figures have it: (..., rows).
 
     The frames become uint8. Their difference wraps modulo 256, and so does its square: 0 against 229 counts as an error
     of 217. No square is above 249, hence no figure is below 24.2 dB.
@@ -275,6 +276,7 @@ FRACTIONS = "fss"
 
 
 def equitable_threat(hits, misses, alarms, pixels):
+    """The equitable threat score. `chance` is the number of hits of a random forecast with as many events."""
     chance = (hits + misses) * (hits + alarms) / pixels
     return (hits - chance) / (hits + misses + alarms - chance)
 
@@ -295,8 +297,8 @@ def event(kind, threshold, unit_value):
 
     return Metric(
         f"{kind}_{typed(threshold)}",
-        f"{convention}; counted over the pixels of all frames together, event: a value of {typed(threshold)} or more in the "
-        "units of the data",
+        f"{convention}; counted over the pixels of all frames together, event: a value of {typed(threshold)} or more "
+        "in the units of the data",
         better,
         lambda comparison: comparison.events(unit_value),
         finish,
@@ -330,8 +332,8 @@ def fractions_skill(threshold, unit_value, window):
 
     return Metric(
         f"{FRACTIONS}_{typed(threshold)}_{window}px",
-        f"fractions skill score in windows of {window}x{window} pixels, event: a value of {typed(threshold)} or more in the "
-        "units of the data",
+        f"fractions skill score in windows of {window}x{window} pixels, event: a value of {typed(threshold)} or more "
+        "in the units of the data",
         "higher",
         terms,
         lambda differences, squares: 1 - differences / squares,
@@ -434,7 +436,10 @@ def row_of(name):
 
 
 def better(name):
-    """Which direction is better for a name in log.jsonl (a metric, an event, a loss): "lower", "higher" or "closer to 1"."""
+    """Which direction is better, as in Metric.better.
+
+    name   a name in log.jsonl: of a metric, of a score of events, or of a loss
+    """
     kind = name.split("_")[0]
     if kind in EVENTS:
         return EVENTS[kind][1]

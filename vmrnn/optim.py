@@ -70,7 +70,7 @@ def lr_factor(step, schedule, warmup_steps, total_steps, decay_steps=0):
     total_steps    updates of the run
     decay_steps    wsd: updates of the fall at the end; 0 means 20 % of the run
 
-    The factor depends on these numbers alone. A resumed run needs no scheduler's state, and it follows options that
+    The factor depends only on these numbers. A resumed run needs no scheduler's state, and it follows options that
     were changed. wsd is the warmup-stable-decay schedule of arXiv 2404.06395: the end of the run may be decided late.
     """
 
@@ -92,7 +92,7 @@ def lr_factor(step, schedule, warmup_steps, total_steps, decay_steps=0):
 
 
 class Schedule:
-    """Learning rate and forecast length of every update of a run. Both depend on the number of the update alone.
+    """Learning rate and forecast length of every update of a run. Both depend only on the number of the update.
 
     config              vmrnn.config.Config
     updates_per_epoch   updates of the weights per epoch

@@ -107,7 +107,7 @@ def save_animation(path, inputs, targets, forecast, leads=None, look=None, pixel
     pixels                      smaller frames are enlarged to about this side
     milliseconds                time per frame; the last frame stays five times as long
     """
-    # Values and colours of the three panels; there is no difference while frames are given
+    # Values and colours of the three panels. The input frames have no error.
     look, given = look or Look(), len(inputs)
     names = [name for part in frame_names(given, leads or counted_leads(len(targets))) for name in part]
     inputs, targets, forecast = (shrunk(look.values(f), LARGEST) for f in (inputs, targets, forecast))

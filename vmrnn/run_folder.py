@@ -188,7 +188,7 @@ class Resumed:
         """UserError: the checkpoint cannot be read, or does not hold what a run needs to continue."""
         content, source = checkpoint.read_last_checkpoint(path)
         if "optimizer" not in content:
-            raise UserError(f"--resume {path}: holds weights alone; use --init_from to start from them")
+            raise UserError(f"--resume {path}: holds only weights; use --init_from to start from them")
         if "position" not in content:
             raise UserError(f"--resume {path}: of an older version; use --init_from to start from its weights")
         return cls(content, source, stamp_of(source))
@@ -250,7 +250,7 @@ def check_new(folder, resume):
 
 
 def stamp_of(path):
-    """What changes when a file is replaced; None if it does not exist."""
+    """(inode, bytes, time of change in ns): it changes when a file is replaced. None if the file does not exist."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -324,7 +324,7 @@ class RunFolder:
         except (NotImplementedError, OSError) as error:  # some versions of filelock raise the first
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
-            log.warning("%s: this file system has no locks; see to it that no other process trains there", self.path)
+            log.warning("%s: this file system has no locks; make sure that no other process trains there", self.path)
         changed = resumed.stamp != stamp_of(resumed.path) if same_folder else self.last.exists()
         if changed:
             raise UserError(f"{self.path}: another process trained there while this one prepared its data; start again")
@@ -399,7 +399,7 @@ class RunFolder:
 
 
 def read_log(path):
-    """The entries of a log.jsonl, a list of dicts. Lines that are no entries are skipped with one warning."""
+    """The entries of a log.jsonl, a list of dicts. Lines that are not entries are skipped with one warning."""
     entries, skipped = [], []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -417,11 +417,11 @@ def read_log(path):
 
 @cache
 def warn_once(path, line, count):
-    log.warning("%s: line %d is no entry and is skipped (%d such lines)", path, line, count)
+    log.warning("%s: line %d is not an entry and is skipped (%d such lines)", path, line, count)
 
 
 def strict_json(value, indent=None):
-    """JSON text in which numbers that are not finite are null: JSON has no NaN and no infinity."""
+    """`value` as JSON text. Numbers that are not finite become null, since JSON has no NaN and no infinity."""
     return json.dumps(without_nan(value), indent=indent, allow_nan=False)
 
 

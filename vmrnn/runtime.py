@@ -215,7 +215,7 @@ def is_dead_worker(error):
     """Whether an error says that a worker of a loader was killed.
 
     A worker that dies while its batch is fetched shows as a broken connection. Otherwise the loader raises
-    RuntimeError. An error that a worker caught and reported ("Caught ...") is no such error, whatever its type.
+    RuntimeError. An error that a worker caught and reported ("Caught ...") does not count, whatever its type.
     """
     if isinstance(error, ConnectionError | EOFError):
         return not str(error).startswith("Caught ")

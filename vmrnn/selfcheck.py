@@ -93,6 +93,7 @@ def relative_errors(values, references):
 
 
 def in_double(inputs):
+    """Copies of tensors in float64 on the CPU, which require gradients."""
     return [t.detach().cpu().double().requires_grad_() for t in inputs]
 
 

@@ -32,7 +32,7 @@ class ValueRange:
     directions   of the coordinates of rows and columns of the training: rising, falling, or "" where there are none
     labels       what other coordinates of one value said of the fields of the training, such as band 2
 
-    The last six change no value, and ranges that differ by them alone are equal.
+    The last six change no value, and ranges that differ only in them are equal.
     Frames are (..., C), channels last, where low and high are tuples. The data set makes the range, the checkpoint
     stores it, and every program that reads or writes values uses it.
     UserError: low or high is not finite, low is not below high, or the transform cannot take them.
@@ -184,6 +184,7 @@ class ValueRange:
 
     @classmethod
     def from_dict(cls, values):
+        """The ValueRange of what to_dict returned."""
         facts = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**facts | ({"given": cls.from_dict(values["given"])} if values.get("given") else {}))
 

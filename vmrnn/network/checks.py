@@ -33,6 +33,7 @@ def check_frame(shape, in_chans, stride):
 
 
 def check_frame_size(H, W, stride):
+    """Raises UserError unless both sides are multiples of the stride."""
     if H % stride or W % stride:
         raise UserError(
             f"frames of {H}x{W}: height and width must be multiples of {stride}, "

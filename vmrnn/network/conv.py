@@ -34,7 +34,7 @@ class ConvLSTMCell(nn.Module):
     dim        width C
     drop_path  its length is the number of layers; the rates are not used, since the layers have no path to drop
     dropout    dropout of the output of every layer
-    unused     the options of cells with a scan
+    unused     d_state and scan, which only cells with a scan need
     """
 
     def __init__(self, dim, *, drop_path, dropout=0.0, **unused):

@@ -56,6 +56,7 @@ def cell_gate(o, c):
 
 
 def convolve(x, weight, bias):
+    """The convolution of conv_silu, (B, H, W, Di) -> (B, Di, H, W)."""
     # The fast depthwise kernels take a permuted channels-last tensor as it is: nothing is copied.
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[-1])
 

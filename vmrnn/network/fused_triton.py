@@ -288,6 +288,7 @@ def tanh(v):
 
 @jit
 def cell_gate_kernel(o, c, h, after, size, BLOCK: tl.constexpr):
+    """h and `after`, the new c, of fused.cell_gate. All tensors have `size` elements and are contiguous."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(o + at, mask=at < size, other=0.0).to(tl.float32)
     f = sigmoid(v)
@@ -298,6 +299,7 @@ def cell_gate_kernel(o, c, h, after, size, BLOCK: tl.constexpr):
 
 @jit
 def cell_gate_backward_kernel(dh, dafter, o, c, do, dc, size, BLOCK: tl.constexpr):
+    """The gradients of o and c from those of h and of the new c."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(o + at, mask=at < size, other=0.0).to(tl.float32)
     f = sigmoid(v)
@@ -441,10 +443,12 @@ def cell_gate_backward_op(dh: Tensor, dafter: Tensor, o: Tensor, c: Tensor) -> t
 
 
 def alike(t, dtype=None):
+    """An empty contiguous tensor of t's shape."""
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def sums(t, *shape):
+    """An empty fp32 tensor on t's device, for sums over positions."""
     return t.new_empty(shape, dtype=torch.float32)
 
 

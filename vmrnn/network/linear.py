@@ -2,8 +2,8 @@
 
 torch multiplies fp32 matrices on a CPU by MKL, which uses AVX2 on processors that are not Intel's. The oneDNN library,
 which torch also holds, uses AVX-512 there: the same fp32 arithmetic, in another order, up to twice as fast. On Intel's
-processors MKL uses AVX-512 itself. With AVX2 oneDNN is no faster (benchmarks/LOG.md). So oneDNN multiplies on AMD
-processors with AVX-512 alone, and MKL everywhere else.
+processors MKL uses AVX-512 itself. With AVX2 oneDNN is not faster (benchmarks/LOG.md). So oneDNN multiplies only on
+AMD processors with AVX-512, and MKL everywhere else.
 
 torch offers oneDNN's product to its own compiler, as torch.ops.mkldnn._linear_pointwise. A torch without it, or with
 another one under that name, multiplies everything itself. ATEN_CPU_CAPABILITY=avx2 in the environment, which takes
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from vmrnn.runtime import cpu_fact
 
-# multiply-adds. A call of oneDNN takes longer to start than one of MKL, which smaller products do not make up for.
+# Multiply-adds of the smallest product that goes to oneDNN. A call of it takes longer to start than one of MKL.
 LEAST = 1 << 22
 
 

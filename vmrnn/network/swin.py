@@ -19,7 +19,7 @@ def number_of_heads(dim):
 
 
 def attention_mask(H, W, shift, like):
-    """(windows, positions, positions): 0, or OUTSIDE between positions of a window that are no neighbours in the map.
+    """(windows, positions, positions): 0, or OUTSIDE between positions of a window that are not neighbours in the map.
 
     H, W    size of the map, before it is padded to whole windows
     shift   (rows, columns) by which the map was shifted before it was padded
@@ -93,7 +93,7 @@ class SwinLSTMCell(nn.Module):
     dim        width C
     drop_path  one rate per block, so its length is the number of blocks
     dropout    dropout inside every block
-    unused     the options of cells with a scan
+    unused     d_state and scan, which only cells with a scan need
     """
 
     def __init__(self, dim, *, drop_path, dropout=0.0, **unused):

@@ -3,8 +3,8 @@
 The contract is that of `reference.scan_2d`. All four directions advance together. The positions of one chunk are
 gathered, a copy of CHUNK positions and never of the map. The recurrence is one fused multiply-add per step. Everything
 else is a few large operations per chunk. The forward pass keeps the state at the start of every chunk, and the backward
-pass computes the other states again. So no (B, L, Di, N) tensor exists in either pass. The largest tensor is that of
-the step sizes, (B, L, K, Di).
+pass computes the other states again. So no (B, L, K, Di, N) tensor exists in either pass. The largest tensors are the
+step sizes (B, L, K, Di) and the states of one chunk (CHUNK, K, B, Di, N).
 """
 
 import torch

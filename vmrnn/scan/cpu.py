@@ -49,11 +49,15 @@ def build(isa):
 
 
 class Problem(ctypes.Structure):
+    """struct Problem of cpu.cpp: the inputs and the sizes."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "dbl", "weight", "bias", "A", "D")]
     _fields_ += [(name, ctypes.c_int64) for name in ("B", "H", "W", "Di", "N", "R")]
 
 
 class Gradients(ctypes.Structure):
+    """struct Gradients of cpu.cpp."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "dbl", "weight", "bias", "A", "D", "partial")]
 
 
@@ -82,11 +86,12 @@ def open_library(path):
 
 
 def wanted_isa():
+    """The name of the instruction set to use."""
     return os.environ.get("VMRNN_CPU_ISA") or isas()[0]
 
 
 def load():
-    """The library. Raises UserError when it cannot be had."""
+    """The library. Raises UserError if it cannot be built or opened."""
     library, reason = attempt(wanted_isa())
     if library is None:
         raise UserError(f"scan back end 'cpu' cannot run: {reason}")
@@ -106,6 +111,7 @@ def can_run(device, dtype, d_state):
 
 
 def problem(x, dbl, dt_weight, dt_bias, A, D):
+    """The Problem of tensors that `prepared` has returned. They must outlive it: it holds their addresses."""
     B, H, W, Di = x.shape
     tensors = (x, dbl, dt_weight, dt_bias, A, D)
     return Problem(*(t.data_ptr() for t in tensors), B, H, W, Di, A.shape[-1], dt_weight.shape[-1])
@@ -117,6 +123,7 @@ def prepared(x, dbl, dt_weight, dt_bias, A_log, D):
 
 
 def blocks_of(x):
+    """Blocks of channels that the kernel works on at a time, the last one padded."""
     return -(-x.shape[-1] // load().vmrnn_scan_channels())
 
 

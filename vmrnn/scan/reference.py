@@ -1,4 +1,4 @@
-"""The 2-D selective scan as a plain loop. Every back end is tested against it. Imports torch alone.
+"""The 2-D selective scan as a plain loop. Every back end is tested against it. It imports only torch.
 
 Shape letters, used in all of vmrnn/scan: B batch, H, W map, L = H*W positions, K = 4 directions,
 Di inner channels, N state size (d_state), R rank of the step-size projection.

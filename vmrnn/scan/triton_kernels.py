@@ -104,7 +104,7 @@ def load_forward(
     x,
     dbl,
     raw,
-    # Indices of channels, of the rank and of states. r is used with PROJECT_DT alone
+    # Indices of channels, of the rank and of states. r is used only with PROJECT_DT
     d,
     r,
     n,
@@ -584,9 +584,8 @@ def backward_kernel(
     # The gradients of the parameters
     b += segment * B
     channel += b * 4 * Di
-    As = decay_rates(
-        A_log + k * Di * N + state_at, state_mask
-    )  # computed again: kept, it spills at N = 64 (Triton 3.6)
+    # Computed again: kept through the loop, it spills at N = 64 (Triton 3.6).
+    As = decay_rates(A_log + k * Di * N + state_at, state_mask)
     dAs *= As * 0.6931471805599453
     tl.store(dA_log + (b * 4 + k).to(tl.int64) * Di * N + state_at, dAs, mask=state_mask)
     tl.store(dD + channel, dDs, mask=d < Di)

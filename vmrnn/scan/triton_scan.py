@@ -49,6 +49,7 @@ UPDATE = "pip install --upgrade torch (2.7 and newer bring 3.3 and newer)"
 
 
 def triton_version():
+    """(major, minor) of the installed Triton."""
     return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
@@ -112,8 +113,14 @@ def backward_blocks(N):
 
 
 def segment_length(x, BLOCK_D, worth):
-    """Steps per program, a power of two: all of them, or, if `worth` segments or more result, so few that there is work
-    for WARPS programs."""
+    """Steps per program, a power of two.
+
+    x         (B, H, W, Di)
+    BLOCK_D   channels per program
+    worth     number of segments from which splitting the sequence pays
+
+    The sequence is split if its programs are so few that WARPS leaves room for `worth` segments or more.
+    """
     B, H, W, Di = x.shape
     segments = min(WARPS // (B * DIRECTIONS * -(-Di // BLOCK_D)), H * W // SHORTEST_SEGMENT, MOST_SEGMENTS)
     return padded(max(-(-H * W // (segments if segments >= worth else 1)), SHORTEST_SEGMENT))
@@ -130,6 +137,7 @@ def lengths(x, N, R):
 
 
 def checkpoint_shape(x, A_log, dt_weight):
+    """Shape of the states before every chunk but the first: (K, B, chunks - 1, Di, N)."""
     B, H, W, Di = x.shape
     N = A_log.shape[-1]
     return DIRECTIONS, B, (H * W - 1) // lengths(x, N, dt_weight.shape[-1])[2], Di, N
