@@ -110,8 +110,8 @@ def train_parser(description):
     parser.add_argument(
         "--resume",
         metavar="auto|FILE",
-        help="auto: continue the run in --res_dir, or begin it there; FILE: continue from this last.pt, or from that of "
-        "a folder",
+        help="auto: continue the run in --res_dir, or begin it there; FILE: continue from this last.pt, or from that "
+        "of a folder",
     )
     add_options(parser)
     return parser

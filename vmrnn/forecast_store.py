@@ -212,8 +212,8 @@ class StoredForecasts:
             not self.channels_first and found not in (last, last[:4] if channels == 1 else last)
         ):
             raise UserError(
-                f"--forecasts {path}: holds {dtype} {found}, but the test set has {count} sequences of {steps} frames to "
-                f"forecast, {height}x{width} with {channels} channels: give {last} in the units of the data"
+                f"--forecasts {path}: holds {dtype} {found}, but the test set has {count} sequences of {steps} frames "
+                f"to forecast, {height}x{width} with {channels} channels: give {last} in the units of the data"
             )
         self.restart(range(count))
 
@@ -249,8 +249,8 @@ class StoredForecasts:
         missing, known = unit.isnan(), ~targets[:, :, : unit.shape[2]].isnan()
         if (missing & known).any():
             raise UserError(
-                f"--forecasts {self.path}: holds NaN or missing values where the truth is known; a forecast gives a value "
-                "to every such pixel"
+                f"--forecasts {self.path}: holds NaN or missing values where the truth is known; a forecast gives a "
+                "value to every such pixel"
             )
         return torch.where(missing, 0, unit)
 
@@ -284,8 +284,8 @@ class StoredFields:
         found = self.channels[0].shape
         if found[1:] != (steps, height, width):
             raise UserError(
-                f"--forecasts {path}: holds {found[0]} forecasts of {found[1]} frames, {found[2]}x{found[3]}, but the test set "
-                f"has {steps} frames to forecast, {height}x{width}; write forecasts of that size"
+                f"--forecasts {path}: holds {found[0]} forecasts of {found[1]} frames, {found[2]}x{found[3]}, but the "
+                f"test set has {steps} frames to forecast, {height}x{width}; write forecasts of that size"
             )
         self.numbers = self.matched(dataset, found[0], count, facts)
 
@@ -331,8 +331,8 @@ class StoredFields:
         if len(arrays) != count:
             asked = ", ".join(info.names) if info else "forecast"
             raise UserError(
-                f"--forecasts {self.path}: holds {', '.join(sorted(map(str, dataset.data_vars)))}, but the test set needs {asked}; "
-                "write forecasts under these names, or as one variable called forecast"
+                f"--forecasts {self.path}: holds {', '.join(sorted(map(str, dataset.data_vars)))}, but the test set "
+                f"needs {asked}; write forecasts under these names, or as one variable called forecast"
             )
         return arrays
 
@@ -344,22 +344,22 @@ class StoredFields:
             unit, wanted = str(array.attrs.get("units", "")), info.units(i)
             if unit and wanted and unit != wanted:
                 raise UserError(
-                    f"--forecasts {self.path}: {info.names[i]} is in {unit}, but in {wanted} in the test set; write it in "
-                    f"{wanted}"
+                    f"--forecasts {self.path}: {info.names[i]} is in {unit}, but in {wanted} in the test set; write "
+                    f"it in {wanted}"
                 )
             coordinates = {name: coordinate.variable for name, coordinate in array.coords.items()}
             for level in scalar_levels(coordinates, coordinates):
                 if all(unlike_level(level, own) for own in info.levels[i].split(", ")):
                     raise UserError(
-                        f"--forecasts {self.path}: {info.names[i]} is at {level}, but at {info.levels[i]} in the test set; write "
-                        "forecasts of that level"
+                        f"--forecasts {self.path}: {info.names[i]} is at {level}, but at {info.levels[i]} in the test "
+                        "set; write forecasts of that level"
                     )
             said = label_notes(labels_of(array.coords), info.labels, "is {} in the test set")
             self.notes += [line for line in said if line not in self.notes]
         if name := unlike_place(info.coordinates, (info.y, info.x), dataset, arrays[0].dims[-2:]):
             raise UserError(
-                f"--forecasts {self.path}: its coordinate {name} is not that of the test set; write forecasts of the same "
-                "places in the same order"
+                f"--forecasts {self.path}: its coordinate {name} is not that of the test set; write forecasts of the "
+                "same places in the same order"
             )
 
     def in_axes(self, array, facts):
@@ -374,8 +374,8 @@ class StoredFields:
             plane = rows_first(plane, {name: coordinate.variable for name, coordinate in array.coords.items()})
         if time not in array.dims or len(plane) != 2:
             raise UserError(
-                f"--forecasts {self.path}: {array.name} has the dimensions {', '.join(map(str, array.dims))}; they must be "
-                "[sequence,] time, rows and columns"
+                f"--forecasts {self.path}: {array.name} has the dimensions {', '.join(map(str, array.dims))}; they "
+                "must be [sequence,] time, rows and columns"
             )
         return array.transpose("sequence", time, *plane)
 
@@ -384,7 +384,8 @@ class StoredFields:
         if facts.times is None or "forecast_reference_time" not in dataset.coords:
             if held != count:
                 raise UserError(
-                    f"--forecasts {self.path}: holds {held} forecasts without times, but the test set has {count} sequences"
+                    f"--forecasts {self.path}: holds {held} forecasts without times, but the test set has {count} "
+                    "sequences"
                 )
             self.notes.append("forecasts without times are taken in the order of the test set")
             return list(range(count))
@@ -405,9 +406,9 @@ class StoredFields:
             # The time alone would give all members of an ensemble the forecast of the last one
             if moments != wanted:
                 raise UserError(
-                    f"--forecasts {self.path}: some of its {held} forecasts, or of the {count} test sequences, share a reference "
-                    "time, and the times of both are not the same in the same order; write one forecast per test sequence, in "
-                    "the order of the test set"
+                    f"--forecasts {self.path}: some of its {held} forecasts, or of the {count} test sequences, share "
+                    "a reference time, and the times of both are not the same in the same order; write one forecast "
+                    "per test sequence, in the order of the test set"
                 )
             self.notes.append("sequences share their reference times: forecasts are taken in the order of the test set")
             return list(range(count))
@@ -415,8 +416,8 @@ class StoredFields:
         absent = [moment for moment in wanted if moment not in places]
         if absent:
             raise UserError(
-                f"--forecasts {self.path}: has no forecast from {absent[0]}, the last input of a test sequence; its {held} start "
-                f"from {min(places)} to {max(places)}"
+                f"--forecasts {self.path}: has no forecast from {absent[0]}, the last input of a test sequence; its "
+                f"{held} start from {min(places)} to {max(places)}"
             )
         return [places[moment] for moment in wanted]
 

@@ -29,8 +29,8 @@ SPRITE_WIDTH = 4096  # pixels; some browsers refuse wider images
 PLAYER_SIDE = 320  # pixels, the longest side of a frame in the player; larger frames are averaged
 
 # Published figures by data set. "setting": options that must be equal for a comparison. "metrics": what is compared.
-# "rows": {network: (parameters in millions, source, figures)}. The parameters of VMRNN are counted in the published
-# weights and in our network.
+# "rows": {network: (parameters in millions, source, figures)}. The parameters of VMRNN are those of the published
+# weights, unused ones included.
 OPENSTL = "OpenSTL, video_benchmarks.md"
 PUBLISHED = {
     "moving_mnist": {
