@@ -125,7 +125,7 @@ def data_name(config):
 
 
 def training_facts(checkpoint):
-    """{"training": how long the network was trained}, from the log beside a run's file; {} where there is none."""
+    """{"training": how long the network was trained}, from the log.jsonl beside the weights; {} if there is no log."""
     checkpoint = Path(checkpoint)
     log_file = checkpoint.parent / "log.jsonl"
     entries = [e for e in read_log(log_file) if "valid_loss" in e] if log_file.is_file() else []

@@ -82,7 +82,7 @@ def parse_arguments(argv=None):
     if changed := configuration.changed_on_resume(before, config, "data" in resumed.content):
         raise UserError(
             f"--resume {path}: a resumed run cannot change {', '.join(changed)}; leave them out (--resume {path} by "
-            "itself keeps all options of the run) or start anew"
+            "itself keeps all options of the run) or start a new run"
         )
     return config, None, resumed  # --init_from was for the start of the run, and its file may be gone
 
@@ -383,7 +383,7 @@ def check_validation(loss, mse, state, run):
     config, previous = state.config, checkpoint.previous_of(run.last)
     if not math.isfinite(loss):
         # last.pt holds the weights that failed, and a start from it would validate them again.
-        start = f"continue from {previous} in another --res_dir" if previous.exists() else "start anew"
+        start = f"continue from {previous} in another --res_dir" if previous.exists() else "start a new run"
         raise UserError(
             f"the validation loss of epoch {state.progress.epoch} is {loss}: {start} with a lower --lr or --clip_grad 1"
         )

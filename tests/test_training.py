@@ -373,7 +373,7 @@ def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(tmp_path, monkeyp
 def test_weights_that_cannot_be_validated_are_not_where_the_run_goes_on(tmp_path):
     """The one update of the epoch spoils the weights, and last.pt holds them."""
     options = [*TINY, "--epochs", "1", "--train_sequences", "4", "--lr", "1e30", "--res_dir", str(tmp_path / "x")]
-    with pytest.raises(UserError, match="the validation loss of epoch 1 is nan: start anew with a lower --lr"):
+    with pytest.raises(UserError, match="the validation loss of epoch 1 is nan: start a new run with a lower --lr"):
         train.main(options)
     run = RunFolder(tmp_path / "x")
     (tmp_path / "x" / "previous_last.pt").touch()

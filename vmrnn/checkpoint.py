@@ -133,7 +133,7 @@ def value_range_of(content, config):
                 f"{key} is {getattr(config, key)}, but the network was trained with {stored[key]}, and its values mean "
                 "nothing on another scale; leave it out"
             )
-    # A range that is found anew, in whatever data there are now, would give the network other values than its own.
+    # An empty data_range does not replace the range: one found in other data would scale values differently.
     if "data_range" in changed and low_high:
         wanted = ValueRange.of(config, low_high)
         trained = replace(trained, low=wanted.low, high=wanted.high)

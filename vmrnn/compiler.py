@@ -47,7 +47,7 @@ def find_compiler():
 
 
 def system_flags(system, version):
-    """Flags for an operating system, with OpenMP: a list of ways, best first. The last way does without OpenMP.
+    """Sets of flags for an operating system, to be tried in this order: with OpenMP, then without it.
 
     system   as sys.platform names it
     version  what the compiler prints for --version

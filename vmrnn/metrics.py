@@ -33,7 +33,7 @@ class Comparison:
     pred      forecasts (..., C, H, W)
     true      truths of the same shape, NaN where a pixel is missing
     weights   (H, W), weights of the pixels in sums of errors, mean 1, such as cosines of latitudes; None:
-              all weigh alike
+              all have equal weight
 
     Sums have a last dimension of rows: row 0 is the whole frame. With several channels, rows 1 to C are the channels.
     """

@@ -20,7 +20,7 @@ LARGEST = 256  # pixels, the longest side of a frame in an animation or film; la
 # Colours of the bar of frames below an animation or film
 BAR = {"done": (150, 158, 168), "forecast": (31, 102, 207), "ahead": (224, 228, 232)}
 LABEL_HEIGHT, BAR_HEIGHT, SCALE_WIDTH = 20, 10, 62  # pixels of an animation or film
-# Units of metrics on the axis of their curves, where there is one.
+# Units of metrics for the titles of their curves
 UNITS = {"mse": "sum over a frame", "mae": "sum over a frame", "psnr": "dB", "psnr_uint8": "dB"}
 # Smallest error that gets the full colour, as a part of the scale, so that rounding errors stay pale
 LEAST_LIMIT = 0.01

@@ -196,7 +196,7 @@ class Resumed:
 
 # Where a start gets its weights from, by --resume and by what the run folder holds:
 #   no --resume,    a folder without a run        a new run
-#   no --resume,    a folder with a run           refused: nothing is overwritten unasked
+#   no --resume,    a folder with a run           refused: nothing is overwritten
 #   --resume auto,  a folder without a run        a new run, so that a job script can always say auto
 #   --resume auto,  a folder with a run           continues it from its last.pt
 #   --resume FILE,  FILE's own folder             continues it from FILE; this is the folder unless --res_dir is given

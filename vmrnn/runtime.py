@@ -20,7 +20,7 @@ from vmrnn.progress import duration
 log = logging.getLogger("vmrnn")
 
 LESS_MEMORY = "smaller batches or frames, --accumulate and --grad_checkpoint need less"
-KILLED_WORKER = "a process that prepares batches was killed, perhaps for want of memory (use fewer --num_workers)"
+KILLED_WORKER = "a process that prepares batches was killed, perhaps because memory ran out (use fewer --num_workers)"
 CPUINFO = Path("/proc/cpuinfo")  # Linux
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the program again
 

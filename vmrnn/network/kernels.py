@@ -65,7 +65,7 @@ class UsesKernels(nn.Module):
     d_state  states per channel
 
     The kernels are chosen when the module is moved or converted (.to, .cuda, .double, ...). A module that was never
-    moved chooses at its first call. A copy or an unpickled module chooses anew.
+    moved, a copy and an unpickled module choose them at their first call.
     """
 
     _kernels = None
