@@ -473,6 +473,7 @@ class Metrics:
 
     def __init__(self, metrics, weights=None):
         self.metrics, self.weights = tuple(map(row_of, metrics)), weights
+        self.names = tuple(metric.name for metric in self.metrics)
         for metric in self.metrics:
             if metric.prepare:
                 metric.prepare()  # fails now, not after a day of training
@@ -511,13 +512,12 @@ class Metrics:
     def state(self):
         """{"names", "count", "sums": {name: float64 (terms, rows, T) on the CPU}, None before any batch}."""
         sums = None if self.sums is None else {name: held.cpu() for name, held in self.sums.items()}
-        return {"names": tuple(metric.name for metric in self.metrics), "count": self.count, "sums": sums}
+        return {"names": self.names, "count": self.count, "sums": sums}
 
     def merge(self, state):
         """Add the state() of another Metrics."""
-        names = self.state()["names"]
-        if tuple(state["names"]) != names:
-            raise ValueError(f"metrics {state['names']} do not add to {names}")
+        if tuple(state["names"]) != self.names:
+            raise ValueError(f"metrics {state['names']} do not add to {self.names}")
         if state["sums"] is not None:
             self._add(state["count"], state["sums"])
 

@@ -225,7 +225,7 @@ def is_dead_worker(error):
 def pick_device(name):
     """The torch.device called `name`.
 
-    name   auto (cuda if there is one, else mps, else cpu), cpu, cuda, cuda:1 or mps
+    name   auto (cuda if the machine has it, else mps, else cpu), cpu, cuda, cuda:1, mps or xpu
     UserError: the machine does not have the device.
 
     Also turns TF32 off. By default torch lets a GPU's convolutions round their inputs to 10 bits, and published weights
