@@ -66,7 +66,7 @@ def load_network(path, config=None, device="cpu", **changes):
 
     path      last.pt or best.safetensors of a run, any other safetensors file, or a published torch.save file
     config    TOML file whose options replace those in the file; a file of bare weights needs it, or `changes`
-    device    cpu, cuda, cuda:1, mps or auto; None: the device of `config`, else auto
+    device    auto, cpu, cuda, cuda:1, mps or xpu; None: the device of `config`, else auto
     changes   options that replace those of both files, such as scan="torch"
 
     Returns Trained. The weights are the averaged ones if the run has them. UserError: a file that is missing, damaged

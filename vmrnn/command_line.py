@@ -180,7 +180,7 @@ def predict_parser(description):
     )
     parser.add_argument("--colours", default="auto", metavar="NAME", help=COLOURS)
     parser.add_argument("--fps", type=int, default=5, metavar="N", help="frames per second of a film (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     parser.add_argument("--scan", default="auto", help="scan back end (default: auto)")
     add_options(parser, only=READING)
     return parser

@@ -255,7 +255,7 @@ class Config:
 
     scan: str = option("machine", "auto", "scan back end: auto, mamba, triton, cpu, torch, reference", resume=True,
         test=False)
-    device: str = option("machine", "auto", "auto, cpu, cuda, cuda:1, mps", resume=True, test=False)
+    device: str = option("machine", "auto", "auto, cpu, cuda, cuda:1, mps, xpu", resume=True, test=False)
     num_workers: int = option("machine", 0, "processes that prepare batches; 0: the main process", at_least=0,
         resume=True, test=False)
     res_dir: str = option("machine", "./results", "run folder", resume=True, test=False)
