@@ -235,9 +235,10 @@ def network_outputs(model, precision="fp32"):
     return outputs
 
 
-def evaluate(model, loader, device, metrics, loss, precision="fp32", **options):
+def evaluate(model, loader, device, metrics, loss, precision="fp32", *, value_range=None, on_batch=None, title=""):
     """`compare` for the forecasts of a network; precision: see mixed_precision."""
-    return compare(network_outputs(model, precision), loader, device, metrics, loss, **options)
+    outputs_of = network_outputs(model, precision)
+    return compare(outputs_of, loader, device, metrics, loss, value_range=value_range, on_batch=on_batch, title=title)
 
 
 @torch.no_grad()
