@@ -77,7 +77,7 @@ def test_data_that_moved_are_not_decoded_again(own, tmp_path, monkeypatch):
     write_video(tmp_path / "data" / "a.avi", RNG.integers(0, 255, (30, 8, 10, 1), dtype=np.uint8))
     first = own("train", dataset="video")[0]
     shutil.copytree(tmp_path / "data", tmp_path / "moved")
-    monkeypatch.setattr("vmrnn.data.clips.video_frames", None)
+    monkeypatch.setattr("vmrnn.data.sources.video_frames", None)
     moved = own("train", dataset="video", train_data_dir=str(tmp_path / "moved"))[0]
     assert torch.equal(first[0], moved[0])
 

@@ -16,7 +16,7 @@ import test as test_program
 import train
 from dataset import build_dataset, make_loader
 from vmrnn import command_line, config as configuration
-from vmrnn.data import cache, clips, splits
+from vmrnn.data import cache, sources, splits
 from vmrnn.data.overlap import overlap_notes
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import DATASETS
@@ -540,7 +540,7 @@ def test_decoded_once_and_again_when_a_file_changes(own, tmp_path, monkeypatch):
     path = tmp_path / "data" / "a.avi"
     write_video(path, numbered(0, 20))
     first = ids(own("train", dataset="video")[0])
-    monkeypatch.setattr(clips, "video_frames", None)
+    monkeypatch.setattr(sources, "video_frames", None)
     assert ids(own("train", dataset="video")[0]) == first
     monkeypatch.undo()
     write_video(path, numbered(1, 20))

@@ -12,8 +12,8 @@ import predict
 from dataset import build_dataset
 from vmrnn.checkpoint import save_weights
 from vmrnn.config import Config
-from vmrnn.data.clips import Source
 from vmrnn.data.inputs import open_input
+from vmrnn.data.sources import Source
 from vmrnn.data.times import later_times, lead_names, parse_step, series_of_names, times_from_names, whole_months
 from vmrnn.errors import UserError
 from vmrnn.network import build_model

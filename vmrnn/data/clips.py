@@ -12,21 +12,8 @@ import numpy as np
 
 from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
-from vmrnn.data.images import image_frames
-from vmrnn.data.media import NUMBER
 from vmrnn.data.prepare import resized
-from vmrnn.data.times import (
-    at_regular_step,
-    check_step,
-    dates_from_names,
-    increases,
-    names_without_times,
-    parse_step,
-    series_of_names,
-    times_from_names,
-    usual_step,
-)
-from vmrnn.data.videos import video_frames
+from vmrnn.data.times import increases, usual_step
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar
 
@@ -73,100 +60,6 @@ class Clip:
         array = array.transpose([axes.index(axis) for axis in "THWC" if axis in axes])
         array = array[self.start : self.stop : self.step]
         return array if "C" in axes else array[..., None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A clip that is not decoded yet.
-
-    name    for messages
-    files   one video, or images in order; an image may have several pages if it is the only one
-    video   whether it is a video
-    """
-
-    name: str
-    files: tuple
-    video: bool
-
-    def timed_frames(self, channels, time_step=""):
-        """Yields (frame (H, W, C), its time or None): seconds of a video, the numbers or dates in the names of images.
-
-        channels    1 (grey), 3 (RGB) or None (as they are stored)
-        time_step   such as 0.2s: only the frames nearest to this regular step, with the times that they then stand for;
-                    "": all
-
-        UserError, with a time_step: a frame has no time, the times do not increase, the step is too short, or it has a
-        unit and the names of the images only count them.
-        """
-        if not time_step:
-            yield from self.all_frames(channels)
-            return
-        step, times = parse_step(time_step, self.dated()), []
-
-        def checked():
-            for frame, time in self.all_frames(channels):
-                if time is None or (times and time <= times[-1]):
-                    raise UserError(
-                        f"{self.name}: its frames have no times that increase, which time_step needs; leave it out"
-                    )
-                times.append(time)
-                yield frame, time
-
-        yield from at_regular_step(checked(), step)
-        check_step(step, times, self.name)
-
-    def all_frames(self, channels):
-        """Yields what `timed_frames` yields without a time step."""
-        if self.video:
-            times = []
-            for frame in video_frames(self.files[0], channels, times):
-                yield frame, times[-1]
-            return
-        times = self.named_times()
-        for i, frame in enumerate(image_frames(self.files, channels)):
-            yield frame, None if times is None else times[i]
-
-    def series(self):
-        """The series of a folder of images, a list of Source: one, or several whose names count on for themselves.
-
-        UserError: several series, such as two cameras, whose images lie between one another: 000_left.png,
-        000_right.png.
-        """
-        runs = [(0, 1)] if len(self.files) == 1 else series_of_names(self.files)
-        if len(runs) == 1:
-            seen = {}
-            for file in self.files:
-                numbers = tuple(NUMBER.findall(file.stem))  # as texts: 1.1 and 1.10 are two
-                if numbers and numbers in seen:
-                    raise UserError(f"{self.name}: {seen[numbers].name} and {file.name} have the same number, so the images are no "
-                                    "one series; put each series into a folder of its own")  # fmt: skip
-                seen[numbers] = file
-            return [self]
-        return [replace(self, name=f"{self.name}/{self.files[start].stem}", files=self.files[start:stop])
-                for start, stop in runs]  # fmt: skip
-
-    def dated(self):
-        """Whether the times of the frames are seconds, and no mere numbers."""
-        return self.video or dates_from_names(self.files) is not None
-
-    def no_times(self):
-        """The line that says why the frames have no times and what that means."""
-        odd = [] if self.video else names_without_times(self.files)
-        why = (
-            f"{len(odd)} of {len(self.files)} names hold none, such as {odd[0].name}" if odd else "the video holds none"
-        )
-        return f"{self.name}: no times: {why}; gaps between the frames are not seen"
-
-    def named_times(self):
-        """The times of the images by their names, a list of floats; None: a video, or names without times."""
-        times = None if self.video else times_from_names(self.files)
-        return None if times is None else times.tolist()
-
-
-def series_note(folder, series):
-    """The start of a line that says that the images of a folder, a Source, are several series."""
-    firsts = ", ".join(part.files[0].name for part in series[:4]) + (", ..." if len(series) > 4 else "")
-    return f"{folder.name}: the names count {len(series)} series, which begin at {firsts}"
 
 
 def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_step=""):

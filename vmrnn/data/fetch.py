@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch.hub import download_url_to_file
 
-from vmrnn.data.splits import KTH_NAME, kth_annotations
+from vmrnn.data.published import KTH_NAME, kth_annotations
 from vmrnn.data.videos import video_frames
 from vmrnn.errors import UserError
 from vmrnn.runtime import run_program
@@ -87,7 +87,7 @@ def fetch_standard(folder="data"):
 
 
 def fetch_kth(folder="data/kth"):
-    """KTH's videos and the list of their sequences, as vmrnn.data.splits.kth reads them. Returns the folder.
+    """KTH's videos and the list of their sequences, as vmrnn.data.published.kth reads them. Returns the folder.
 
     folder   receives 00sequences.txt and a folder of videos per action
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, npz_member, npz_rows, open_npy, read_array, whole
-from vmrnn.data.clips import Source, series_note
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import GRIDS, grid_files, is_zarr
 from vmrnn.data.grid_info import label_notes, unlike_level
 from vmrnn.data.grids import open_grid
 from vmrnn.data.images import IMAGES, image_frames, image_notes
 from vmrnn.data.media import images_in
+from vmrnn.data.sources import Source, series_note
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import increases, moment, parse_step, runs_without_gap, usual_step
 from vmrnn.data.videos import VIDEOS

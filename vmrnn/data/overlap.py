@@ -7,7 +7,8 @@ from vmrnn.data.arrays import ARRAYS
 from vmrnn.data.grid_files import grid_files
 from vmrnn.data.images import IMAGES
 from vmrnn.data.media import files_in
-from vmrnn.data.splits import part_of, path_of, read_clips
+from vmrnn.data.own import part_of, read_clips
+from vmrnn.data.splits import path_of
 from vmrnn.data.table import DATASETS
 from vmrnn.data.videos import VIDEOS
 from vmrnn.errors import UserError
