@@ -371,8 +371,11 @@ def test_files_follow_one_another_in_time(tmp_path):
     np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"].values)
     np.testing.assert_array_equal(grid.info.times, seconds(SIX_HOURS))
     write(whole.isel(time=slice(2, 3)), tmp_path / "c.nc")
-    with pytest.raises(UserError, match="2020-01-01 12:00:00 comes twice"):
+    with pytest.raises(UserError, match="2020-01-01 12:00:00 comes twice .* after .*b.nc; name files that follow"):
         open_grid(tmp_path)
+    write(whole.isel(time=[0, 2, 1]), tmp_path / "d.nc")
+    with pytest.raises(UserError, match="2020-01-01 06:00:00 .* in the file itself; sort its frames by time"):
+        open_grid(tmp_path / "d.nc")
 
 
 def test_files_whose_numbers_are_ambiguous_are_in_the_order_of_arrays(tmp_path):
@@ -651,6 +654,52 @@ def test_a_time_in_a_name_has_one_reading():
     assert (
         time_from_text("121512") is None and time_from_text("1604102400") is None
     )  # a time of day, seconds since 1970
+
+
+@pytest.mark.parametrize(
+    ("numbers", "dates"),
+    [
+        ([20240131, 20240201, 20240202], ["2024-01-31", "2024-02-01", "2024-02-02"]),
+        ([2023123118, 2024010100, 2024010106], ["2023-12-31T18", "2024-01-01T00", "2024-01-01T06"]),
+        ([202312.0, 202401.0, 202402.0], ["2023-12", "2024-01", "2024-02"]),
+        ([202411, 202412, 202413], None),  # there is no month 13
+        ([1990, 1991, 1992], None),
+        ([20240131.5, 20240132, 20240133], None),
+    ],
+)
+def test_whole_numbers_that_are_dates(tmp_path, numbers, dates):
+    """As numbers they would count 69 steps from the end of January to the first of February."""
+    path = write(field(range(3)).assign_coords(time=numbers), tmp_path / "a.nc")
+    info = open_grid(path).info
+    assert info.calendar == ("standard" if dates else "")
+    np.testing.assert_array_equal(info.times, seconds(np.array(dates, "M8[ns]")) if dates else numbers)
+    with_unit = field(range(3)).assign_coords(time=("time", numbers, {"units": "seconds"}))
+    assert open_grid(write(with_unit, tmp_path / "b.nc")).info.calendar == ""
+
+
+@pytest.mark.parametrize("form", ["CDF1", "HDF5"])
+@pytest.mark.parametrize(("name", "dim", "separator"), [("Times", "Time", "_"), ("time", "time", " ")])
+def test_times_that_are_texts_of_single_characters(tmp_path, form, name, dim, separator):
+    """WRF, and every text in NetCDF-3."""
+    texts = [str(time)[:19].replace("T", separator) for time in SIX_HOURS]
+    characters, values = np.array(texts, "S19").view("S1").reshape(-1, 19), field()["t2m"].values
+    axes = {dim: len(texts), "length": 19, "y": 9, "x": 12}
+    path = tmp_path / "a.nc"
+    if form == "CDF1":
+        with netcdf_file(path, "w") as f:
+            for axis, size in axes.items():
+                f.createDimension(axis, size)
+            f.createVariable(name, "c", (dim, "length"))[:] = characters
+            f.createVariable("t2m", "f4", (dim, "y", "x"))[:] = values
+    else:
+        stored = xarray.Dataset({name: (dim, np.array(texts, "S19")), "t2m": ((dim, "y", "x"), values)})
+        stored.to_netcdf(path, engine="h5netcdf")
+        with h5py.File(path) as f:
+            assert f[name].dtype == "S1" and f[name].shape == characters.shape
+    for time_from in ("", f"variable:{name}"):
+        grid = open_grid(path, ["t2m"], time_from=time_from)
+        np.testing.assert_array_equal(grid.info.times, seconds(SIX_HOURS))
+        np.testing.assert_array_equal(read(grid)[..., 0], values)
 
 
 def test_gaps_and_a_regular_step(tmp_path):

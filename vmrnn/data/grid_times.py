@@ -10,7 +10,7 @@ from vmrnn.data.grid_axes import T_NAMES, facts_of, is_reference, is_time
 from vmrnn.data.grid_files import NUMBERS, format_of, open_groups
 from vmrnn.data.grid_info import import_xarray, plain_attributes
 from vmrnn.data.grid_values import OF_VALUES, PACKING
-from vmrnn.data.times import EPOCH, STANDARD, import_cftime, time_from_name, time_from_text
+from vmrnn.data.times import EPOCH, STANDARD, dates_of, import_cftime, time_from_name, time_from_text
 from vmrnn.errors import UserError
 
 # Attributes that hold a frame's time where a file has no variable for it
@@ -42,7 +42,8 @@ def coded_times(values, attributes, path):
     if " as %" in unit:
         raise UserError(f"{path}: its times are in the unit {unit!r}; write them as days since a date (cdo -r copy)")
     if " since " not in unit and values.dtype.kind != "M":
-        return numbers.astype(np.float64), ""
+        dates = None if unit else dates_of_numbers(numbers.ravel())
+        return (numbers.astype(np.float64), "") if dates is None else (np.reshape(dates, numbers.shape), "standard")
     calendar = str(attributes.get("calendar", "standard")).lower()
     calendar = SAME_CALENDARS.get(calendar, calendar)
     if values.dtype.kind != "M":
@@ -61,6 +62,28 @@ def coded_times(values, attributes, path):
                         "days since a date in a calendar of CF (cdo -r copy)") from error  # fmt: skip
     # Such dates lie behind the reform of the calendar, so that the proleptic one is the same
     return dates.astype("datetime64[ns]").astype(np.int64) / 1e9, "standard"
+
+
+def dates_of_numbers(numbers):
+    """Seconds since 1970-01-01 of whole numbers without a unit that are all dates: 20240131, 2024013123, or 202401 for a month.
+
+    None: they are not.
+    """
+    texts = [f"{number:.0f}" for number in numbers]
+    if not texts or (numbers != np.round(numbers)).any():
+        return None
+    return dates_of([text + "01" if len(text) == 6 else text for text in texts])
+
+
+def joined(variable, axis):
+    """A variable of single characters, the form of texts in NetCDF-3 and in WRF, as one of texts; others as they are.
+
+    axis   name of the time dimension, which is not that of the characters
+    """
+    if variable.dtype != "S1" or variable.ndim == 0 or variable.dims[-1] == axis:
+        return variable
+    texts = np.ascontiguousarray(variable.values).view(f"S{variable.shape[-1]}")[..., 0]
+    return import_xarray().Variable(variable.dims[:-1], texts, variable.attrs)
 
 
 @dataclass
@@ -132,10 +155,10 @@ def best_times(dataset, roles, axis):
 
     Times for which the frames hold go before those at which forecasts began; then dates before plain numbers,
     such as hours after the first frame; then the standard_name time or the name valid_time; then the coordinate
-    of the dimension.
+    of the dimension; then Times, the name in WRF.
     """
-    names = [axis, "valid_time", *(name for name, v in dataset.variables.items() if is_time(v))]
-    found = {name: dataset.variables[name] for name in names if name in dataset.variables}
+    names = [axis, "valid_time", "Times", *(name for name, v in dataset.variables.items() if is_time(v))]
+    found = {name: joined(dataset.variables[name], axis) for name in names if name in dataset.variables}
     over = {name: v for name, v in found.items()
             if axis in v.dims and all(roles.get(dim) in ("N", "T") for dim in v.dims)}  # fmt: skip
 
@@ -151,7 +174,7 @@ def scalar_or_axis(dataset, name, axis, path):
     """FrameTimes from a variable: over the dimension `axis`, or of one value. UserError: there is none such."""
     if name not in dataset.variables:
         raise UserError(f"{path}: no variable {name} in it; it has {', '.join(map(str, dataset.variables))}")
-    variable = dataset.variables[name]
+    variable = joined(dataset.variables[name], axis)
     if axis in variable.dims:
         variable = variable.transpose(..., axis)
     values, calendar = coded_times(variable.values, variable.attrs, path)

@@ -287,9 +287,12 @@ def parts_by_time(parts):
             before, after = (
                 parts[order[int(np.searchsorted(ends, at, "right"))]].path for at in (back[0], back[0] + 1)
             )
-            where = f"after {before}" if before != after else "in itself"
-            raise UserError(f"{after}: time {moment(times[back[0] + 1], parts[0].times.calendar)} comes twice or goes back, {where}; "
-                            "name files that follow one another")  # fmt: skip
+            advice = f"after {before}; name files that follow one another"
+            if before == after:
+                advice = "in the file itself; sort its frames by time, and keep each once"
+            raise UserError(
+                f"{after}: time {moment(times[back[0] + 1], parts[0].times.calendar)} comes twice or goes back, {advice}"
+            )
     if not all(np.all(np.diff(times.reshape(part.sequences, part.count)) > 0) for part, times in zip(parts, rows)):
         raise UserError(f"{parts[0].path}: {parts[0].times.source} goes back in a sequence; leave it out of the file")
     return parts, np.concatenate(rows), True

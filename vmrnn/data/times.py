@@ -25,7 +25,7 @@ NEAR = 0.4999  # of a step: a frame halfway between two regular times stands for
 # The forms in which files write a time as text. No other form is guessed: 03/04/2020 has two readings.
 TEXT_FORMS = (
     "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S.%f", "%Y-%m-%d %H:%M:%S.%f", "%Y-%m-%dT%H:%M",
-    "%Y-%m-%d %H:%M", "%Y-%m-%d", "%d-%b-%Y;%H:%M:%S.%f", "%d-%b-%Y %H:%M:%S",
+    "%Y-%m-%d %H:%M", "%Y-%m-%d", "%d-%b-%Y;%H:%M:%S.%f", "%d-%b-%Y %H:%M:%S", "%Y-%m-%d_%H:%M:%S",  # the last is WRF's
 )  # fmt: skip
 # What each directive of a file name's form stands for
 DIRECTIVES = {"Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{2}", "d": r"\d{2}", "H": r"\d{2}", "M": r"\d{2}", "S": r"\d{2}",
