@@ -14,7 +14,15 @@ from vmrnn.checkpoint import save_weights
 from vmrnn.config import Config
 from vmrnn.data.inputs import open_input
 from vmrnn.data.sources import Source
-from vmrnn.data.times import later_times, lead_names, parse_step, series_of_names, times_from_names, whole_months
+from vmrnn.data.times import (
+    calendar_features,
+    later_times,
+    lead_names,
+    parse_step,
+    series_of_names,
+    times_from_names,
+    whole_months,
+)
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
 
@@ -128,19 +136,43 @@ def test_months_alone_are_counted_in_months(first, step, months):
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])
-@pytest.mark.parametrize("place", ["first", "third day at six", "middle", "last day"])
+@pytest.mark.parametrize("place", ["first", "third day at six", "middle", "last day", "last day at six"])
 def test_months_are_followed_by_months_in_every_calendar(calendar, place):
     """The year that follows has another February in the standard calendar."""
     cftime = pytest.importorskip("cftime")
     starts = [cftime.datetime(2019 + i // 12, i % 12 + 1, 1, calendar=calendar) for i in range(25)]
     edges = cftime.date2num(starts, "seconds since 1970-01-01", calendar=calendar).astype(float)
-    into = {"first": 0, "third day at six": 54 * 3600, "middle": np.diff(edges) / 2, "last day": np.diff(edges) - 86400}
+    into = {"first": 0, "third day at six": 54 * 3600, "middle": np.diff(edges) / 2, "last day": np.diff(edges) - 86400,
+            "last day at six": np.diff(edges) - 64800}  # fmt: skip
     times = edges[:-1] + into[place]
     np.testing.assert_array_equal(later_times(times[:12], 12, calendar), times[12:])
     np.testing.assert_array_equal(later_times(times[:12:3], 4, calendar), times[12::3])
     np.testing.assert_array_equal(later_times(times[6:8], 12, calendar), times[8:20])  # both of 31 days
     days = edges[0] + 86400 * np.arange(20, 50)  # over the end of a month
     np.testing.assert_array_equal(later_times(days[:15], 15, calendar), days[15:])
+
+
+@pytest.mark.parametrize(
+    ("calendar", "year", "days"),
+    [("", 2019, 365), ("", 2020, 366), ("standard", 2020, 366), ("noleap", 2020, 365), ("360_day", 2020, 360),
+     ("all_leap", 2019, 366)],
+)  # fmt: skip
+def test_hour_and_day_turn_once_in_a_day_and_in_a_year(calendar, year, days):
+    """The ninth day of January at 15:45:36, and the last day but one of the year at six; "": numpy's dates."""
+    last = (12, 29 if calendar == "360_day" else 30)
+    if calendar:
+        cftime = pytest.importorskip("cftime")
+        places = ((1, 9, 15, 45, 36), (*last, 6, 0, 0))
+        dates = [cftime.datetime(year, *place, calendar=calendar) for place in places]
+    else:
+        dates = np.array([f"{year}-01-09T15:45:36", f"{year}-12-30T06:00:00"], "datetime64[ns]")
+    hours = np.array([(15 + 45 / 60 + 36 / 3600) / 24, 0.25])
+    turns = np.array([8 + hours[0], days - 2 + hours[1]]) / days
+    angles = 2 * np.pi * np.stack((hours, turns))
+    expected = 0.5 + 0.5 * np.stack(
+        (np.sin(angles[0]), np.cos(angles[0]), np.sin(angles[1]), np.cos(angles[1])), axis=1
+    )
+    np.testing.assert_allclose(calendar_features(dates), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +266,9 @@ def test_a_video_of_another_frame_rate_is_said(tmp_path, caplog):
         caplog.clear()
         predict.main([*forecast, "--input", str(tmp_path / f"{name}.mkv")])
         assert (line in caplog.text) == (name == "b")
+    caplog.clear()
+    predict.main([*forecast, "--input", str(tmp_path / "b.mkv"), "--frame_step", "2"])
+    assert "in the training" not in caplog.text
 
 
 @pytest.mark.parametrize("time_step", ["", "0.2s"])

@@ -371,7 +371,8 @@ def calendar_features(dates):
         year = ((days - first) / np.timedelta64(1, "D") + day) / ((next_first - first) / np.timedelta64(1, "D"))
     else:
         day = np.array([(date.hour + date.minute / 60 + date.second / 3600) / 24 for date in dates])
-        length = np.array([360 if date.calendar == "360_day" else 365 for date in dates])
+        edges = [[date.replace(year=date.year + n, month=1, day=1) for date in dates] for n in (0, 1)]
+        length = np.array([(following - first).days for first, following in zip(*edges)])
         year = (np.array([date.dayofyr - 1 for date in dates]) + day) / length
     angles = 2 * np.pi * np.stack((day, day, year, year), axis=1)
     waves = np.where([True, False, True, False], np.sin(angles), np.cos(angles))
