@@ -371,11 +371,10 @@ class RunFolder:
 
     def save_best(self, state, model, mse):
         """Write best.safetensors if `mse`, of the network `model`, is the smallest so far."""
-        is_best = mse < state.progress.best_mse
-        # min(best, new) keeps best if new is NaN; min(new, best) would not.
-        state.progress.best_mse = min(state.progress.best_mse, mse)
-        if is_best and self.writes:
-            checkpoint.save_weights(self.best, model, state.config.to_dict(), state.value_range)
+        if mse < state.progress.best_mse:
+            state.progress.best_mse = mse
+            if self.writes:
+                checkpoint.save_weights(self.best, model, state.config.to_dict(), state.value_range)
 
     def save_failed_update(self, state, failure, rank):
         """Keep the micro-batch and the weights of an update whose loss is not finite; returns the file's path."""
