@@ -142,9 +142,26 @@ def test_a_missing_value_outside_0_to_1_is_missing_without_a_range(trained):
         stream.observe(frame - 999.0)
 
 
+def test_pixels_that_were_never_seen(trained):
+    """Those that are missing in every frame, in every channel that is forecast."""
+    _, path = trained(input_channels=2)
+    forecaster, frames = (
+        vmrnn.Forecaster(path, device="cpu"),
+        np.random.default_rng(0).random((2, 16, 16, 2), np.float32),
+    )
+    frames[:, 0, 0] = frames[:, 1, 1, 0] = frames[0, 2, 2] = frames[1, 3, 3] = np.nan
+    for frame in frames:
+        forecaster.observe(frame)
+    assert np.argwhere(forecaster.never_seen).tolist() == [[0, 0]]
+    _, path = trained(dataset="grid", forcings=["sun"])
+    forecaster = vmrnn.Forecaster(path, device="cpu")
+    forecaster.observe(np.where([True, False], frames[0], 0.5))
+    assert np.argwhere(forecaster.never_seen).tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
 def test_memory_does_not_grow_with_the_stream(trained):
     _, path = trained()
-    stream = vmrnn.Forecaster(path, device="cpu")
+    stream = vmrnn.vmrnn.Forecaster(path, device="cpu")
 
     def held(value):
         if torch.is_tensor(value):

@@ -335,6 +335,16 @@ def test_the_program_shows_its_best_median_and_worst_sequence(tmp_path):
     assert json.loads((tmp_path / "test_w_moving_mnist_2" / "metrics.json").read_text())["results"] == page["results"]
 
 
+def test_how_long_the_tested_weights_were_trained(tmp_path):
+    """best.safetensors is of the epoch with the smallest error, last.pt of the last one."""
+    entries = [{"epoch": n, "samples": 1000 * n, "seconds": 60.0 * n, "valid_loss": 1.0, "mse": mse}
+               for n, mse in ((1, 3.0), (2, 2.0), (3, 2.5))]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [*entries, {"epoch": 4, "train_loss": 1.0}])))
+    for name, says in (("best.safetensors", "2,000 sequences, 2 epochs"), ("last.pt", "3,000 sequences, 3 epochs")):
+        assert test_program.training_facts(tmp_path / name)["training"].startswith(says)
+    assert test_program.training_facts(tmp_path / "elsewhere" / "last.pt") == {}
+
+
 def test_the_animation_shows_truth_forecast_and_difference(tmp_path):
     inputs, targets, forecast = (torch.full((1, 1, 8, 8), value) for value in (0.5, 0.0, 1.0))
     pictures.save_animation(tmp_path / "x.gif", inputs, targets, forecast, pixels=8)

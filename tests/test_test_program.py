@@ -21,7 +21,7 @@ from vmrnn.data.grids import open_grid
 from vmrnn.errors import UserError
 from vmrnn.field_facts import FieldFacts
 from vmrnn.forecast_files import Forecast
-from vmrnn.forecast_store import ForecastWriter, StoredFields
+from vmrnn.forecast_store import ForecastWriter, StoredFields, StoredForecasts
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
 from vmrnn.spectrum import Spectrum
@@ -130,6 +130,16 @@ def test_the_same_forecasts_from_a_file_give_the_same_figures(field, tmp_path):
                 got = other["results"][label]["mean"][metric]
                 assert got == value or got == pytest.approx(value, rel=1e-4, abs=1e-6), (label, metric)
         assert other["loss"] is None and "motion" in other["results"]
+    # The sequences of the report, in any order
+    test_set = data_set("test", **options)
+    facts = FieldFacts.of(test_set, configuration.resolve(None, options))
+    for name in ("all.npz", "last.npy"):
+        stored = StoredForecasts(tmp_path / name, "", 8, (2, 1, 16, 20), test_set.value_range, facts)
+        roles = {"best": 5, "worst": 2, "median": 6}
+        for shown in test_program.forecast_again(roles, torch.arange(8), stored, test_set, torch.device("cpu")):
+            assert roles[shown.role] == shown.index == shown.errors
+            np.testing.assert_allclose(250 + 60 * shown.forecast.numpy(), forecast[shown.index], atol=1e-3)
+            np.testing.assert_array_equal(shown.targets, test_set[shown.index][1])
     np.save(tmp_path / "holes.npy", np.where(np.isnan(np.load(tmp_path / "all.npz")["truth"]), np.nan, forecast))
     run(tmp_path / "other", "--forecasts", tmp_path / "holes.npy", "--config", tmp_path / "c.toml")
     with pytest.raises(

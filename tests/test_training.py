@@ -1,9 +1,11 @@
 """The recipe: schedules, decay, accumulation, averaged weights, precision, missing pixels, what TensorBoard gets."""
 
 import functools
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, without_time
@@ -14,15 +16,16 @@ from timm.scheduler import CosineLRScheduler
 import test
 import train
 from benchmarks import curves
+from dataset import EpochSampler, build_dataset
 from functions import SMALLEST_SCALE, NonFinite, RolloutLoss, Step, evaluate, train_one_epoch
 from vmrnn import config as configuration, pictures
-from vmrnn.checkpoint import read_checkpoint
+from vmrnn.checkpoint import load_network, read_checkpoint
 from vmrnn.errors import UserError
 from vmrnn.forecaster import Forecaster
 from vmrnn.graphs import GraphedStep
 from vmrnn.metrics import better
 from vmrnn.network import build_model
-from vmrnn.optim import lr_factor, make_optimizer, parameter_groups
+from vmrnn.optim import Schedule, lr_factor, make_optimizer, parameter_groups
 from vmrnn.rollout import Rollout, pad_frames, rollout
 from vmrnn.run_folder import RunFolder, read_log
 
@@ -54,6 +57,14 @@ def test_cosine_is_timms():
     assert [lr_factor(step, "cosine", 10, 100) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
     assert lr_factor(0, "onecycle", 1, 9) == 1
     assert [lr_factor(step, "constant", 2, 9) for step in (0, 1, 2, 100)] == [0.5, 1, 1, 1]
+
+
+def test_the_schedule_of_a_run_ends_with_its_last_update():
+    config = configuration.resolve(
+        None, {"epochs": 4, "lr": 2.0, "schedule": "wsd", "decay_steps": 5, "warmup_steps": 2}
+    )
+    schedule = Schedule(config, 3)
+    assert [schedule.learning_rate(n) for n in range(12)] == pytest.approx([1, *[2] * 7, 1.6, 1.2, 0.8, 0.4])
 
 
 def test_what_takes_no_weight_decay():
@@ -314,6 +325,47 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
         decay = min(0.9, 1 - (1 + n) ** -(2 / 3))
         average.lerp_(after[key], 1 - decay)
     torch.testing.assert_close(last["ema"][key], average)
+
+
+def test_what_a_run_logs_and_what_its_validation_and_its_test_compare(tmp_path, monkeypatch):
+    """In the precision of the run, and on the linear scale of values with a transform."""
+    np.save(tmp_path / "x.npy", 50 * np.random.default_rng(0).random((80, 16, 16), np.float32) ** 3)
+    options = {
+        "model": "VMRNN-B", "patch_size": 4, "embed_dim": 16, "depths": [1], "d_state": 4, "input_size": [16],
+        "dataset": "array", "train_data_dir": str(tmp_path / "x.npy"), "cache_dir": str(tmp_path / "cache"),
+        "num_frames_input": 3, "num_frames_output": 2, "train_sequences": 8, "train_batch_size": 4, "epochs": 3,
+        "epoch_valid": 2, "log_train": 1, "transform": "sqrt", "precision": "bf16", "schedule": "constant",
+        "warmup_steps": 4, "lr": 1e-3, "device": "cpu",
+    }  # fmt: skip
+    epochs, iterate = [], EpochSampler.__iter__
+    monkeypatch.setattr(
+        EpochSampler, "__iter__", lambda self: epochs.append(self.shuffle * self.epoch) or iterate(self)
+    )
+    configuration.save_toml(configuration.resolve(None, options), tmp_path / "c.toml")
+    train.main(["--config", str(tmp_path / "c.toml"), "--res_dir", str(tmp_path / "x")])
+    assert [epoch for epoch in epochs if epoch] == [1, 2, 3]  # each draws anew
+    entries = read_log(tmp_path / "x" / "log.jsonl")
+    assert [e["lr"] for e in entries if "lr" in e] == pytest.approx([0.00025, 0.0005, 0.00075, *[0.001] * 3])
+    validations = [entry for entry in entries if "mse" in entry]
+    assert [entry["epoch"] for entry in validations] == [2, 3]
+
+    test.main(["--checkpoint", str(tmp_path / "x" / "last.pt"), "--device", "cpu", "--res_dir", str(tmp_path / "t")])
+    tested = json.loads((tmp_path / "t" / "metrics.json").read_text())
+    found = {
+        "valid": (validations[-1]["valid_loss"], validations[-1]["mse"]),
+        "test": (tested["loss"], tested["results"]["forecast"]["mean"]["mse"]),
+    }
+    trained = load_network(tmp_path / "x" / "last.pt")
+    for split, figures in found.items():
+        data = build_dataset(split, trained.config, trained.value_range)
+        items = [torch.stack(frames) for frames in zip(*(data[i] for i in range(len(data))))]
+        expected = []
+        for precision in ("bf16", "fp32"):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                outputs = rollout(trained.model, items[0], 2)
+            error = outputs[:, -2:].double().square() - items[1].double().square()  # the values are squares of these
+            expected.append((RolloutLoss()(outputs, *items).item(), error.square().sum((2, 3, 4)).mean().item()))
+        assert figures == pytest.approx(expected[0], rel=1e-5) and figures != pytest.approx(expected[1], rel=1e-5)
 
 
 @pytest.mark.gpu
