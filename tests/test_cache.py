@@ -11,7 +11,7 @@ import torch
 from helpers import data_set, shared, write_images, write_video
 
 import train
-from vmrnn.data import cache
+from vmrnn.data import cache, ranges
 from vmrnn.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -243,6 +243,10 @@ def test_data_keep_their_identity_wherever_they_lie(own, tmp_path, kind):
     changed[3, 4, 5] ^= 1
     other = write(tmp_path / "other", changed)
     assert all(other[split] != first[split] for split in first)
+    options = dict(dataset="video" if kind == "video" else "array", train_data_dir=str(tmp_path / "data"))
+    assert (
+        own("train", num_frames_output=3, **options).identity != own("train", num_frames_output=2, **options).identity
+    )
 
 
 # What is said of the values
@@ -278,6 +282,18 @@ def test_a_value_far_from_all_others_is_no_range(own, tmp_path, value, refused):
             own("train", data_range=[0.0, 5.0])
     else:
         assert own("train", data_range=[0.0, 5.0]).value_range.high == 5
+
+
+def test_the_range_of_the_training_is_exact_and_others_are_of_a_sample(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "LOOK", 400)  # 5 of 30 frames of 80 values
+    values = RNG.random((30, 8, 10)).astype(np.float32)
+    values[7, 1, 2], values[11, 1, 2] = 3.0, -2.0
+    np.save(tmp_path / "a.npy", values)
+    train = own("train", train_data_dir=str(tmp_path / "a.npy"))
+    assert (train.value_range.low, train.value_range.high) == (-2.0, 3.0)
+    assert not any("of the 30 frames" in note for note in train.notes)
+    again = own("test", test_data_dir=str(tmp_path / "a.npy"), value_range=train.value_range)
+    assert any("(in 5 of the 30 frames)" in note for note in again.notes)
 
 
 def test_channels_of_different_units_have_ranges_of_their_own(own, tmp_path):

@@ -20,6 +20,7 @@ from vmrnn.data import cache, sources, splits
 from vmrnn.data.overlap import overlap_notes
 from vmrnn.data.prepare import resize
 from vmrnn.data.table import DATASETS
+from vmrnn.data.windows import crop_start
 from vmrnn.errors import UserError
 from vmrnn.metrics import METRICS, Metrics, metric_rows
 from vmrnn.values import ValueRange
@@ -94,6 +95,9 @@ def test_kth_splits_persons_and_never_crosses_clips(kth):
         200 + t for t in literature_starts(range(15), 3, 3)
     ]
     assert [ids(test[i])[0] for i in range(len(test))] == starts
+    few = kth("valid", valid_sequences=2)  # evenly spaced over the four; training and test stay whole
+    assert [ids(few[i])[0] for i in range(len(few))] == [101, 110]
+    assert [len(kth(split, valid_sequences=2).windows) for split in ("train", "test")] == [len(train_set), len(test)]
 
 
 def test_a_test_set_of_its_own_needs_no_training_data(kth, tmp_path):
@@ -233,6 +237,9 @@ def test_parts_in_time_share_no_frame(own, tmp_path):
         seen[split] = {value for i in range(len(part)) for value in ids(part[i])}
     starts = {"train": range(15), "valid": range(15, 21), "test": range(21, 30)}
     assert seen == {split: {50 * i + t for i in (0, 1) for t in frames} for split, frames in starts.items()}
+    for split, firsts in (("valid", [15, 65, 68]), ("test", [21, 27, 77])):  # of 4 and of 7 windows in each clip
+        part = own(split, **options, **{f"{split}_sequences": 3})
+        assert [ids(part[i])[0] for i in range(len(part))] == firsts
 
 
 def test_parts_by_file_and_folders_of_their_own(own, tmp_path):
@@ -275,6 +282,12 @@ def test_parts_by_file_keep_a_clip_with_a_gap_whole(own, tmp_path):
         ({}, dict(test_data_dir="a.npy"), "36 of the 38 sequences hold frames of the training or its validation"),
         ({}, dict(test_fraction=0.5), "16 of the 18 sequences hold frames"),
         (dict(test_data_dir="b.npy"), {}, "2 of the 2 sequences hold frames"),
+        (dict(frame_step=2), dict(test_data_dir="a.npy"), "35 of the 38 sequences"),  # even frames, up to frame 34
+        (
+            dict(train_data_dir="many.npy", split_by="file"),
+            dict(train_data_dir="many.npy", split_by="file", test_data_dir="many.npy"),
+            "36 of the 54 sequences",  # of two of three clips in one array
+        ),
         (dict(valid_data_dir="b.npy"), dict(test_data_dir="b.npy"), "38 of the 38 sequences hold frames"),
         ({}, dict(test_data_dir="."), "1 of the 2 files in .* are also files of the training or its validation"),
         (dict(train_data_dir="gone.npy"), dict(test_fraction=0.5), "test_fraction: not as in .* is not known"),
@@ -285,6 +298,8 @@ def test_frames_of_the_training_in_a_test_are_named(tmp_path, trained, tested, s
     """40 frames: 32 train, 4 validate, 4 test."""
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((40, 8, 10)))
+    if "many.npy" in tested.values():
+        np.save(tmp_path / "many.npy", np.random.default_rng(0).random((3, 20, 8, 10)))
 
     def config(**paths_and_options):
         paths = {key: str(tmp_path / value) for key, value in paths_and_options.items() if key.endswith("_dir")}
@@ -372,6 +387,12 @@ def test_nan_and_other_missing_values_in_floats(own, tmp_path):
     expected = torch.zeros(8, 10, dtype=bool)
     expected[0, 0] = expected[1, 1] = True
     assert (item.isnan() == expected).all()
+
+
+def test_every_place_of_a_crop_is_equally_likely():
+    places = crop_start(3, np.arange(0, 1, 0.001))
+    assert np.bincount(places).tolist() == [250] * 4 and crop_start(0, 0.999) == 0
+    assert [int(crop_start(room)) for room in (0, 1, 2, 3, 4)] == [0, 1, 1, 2, 2]  # the centre
 
 
 def test_crops_depend_on_seed_epoch_and_index_only(own, tmp_path):

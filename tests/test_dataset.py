@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 
 import dataset
 from dataset import make_loader
-from vmrnn.data.draws import splitmix64, uniform_draws
+from vmrnn.data.draws import split_seed, splitmix64, uniform_draws
 from vmrnn.data.moving_mnist import MovingMNIST, MovingMNISTFile, load_digits, resize_digits, select_digits
 from vmrnn.data.table import DATASETS
 from vmrnn.errors import UserError
@@ -159,6 +159,10 @@ def test_validation_is_the_same_in_every_epoch():
     assert torch.equal(valid[0, 2][0], valid[7, 2][0])
     assert not torch.equal(train[0, 2][0], train[7, 2][0])
     assert not torch.equal(valid[2][0], test[2][0])
+    for split, own in (("valid", valid), ("test", test)):  # for every seed, so that runs can be compared
+        assert torch.equal(data_set(split, **sizes, seed=5)[2][0], own[2][0])
+    streams = [split_seed("valid", 0), split_seed("test", 0), *(split_seed("train", seed) for seed in range(9))]
+    assert len(set(streams)) == 11
 
 
 # Dynamics

@@ -1,5 +1,7 @@
 """Forcings are channels that are given, in the horizon too, and never forecast."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from dataset import build_dataset
 from functions import RolloutLoss, evaluate
 from vmrnn.checkpoint import save_weights
 from vmrnn.config import Config
+from vmrnn.data.ranges import Summary, outside_notes
 from vmrnn.errors import UserError
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
+from vmrnn.values import ValueRange
 
 
 @pytest.fixture(params=["VMRNN-B", "VMRNN-D"])
@@ -75,6 +79,16 @@ def test_loss_and_metrics_are_of_what_is_forecast(model):
     assert results[0][1]["forecast"]["mean"]["mse"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_forcing_is_held_against_its_own_range():
+    """Which lies behind those of the channels that are forecast."""
+    ends = [0.0, 0.0], [10.0, 1000.0]  # rain and sun
+    summary = Summary(*ends, *ends, frames=1, looked_at=1, pixels=2, missing=0, occurs=[])
+    trained = ValueRange(0.0, 10.0, given=ValueRange((0.0,), (1000.0,)))
+    assert outside_notes(summary, trained, "test") == []
+    (note,) = outside_notes(summary, replace(trained, given=ValueRange((0.0,), (1.0,))), "test")
+    assert "0 to 1000 of channel 1 lie in part far outside the range 0 to 1 of the training" in note
+
+
 # From files
 
 
@@ -113,7 +127,7 @@ def trained(tmp_path):
     return tmp_path, config, model, data
 
 
-def predict_from(folder, **changes):
+def predict_from(folder, *more, **changes):
     options = {
         "checkpoint": "best.safetensors",
         "input": "past.nc",
@@ -121,7 +135,7 @@ def predict_from(folder, **changes):
         "output": "out.nc",
     } | changes
     arguments = [part for key, name in options.items() if name for part in (f"--{key}", str(folder / name))]
-    predict.main([*arguments, "--horizon", "4", "--scan", "torch", "--device", "cpu"])
+    predict.main([*arguments, "--horizon", "4", "--scan", "torch", "--device", "cpu", *more])
 
 
 def test_predict_gives_the_network_what_training_gave_it(trained):
@@ -137,6 +151,13 @@ def test_predict_gives_the_network_what_training_gave_it(trained):
         expected = data.value_range.to_data(outputs[:, 0].numpy()[..., None])[..., 0]
         np.testing.assert_allclose(forecast["rain"], expected, atol=1e-5)
         assert forecast["time"].values[0] == np.datetime64("2020-03-02T14", "ns")
+    predict_from(folder, "--frame_step", "2", "--last", "4", "--horizon", "3")  # frames 13, 15, 17 and 19
+    with torch.no_grad():
+        outputs = rollout(model, inputs[None, 13::2], 3, following=targets[None, 1::2])[0, -3:]
+    with xarray.open_dataset(folder / "out.nc") as forecast:
+        expected = data.value_range.to_data(outputs[:, 0].numpy()[..., None])[..., 0]
+        np.testing.assert_allclose(forecast["rain"], expected, atol=1e-5)
+        assert forecast["time"].values[0] == np.datetime64("2020-03-02T15", "ns")
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,17 @@ from vmrnn.config import Config
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import grid_files
 from vmrnn.data.grid_info import GridInfo, direction_of
+from vmrnn.data.grid_values import stored_type
 from vmrnn.data.grids import grid_clips, open_grid
 from vmrnn.data.inputs import open_input
-from vmrnn.data.times import later_times, nearest_frames, runs_without_gap, time_from_name, time_from_text
+from vmrnn.data.times import (
+    calendar_features,
+    later_times,
+    nearest_frames,
+    runs_without_gap,
+    time_from_name,
+    time_from_text,
+)
 from vmrnn.errors import UserError
 from vmrnn.field_facts import FieldFacts, climatology, latitude_weights
 from vmrnn.forecast_files import Forecast
@@ -85,6 +93,10 @@ def seconds(times):
         (np.array([0, 1, 254, 255, 7, 9], "u1"), {"_FillValue": 255}, [3]),
         (np.array([-5, 0, 9, 99, 100, 3], "i2"), {"valid_range": [0, 99], "scale_factor": 2.0}, [0, 4]),
         (np.array([-5, 0, 9, 99, 100, 3], "i4"), {"valid_max": 98, "missing_value": 9}, [2, 3, 4]),
+        # A named range stands in the fill value's place
+        (np.array([0, 1, 40, -1, -2, 300], "i2"), {"_FillValue": -1, "valid_range": [-5, 400]}, [3]),
+        # CF: a limit of the unpacked type is one of the unpacked values, here 4.5 and 49.5
+        (np.array([-5, 0, 9, 99, 100, 3], "i2"), {"valid_max": np.float32(5), "scale_factor": 0.5}, [3, 4]),
         (np.array([-5.5, 1e20, 0, np.nan, 1, 2], "f4"), {"_FillValue": 1e20}, [1, 3]),
         # A fill of 0 bounds nothing: negative values of a field are values
         (np.array([-5, 0, 9, -7, 100, 3], "i2"), {"_FillValue": 0}, [1]),
@@ -93,8 +105,8 @@ def seconds(times):
         (np.array([-999.9, 0, 9, 1, 2, 3], "f4"), {"missing_value": "-999.9", "valid_range": "1, 8"}, [0, 1, 2]),
         (np.array([-5, 0, 9, 7, 100, 3], "i2"), {"missing_value": b"7", "scale_factor": "0.5"}, [3]),
     ],
-    ids=["flag beyond fill", "fill at the top", "valid range", "valid max and missing value", "float fill", "fill 0",
-         "wide missing value", "text", "text of packed values"],
+    ids=["flag beyond fill", "fill at the top", "valid range", "valid max and missing value", "fill in a named range",
+         "unpacked valid max", "float fill", "fill 0", "wide missing value", "text", "text of packed values"],
 )  # fmt: skip
 def test_values_are_unpacked_and_what_the_file_allows_not_is_missing(tmp_path, stored, facts, missing):
     write_stored(tmp_path / "a.nc", stored.reshape(1, 2, 3), facts)
@@ -195,6 +207,18 @@ def test_the_fill_value_bounds_values_in_netcdf_alone(tmp_path, form):
     grid = open_grid(tmp_path / "a", ["v"])
     np.testing.assert_array_equal(read(grid).ravel(), [0, 1, 40, np.nan, -2, 300])
     assert not grid.beyond_fill["v"]
+
+
+@pytest.mark.parametrize(
+    "packed, scale, offset, unpacked",
+    [("i2", 0.01, 0.0, "f4"), ("u2", 0.01, 0.0, "f4"), ("i2", 1e-4, 300.0, "f8"), ("i4", 0.01, 0.0, "f8")],
+)
+def test_unpacked_numbers_have_a_type_that_tells_all_of_them_apart(packed, scale, offset, unpacked):
+    dtype = stored_type(np.dtype(packed), {"scale_factor": scale, "add_offset": offset}, [])
+    limits = np.iinfo(packed)
+    for stored in (limits.min + np.arange(5000), limits.max - np.arange(5000)):
+        assert len(np.unique((stored * scale + offset).astype(dtype))) == 5000
+    assert dtype == np.dtype(unpacked)
 
 
 def test_bom_radar_against_h5py():
@@ -647,6 +671,7 @@ def test_a_time_in_a_name_has_one_reading():
         time_from_name("a.nc", "%Q")
     assert time_from_text("26-AUG-2010;00:05:00.000") == 1282781100
     assert time_from_text("2020-10-31T01:10:00+01:00") == 1604103000
+    assert time_from_text("2020-10-30T18:40:00-05:30") == 1604103000
     assert time_from_text("03/04/2020") is None
     for text, seconds in {"20201031": 0, "2020103112": 12 * 3600, "202010311230": 45000, "20201031T1230": 45000,
                           "20201031 123005": 45005, "20201031123005": 45005}.items():  # fmt: skip
@@ -713,6 +738,7 @@ def test_gaps_and_a_regular_step(tmp_path):
     np.testing.assert_array_equal(grid.info.times - grid.info.times[0], np.array([0, 20, 40, 80, 100]) * 60)
     np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"].values[[0, 2, 4, 6, 7]])
     assert grid.runs() == [(0, 3), (3, 5)]
+    assert runs_without_gap([0, 1, 2, 2.4, 3.4, 4.4]) == [(0, 3), (3, 6)]  # too near: a clock that was set back
     with pytest.raises(UserError, match="5 min, but the frames are 10 min apart"):
         open_grid(tmp_path / "a.nc", time_step="5min")
     write(field(np.arange(6)), tmp_path / "counted.nc")
@@ -847,6 +873,23 @@ def test_no_sequence_crosses_a_gap(tmp_path):
     assert sequences(regular) == [[0, 3, 5], [3, 5, 6], [5, 6, 9], [6, 9, 11]]
 
 
+def test_the_times_of_a_sequence_are_those_of_its_frames(tmp_path):
+    """Every second frame, of two runs between which there is a gap. The channels of the calendar are of these times."""
+    hours = np.array([*range(8), *range(11, 20)])
+    write(numbered(hours), tmp_path / "a.nc")
+    config = options(tmp_path / "a.nc", tmp_path, frame_step=2, test_data_dir=str(tmp_path / "a.nc"), calendar=True)
+    data = build_dataset("test", config)
+    facts, found = FieldFacts.of(data, config), sequences(data)
+    assert found == [[0, 2, 4, 6], [8, 10, 12, 14], [10, 12, 14, 16]]
+    times = 1577836800 + 3600.0 * hours[found]  # from 2020-01-01
+    assert np.array_equal(facts.times, times[:, 1]) and np.array_equal(facts.valid, times[:, 2:])
+    assert facts.lead_names(2) == ["2 h", "4 h"]
+    for item in (data[i] for i in range(3)):
+        frames = torch.cat(item)
+        moments = np.datetime64("2020-01-01") + hours[frames[:, 0, 0, 0].int().numpy()].astype("m8[h]")
+        assert np.array_equal(frames[:, 1:, 5, 7], calendar_features(moments))
+
+
 def test_splits_are_parts_of_the_whole_time(tmp_path):
     """Not of each run between gaps: a run of a few frames would have no sequence left."""
     write(numbered([*range(10), *range(12, 22)]), tmp_path / "a.nc")
@@ -857,6 +900,13 @@ def test_splits_are_parts_of_the_whole_time(tmp_path):
     assert found["train"] == [list(range(i, i + 4)) for i in range(7)]  # frames 0 to 9
     assert found["valid"] == [list(range(i, i + 4)) for i in range(10, 13)]
     assert found["test"] == [list(range(i, i + 4)) for i in (16,)]
+
+
+def test_runs_of_a_field_are_parts_by_file(tmp_path):
+    write(numbered([*range(6), *range(9, 14), *range(17, 22)]), tmp_path / "a.nc")
+    config = options(tmp_path / "a.nc", tmp_path, split_by="file", valid_fraction=0.3, test_fraction=0.3)
+    found = [sequences(build_dataset(split, config)) for split in ("train", "valid", "test")]
+    assert found == [[list(range(i, i + 4)) for i in firsts] for firsts in ((0, 1, 2), (6, 7), (11, 12))]
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path):
@@ -1119,6 +1169,8 @@ def test_another_step_and_turned_maps_are_said(tmp_path):
     notes = build_dataset("test", options(tmp_path / "a.nc", tmp_path, test_data_dir=path), trained).notes
     assert "frames are 1 h apart, but were 6 h apart in the training" in notes[-2]
     assert "the coordinate latitude is rising, but was falling in the training" in notes[-1]
+    config = options(tmp_path / "a.nc", tmp_path, test_data_dir=path, frame_step=2)
+    assert "frames are 2 h apart, but were 6 h" in build_dataset("test", config, trained).notes[-2]
     same = build_dataset("test", options(tmp_path / "a.nc", tmp_path, test_data_dir=str(tmp_path / "a.nc")), trained)
     assert not any("in the training" in note for note in same.notes)
 
@@ -1184,6 +1236,9 @@ def test_a_climatology_is_the_mean_of_all_frames_in_the_units_of_the_data(tmp_pa
     config = options(path, tmp_path, input_size=[9, 12])
     value_range = ValueRange(250.0, 310.0, names=("t2m",), units=("K",))
     mean = value_range.to_data(climatology(path, config, value_range)[0].numpy())
+    np.testing.assert_allclose(mean, whole.t2m.mean("time"), rtol=1e-5)
+    on_roots = ValueRange(0.0, 400.0, transform="sqrt", names=("t2m",), units=("K",))
+    mean = 400 * climatology(path, config, on_roots)[0].numpy()  # anomalies are of the values, not of their roots
     np.testing.assert_allclose(mean, whole.t2m.mean("time"), rtol=1e-5)
     with pytest.raises(UserError, match="t2m is in K, but the network was trained on t2m in degC"):
         climatology(path, config, replace(value_range, units=("degC",)))
