@@ -284,7 +284,7 @@ def test_forecasts_of_months_hold_for_their_own_months(tmp_path, ending):
     options |= {"test_data_dir": str(tmp_path / "x.nc")}
     test_set, config = data_set("test", **options), configuration.resolve(None, options)
     facts, path = FieldFacts.of(test_set, config), tmp_path / f"all{ending}"
-    assert facts.lead_names(2) == ["1 month", "2 month"]
+    assert facts.lead_names(2) == ["1 month", "2 months"]
     assert any("every 1 month, from the coordinate time" in note for note in test_set.notes)
     frames = [torch.stack(parts) for parts in zip(*(test_set[i] for i in range(len(test_set))))]
     with ForecastWriter(path, len(test_set), test_set.value_range, facts) as writer:
@@ -299,7 +299,7 @@ def test_forecasts_of_months_hold_for_their_own_months(tmp_path, ending):
     own = Forecast(
         np.zeros((1, 2, 16, 20, 1), np.float32), test_set.value_range, values.dtype, False, facts.info, given
     )
-    assert own.lead_names() == ["1 month", "2 month"]
+    assert own.lead_names() == ["1 month", "2 months"]
     own.save(tmp_path / f"next{ending}")
     first = replace(facts, times=facts.times[:1], valid=facts.valid[:1])
     for name in (path.name, f"next{ending}"):

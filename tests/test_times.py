@@ -130,7 +130,7 @@ def test_months_alone_are_counted_in_months(first, step, months):
     )
     seconds = times.astype(np.float64)
     assert whole_months(seconds, "standard")[0] == months and whole_months(seconds, "")[0] == 0
-    names = {1: ["1 month", "2 month"], 3: ["3 month", "6 month"], 12: ["1 year", "2 year"]}
+    names = {1: ["1 month", "2 months"], 3: ["3 months", "6 months"], 12: ["1 year", "2 years"]}
     if months:
         assert lead_names([1.0, 2.0], months) == names[months]
 

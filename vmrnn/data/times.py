@@ -391,14 +391,15 @@ def span(seconds):
 
 
 def lead_names(seconds, months=0):
-    """Names of lead times, all in the unit of the first one: 10 min, 20 min, ..., 60 min; 1 month, 2 month, ...
+    """Names of lead times, all in the unit of the first one: 10 min, 20 min, ..., 60 min; 1 month, 2 months, ...
 
     seconds   float (T,), increasing
     months    whole months from one frame to the next, whose seconds differ; 0: they are not whole months apart
     """
     if months:
         size, unit = (12, "year") if months % 12 == 0 else (1, "month")
-        return [f"{months * i // size} {unit}" for i in range(1, len(seconds) + 1)]
+        counts = [months * i // size for i in range(1, len(seconds) + 1)]
+        return [f"{count} {unit}{'s' * (count > 1)}" for count in counts]
     unit = span(seconds[0]).partition(" ")[2]
     return [f"{round(time / WRITTEN_UNITS[unit], 6):g} {unit}" for time in seconds]
 
