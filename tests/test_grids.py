@@ -970,6 +970,27 @@ def test_forcings_that_do_not_fit_are_refused(tmp_path, forcings, message):
         open_grid(tmp_path / "b.nc", ["t2m"], forcings=[name.format(tmp_path) for name in forcings])
 
 
+def test_fields_of_one_file_have_the_same_places_and_times(tmp_path):
+    """Their sizes are the same, and their dimensions are of their own."""
+    own = {"time": "time1", "latitude": "lat1", "longitude": "lon1"}
+    other = field(seed=1).rename(own | {"t2m": "tp"})
+    turned = other.isel(lat1=slice(None, None, -1))
+    later = other.assign_coords(time1=other.time1 + np.timedelta64(3, "h"))
+    messages = {
+        "places": (turned, "places.nc: tp: its coordinate lat1 is not that of t2m; they are of different places"),
+        "times": (later, "times.nc: tp has other times .time1. than t2m; name fields of the same times"),
+    }
+    for name, (wrong, message) in messages.items():
+        path = write(field().merge(wrong), tmp_path / f"{name}.nc")
+        with pytest.raises(UserError, match=message):
+            open_grid(path, ["t2m", "tp"])
+        with pytest.raises(UserError, match=message):
+            open_grid(path, ["t2m"], forcings=["tp"])
+    right = read(open_grid(write(field().merge(other), tmp_path / "right.nc"), ["t2m", "tp"]))
+    np.testing.assert_array_equal(right[..., 1], other.tp)
+    assert open_grid(tmp_path / "times.nc", ["t2m", "tp"], time_from="variable:time").shape == (8, 9, 12, 2)
+
+
 def renamed(dataset):
     return dataset.rename(latitude="lat", longitude="lon")
 

@@ -125,7 +125,7 @@ class Description:
 
 def describe(path, variables, array_axes, time_from, forcings=()):
     """The Description of one file. No values of its fields are read."""
-    fields, coordinates = [], {}
+    fields, coordinates, times = [], {}, None
     for asked in (*variables, *forcings):
         given = len(fields) >= len(variables)
         place, name = file_of(asked) if given else (None, asked)
@@ -136,6 +136,8 @@ def describe(path, variables, array_axes, time_from, forcings=()):
             # A field is like the first one, but a forcing may have no time and may lie in another file.
             if fields:
                 check_size(asked, found, variables[0], fields[0], given, place, path)
+                if not place and not time_from:
+                    check_times(asked, found, variables[0], fields[0], dataset, times, path)
             else:
                 times = find_times(dataset, found.roles, path, time_from)
             if given and len(found.channels) > 1:
@@ -144,9 +146,10 @@ def describe(path, variables, array_axes, time_from, forcings=()):
                     f"{source}: the forcing {asked} has {len(found.channels)} levels; name one: {asked}@{one}"
                 )
             steady = steady_coordinates(dataset, found.roles)
-            if place:
-                check_same_place(coordinates, fields[0].roles, steady, found.roles, path, place)
-            else:
+            if fields:
+                of = (path, place) if place else (variables[0], f"{path}: {asked}")
+                check_same_place(coordinates, fields[0].roles, steady, found.roles, *of)
+            if not place:
                 coordinates = steady | coordinates
                 attributes = plain_attributes({k: v for k, v in dataset.attrs.items() if not of_time(k)})
         found.selection = replace(found.selection, path=place)
@@ -239,18 +242,39 @@ def check_size(asked, found, first_name, first, given, place, path):
                         f"{frames_text(first.size)}; name fields that are alike")  # fmt: skip
 
 
-def check_same_place(coordinates, roles, others, other_roles, path, other_path):
-    """UserError if two files have different coordinates of rows, columns or pixels.
+def check_same_place(coordinates, roles, others, other_roles, name, other):
+    """UserError if two fields have different coordinates of rows, columns or pixels.
 
-    coordinates         of the first file, as steady_coordinates has them
-    roles               of the dimensions of its field
-    others              coordinates of the second file
-    other_roles         of the dimensions of its field
-    path, other_path    of the files
+    coordinates   of the first field, as steady_coordinates has them
+    roles         of its dimensions
+    others        coordinates of the second field
+    other_roles   of its dimensions
+    name, other   what the fields are called in the message
     """
     ours, theirs = (import_xarray().Dataset(coords=found) for found in (coordinates, others))
-    if name := unlike_place(ours, plane_of(roles), theirs, plane_of(other_roles)):
-        raise UserError(f"{other_path}: its coordinate {name} is not that of {path}; they are of different places")
+    if coordinate := unlike_place(ours, plane_of(roles), theirs, plane_of(other_roles)):
+        raise UserError(f"{other}: its coordinate {coordinate} is not that of {name}; they are of different places")
+
+
+def check_times(asked, found, first_name, first, dataset, times, path):
+    """UserError if a Field of the same file has a time dimension of its own, with other times than the first one.
+
+    asked        what was asked for
+    found        its Field
+    first_name   of the first field
+    first        its Field
+    dataset      the group of the file that holds `found`
+    times        FrameTimes of the first field
+    path         of the file
+    """
+    axes = [[dim for dim, letter in each.roles.items() if letter == "T"] for each in (first, found)]
+    if not axes[1] or axes[0] == axes[1] or times.values is None:
+        return
+    own = find_times(dataset, found.roles, path, "").values
+    if own is not None and not np.array_equal(own, times.values):
+        raise UserError(
+            f"{path}: {asked} has other times ({axes[1][0]}) than {first_name}; name fields of the same times"
+        )
 
 
 def plane_of(roles):
