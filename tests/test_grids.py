@@ -254,6 +254,8 @@ def test_knmi_radar_against_h5py():
     expected = seconds(np.datetime64("2010-08-26")) + 300 * np.arange(4)
     for grid in grids:
         np.testing.assert_array_equal(grid.info.times, expected)
+    forecast = grids[0].info.dataset(frames)["image1_image_data"]  # its numbers are those of the file: 0.01 mm
+    assert "ACCUMULATED_PRECIPITATION_[MM], calibration_formulas GEO=0.01*PV+0.0" in forecast.attrs["comment"]
 
 
 def test_era_interim_against_scipy():

@@ -204,6 +204,8 @@ def describe_field(dataset, variable, level, path, array_axes):
     channels = [Channel(channel_name(variable, value), variable, at, value, text) for _, at, value, text in levels]
     # Values
     flags, said = missing_flags(path, variable, found.attrs)
+    # The groups of HDF5 are not in the file of a forecast, whose numbers are stored ones as well
+    attributes = ({"comment": f"stored numbers: {said}"} if said else {}) | field_attributes(found)
     unused = {key: f"{key} {str(value)[:60]}" for key, value in not_applied(found.attrs, flags).items()}
     # Files may differ in how much is missing, such as percent_missing
     alike = ", ".join(filter(None, [said, *(text for key, text in unused.items() if "missing" not in key.lower())]))
@@ -222,7 +224,7 @@ def describe_field(dataset, variable, level, path, array_axes):
     }  # fmt: skip
     return Field(
         selection, roles, (sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]),
-        stored_type(found.dtype, found.attrs, flags), channels, field_attributes(found), said, f"{variable} {alike}" if alike else "", doubt, facts,
+        stored_type(found.dtype, found.attrs, flags), channels, attributes, said, f"{variable} {alike}" if alike else "", doubt, facts,
     )  # fmt: skip
 
 
