@@ -16,6 +16,7 @@ from scipy.io import netcdf_file
 
 from dataset import build_dataset
 from vmrnn.config import Config
+from vmrnn.data import grids
 from vmrnn.data.grid_axes import unlike_place
 from vmrnn.data.grid_files import grid_files
 from vmrnn.data.grid_info import GridInfo, direction_of
@@ -477,10 +478,13 @@ def test_fields_of_one_series_and_of_one_network_are_of_one_level(tmp_path, form
         (lambda d: d.assign(t2m=d.t2m.assign_attrs(units="degC")), "t2m units degC, but .*: K"),
         (lambda d: d.isel(longitude=slice(6)), "longitude 6"),
         (lambda d: d.drop_vars("time"), "times"),
+        (lambda d: d.convert_calendar("noleap"), "its times are of another kind than"),
     ],
-    ids=["coordinate", "pixels", "pixels missing", "unit", "size", "time"],
+    ids=["coordinate", "pixels", "pixels missing", "unit", "size", "time", "calendar"],
 )
 def test_files_that_are_unlike_are_refused(tmp_path, change, message):
+    if "of another kind" in message:
+        pytest.importorskip("cftime")
     pixels = np.tile(np.linspace(60, 50, 9), (12, 1)).T
     whole = field().assign_coords(lat2=(("latitude", "longitude"), pixels, {"units": "degrees_north"}))
     write(whole.isel(time=slice(3)), tmp_path / "a.nc")
@@ -568,6 +572,11 @@ def test_times_of_single_frames(tmp_path):
     assert sources["name"] == ("the file's name (%Y%m%d_%H%M)", seconds(SIX_HOURS)[3])
     grid = open_grid(tmp_path / "name")
     assert grid.info.times is None and "times: none" in grid.notes[1]
+    with h5py.File(tmp_path / "odim.h5", "w") as f:
+        f["dataset1/data1/data"] = np.zeros((9, 12))
+        f.create_group("what").attrs.update({"date": "20200101", "time": "180000"})
+    info = open_grid(tmp_path / "odim.h5").info
+    assert (info.time_source, info.times[0]) == ("the attributes what/date and what/time", seconds(SIX_HOURS)[3])
 
 
 def initial(times):
@@ -587,6 +596,10 @@ LAYOUTS = {
     "no standard names": ({"time": ("time", initial(SIX_HOURS)), **valid("time")}, "time"),
     "named initial": (
         {"initial_time": ("initial_time", initial(SIX_HOURS)), "time": ("initial_time", SIX_HOURS, VALID)},
+        "initial_time",
+    ),
+    "no standard name and no known name": (
+        {"initial_time": ("initial_time", initial(SIX_HOURS)), "verification": ("initial_time", SIX_HOURS)},
         "initial_time",
     ),
     "leads": ({"step": ("step", np.arange(8), LEAD), "time": SIX_HOURS[0], **valid("step")}, "step"),
@@ -759,13 +772,30 @@ def test_gaps_and_a_regular_step(tmp_path):
 # What a forecast is written with
 
 
+def test_sequences_are_read_in_blocks_and_at_a_regular_step(tmp_path, monkeypatch):
+    """Three sequences of seven frames in one file; a block holds two frames."""
+    numbers = np.arange(21.0).reshape(3, 7)
+    values = np.broadcast_to(numbers[..., None, None], (3, 7, 8, 9))
+    source = xarray.Dataset({"v": (("run", "time", "y", "x"), values)}, {"time": np.arange(7.0)})
+    path = write(source, tmp_path / "a.nc")
+    monkeypatch.setattr(grids, "BLOCK", 2 * 8 * 9)
+    for step, places, breaks in (("", range(7), [7, 14]), ("2", [0, 2, 4, 6], [4, 8])):
+        grid = open_grid(path, array_axes="NTHW", time_step=step)
+        expected = numbers[:, places].ravel()
+        assert read(grid)[:, 3, 4, 0].tolist() == expected.tolist()
+        assert [frame[3, 4, 0] for frame in grid.frames(3, 10)] == expected[3:10].tolist()  # as predict.py reads a run
+        assert grid.breaks == breaks and grid.sequences() == [(0, breaks[0]), tuple(breaks), (breaks[1], len(expected))]
+        assert grid.info.times.tolist() == [*places] * 3
+
+
 def test_a_forecast_has_names_units_and_coordinates_of_the_input(tmp_path):
-    whole = field().expand_dims(level=[500, 850], axis=1)
+    whole = field().expand_dims(level=[850, 1000, 500], axis=1)
+    whole = whole * xarray.DataArray([1.0, 1.1, 0.9], dims="level").astype("f4")
     whole["t2m"].attrs |= {"units": "K", "grid_mapping": "crs"}
     whole = whole.assign(crs=((), 0, {"grid_mapping_name": "latitude_longitude"})).assign_attrs(title="a title")
     path = write(whole, tmp_path / "a.nc", encoding={"t2m": {"dtype": "i2", "scale_factor": 0.01, "_FillValue": -1}})
     grid = open_grid(path)
-    assert grid.info.names == ["t2m@500", "t2m@850"]
+    assert grid.info.names == ["t2m@850", "t2m@1000", "t2m@500"]
     grid.info.save(tmp_path)
     info = GridInfo.load(tmp_path)
     frames = read(grid)
@@ -780,7 +810,7 @@ def test_a_forecast_has_names_units_and_coordinates_of_the_input(tmp_path):
         assert forecast.attrs["title"] == "a title"
         assert forecast["crs"].attrs["grid_mapping_name"] == "latitude_longitude"
     crop = info.dataset(frames[:, :4, :5], None)
-    assert crop["t2m"].shape == (8, 2, 4, 5) and "latitude" not in crop.coords
+    assert crop["t2m"].shape == (8, 3, 4, 5) and "latitude" not in crop.coords
 
 
 def test_a_forecast_is_a_field_of_cf(tmp_path):
@@ -940,6 +970,10 @@ def test_forcings_follow_the_forecast_channels(tmp_path):
     numbers = np.arange(30.0)
     expected = np.stack((numbers, 2 * numbers + 1, np.full(30, 7.0), np.full(30, 2.0)), axis=1)
     np.testing.assert_array_equal(read(grid)[:, 3, 4], expected)
+    assert grid.steady() == [False, True, True]
+    with xarray.open_dataset(path) as whole:  # files of one frame do not say what changes from file to file
+        write(whole.isel(time=0, drop=True), tmp_path / "one.nc")
+    assert open_grid(tmp_path / "one.nc", ["t2m"], forcings=["sun", "height"]).steady() == [False, False]
     config = options(path, tmp_path, variables=["t2m"], forcings=forcings, calendar=True, input_size=[8, 12])
     inputs, targets = build_dataset("train", config)[0]
     assert inputs.shape[1] == targets.shape[1] == 1 + config.forcing_channels == 8
