@@ -111,6 +111,7 @@ def trained(tmp_path):
     whole.to_netcdf(tmp_path / "whole.nc", engine="h5netcdf")
     whole.isel(time=slice(20)).to_netcdf(tmp_path / "past.nc", engine="h5netcdf")
     whole.drop_vars(["rain"]).isel(time=slice(20, 24)).to_netcdf(tmp_path / "coming.nc", engine="h5netcdf")
+    whole.drop_vars(["rain"]).isel(time=slice(20, 22)).to_netcdf(tmp_path / "short.nc", engine="h5netcdf")
     xarray.Dataset({"mask": (("y", "x"), rng.random((8, 12), "f4"))}, place).to_netcdf(
         tmp_path / "mask.nc", engine="h5netcdf"
     )
@@ -165,6 +166,7 @@ def test_predict_gives_the_network_what_training_gave_it(trained):
     [
         ({"forcing_data": None}, "needs sun for the 3 frames after the input"),
         ({"forcing_data": "past.nc"}, "holds no sun at 2020-03-02 14:00:00"),
+        ({"forcing_data": "short.nc"}, "holds no sun at 2020-03-02 16:00:00"),
         ({"input": "coming.nc"}, "no variable rain"),
         ({"input": "bare.nc"}, "no variable sun in it; it has rain"),
     ],

@@ -753,6 +753,9 @@ def test_gaps_and_a_regular_step(tmp_path):
     np.testing.assert_array_equal(grid.info.times - grid.info.times[0], np.array([0, 20, 40, 80, 100]) * 60)
     np.testing.assert_array_equal(read(grid)[..., 0], whole["t2m"].values[[0, 2, 4, 6, 7]])
     assert grid.runs() == [(0, 3), (3, 5)]
+    minutes = np.array([0, 10, 60, 70, 120, 130])  # one hour from one frame that is taken to the next
+    write(field(np.datetime64("2020-01-01", "ns") + minutes * np.timedelta64(60, "s")), tmp_path / "pairs.nc")
+    assert open_grid(tmp_path / "pairs.nc", time_step="20min").runs() == [(0, 1), (1, 2), (2, 3)]
     assert runs_without_gap([0, 1, 2, 2.4, 3.4, 4.4]) == [(0, 3), (3, 6)]  # too near: a clock that was set back
     with pytest.raises(UserError, match="5 min, but the frames are 10 min apart"):
         open_grid(tmp_path / "a.nc", time_step="5min")
@@ -920,6 +923,26 @@ def test_the_times_of_a_sequence_are_those_of_its_frames(tmp_path):
         frames = torch.cat(item)
         moments = np.datetime64("2020-01-01") + hours[frames[:, 0, 0, 0].int().numpy()].astype("m8[h]")
         assert np.array_equal(frames[:, 1:, 5, 7], calendar_features(moments))
+
+
+def test_a_forecast_begins_after_the_last_gap(tmp_path):
+    """Of a field, and of each of its sequences that stand for themselves."""
+    path = write(numbered([0, 1, 2, 6, 7, 8, 9, 20, 21]), tmp_path / "a.nc")
+    runs = np.arange(10.0).reshape(2, 5, 1, 1)
+    times = {"time": [0.0, 1.0, 2.0, 5.0, 6.0]}
+    both = xarray.Dataset({"v": (("run", "time", "y", "x"), np.tile(runs, (1, 1, 8, 9)))}, times)
+    several = write(both, tmp_path / "b.nc")
+
+    def found(path, whole=False, **more):
+        source = open_input(path, options(path, tmp_path, **more), whole)
+        return [[int(frame[0, 0, 0]) for frame in sequence.frames()] for sequence in source.sequences], source
+
+    numbers, source = found(path)
+    assert numbers == [[7, 8]] and source.sequences[0].times.tolist() == seconds(numbered([20, 21]).time).tolist()
+    assert source.notes[-1] == "2 gaps in time: only the 2 frames after the last are used"
+    assert found(path, whole=True)[0] == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
+    assert found(several, array_axes="NTHW")[0] == [[3, 4], [8, 9]]
+    assert found(several, True, array_axes="NTHW")[0] == [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9]]
 
 
 def test_splits_are_parts_of_the_whole_time(tmp_path):
