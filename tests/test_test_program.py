@@ -204,6 +204,7 @@ def test_forecasts_that_do_not_fit_the_field_are_refused(field, tmp_path):
         (right.isel(sequence=slice(1, None)), "has no forecast from 2024-01-31T02:20:00"),
         (right.isel(lat=slice(1, None)), "holds 8 forecasts of 2 frames, 15x20, but the test set has 2 frames"),
         (right.assign_coords(lead_time=right.lead_time * 2), r"its lead times are \[1200.0, 2400.0\] s"),
+        (right.assign_coords(lead_time=right.lead_time - lead[0]), r"its lead times are \[0.0, 600.0\] s"),
         (right.assign(t2m=right.t2m.assign_attrs(units="degC")), "t2m is in degC, but in K in the test set"),
         (right.isel(lat=slice(None, None, -1)), "its coordinate lat is not that of the test set"),
         (right.rename(t2m="rain"), "holds rain, but the test set needs t2m"),
