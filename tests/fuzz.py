@@ -3,8 +3,8 @@
     python -m tests.fuzz --minutes 10           all kinds in turn, from a new seed, which is printed
     python -m tests.fuzz --kind png --seed 7    one kind
 
-A case is a whole file, of which a few bytes are changed, cut out, doubled or moved. tests/test_fuzz.py runs some cases of
-every kind.
+A case is a whole file, of which a few bytes are changed, cut out, doubled or moved. tests/test_fuzz.py runs some
+cases of every kind.
 """
 
 import argparse

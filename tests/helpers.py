@@ -8,14 +8,15 @@ from unittest.mock import patch
 
 import torch
 
-from vmrnn.selfcheck import outputs_and_gradients, relative_error, relative_errors, scan_inputs  # noqa: F401 - for tests
+# For tests
+from vmrnn.selfcheck import outputs_and_gradients, relative_error, relative_errors, scan_inputs  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 DEVICE = os.environ.get("VMRNN_TEST_DEVICE", "cpu")  # python -m pytest -m device --device mps
 
-# What `make test-fast` leaves out: compilers, Triton's interpreter, real processes. Files and single tests, of more than
-# about 3 s of CPU time, the longest first.
+# What `make test-fast` leaves out: compilers, Triton's interpreter, real processes. Files and single tests, of more
+# than about 3 s of CPU time, the longest first.
 SLOW = (
     "test_training::test_a_compiled_run_with_batches_of_several_sizes", "test_training::test_curves_of_several_runs",
     "test_scan_triton", "test_triton_layers", "test_signs_of_life", "test_distributed", "test_resume", "test_selfcheck",
@@ -30,7 +31,8 @@ SLOW = (
     "test_checked::test_a_run_does_not_resume_from_crafted_contents",
     "test_predict::test_a_real_process_and_its_default_output", "test_advection::test_training_and_test",
     "test_data_sets::test_a_program_ends_while_its_loader_has_workers", "test_data_sets::test_nothing_is_loaded_whole",
-    "test_fetch::test_a_killed_download_leaves_nothing_that_looks_whole", "test_fetch::test_the_command_says_what_went_wrong",
+    "test_fetch::test_a_killed_download_leaves_nothing_that_looks_whole",
+    "test_fetch::test_the_command_says_what_went_wrong",
     "test_base::test_training_test_and_forecast",
 )  # fmt: skip
 
@@ -124,7 +126,7 @@ def fresh_scan_inputs(B, H, W, Di, N, R, dtype=torch.float32, device="cpu", seed
 
 
 def data_set(split, length=None, value_range=None, **options):
-    """build_dataset with its options as keywords: `length` sequences of the split, built-in digits unless others are named."""
+    """build_dataset with its options as keywords: `length` sequences of the split, of built-in digits by default."""
     from dataset import build_dataset
     from vmrnn.config import Config
 

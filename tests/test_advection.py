@@ -54,7 +54,7 @@ def test_a_filter_of_one_tap_is_a_shift(down, right):
 
 
 def test_the_weights_choose_between_the_frames():
-    """All weight on the drawn frame: the plain head. All on a copy: that copy. Only the forecast's channels are moved."""
+    """All weight on the drawn frame: the plain head. All on a copy: that copy. Only channels of the forecast move."""
     torch.manual_seed(0)
     head = AdvectionHead(4, 16, 1)
     features, frame = torch.randn(2, 3, 5, 16), torch.rand(2, 2, 12, 20)

@@ -22,7 +22,8 @@ from vmrnn.rollout import rollout
 from vmrnn.values import ValueRange
 
 OPTIONS = dict(
-    model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4, drop_path_rate=0.0, dataset="array", base="motion",
+    model="VMRNN-B", patch_size=4, embed_dim=16, depths=[1], d_state=4, drop_path_rate=0.0, dataset="array",
+    base="motion",
     data_range=[0.0, 10.0], input_size=[24, 32], frame_fit="crop", num_frames_input=4, num_frames_output=3,
     valid_fraction=0.35, test_fraction=0.35, train_sequences=4, test_batch_size=2, valid_batch_size=2,
 )  # fmt: skip
@@ -129,7 +130,8 @@ def test_training_test_and_forecast(options, tmp_path):
 
     def train(name, *arguments):
         train_program.main([
-            "--config", str(tmp_path / "c.toml"), "--res_dir", str(tmp_path / name), "--epoch_valid", "1", "--device", "cpu",
+            "--config", str(tmp_path / "c.toml"), "--res_dir", str(tmp_path / name), "--epoch_valid", "1", "--device",
+            "cpu",
             "--train_batch_size", "2", "--optimizer", "adamw", "--lr", "3e-3", *arguments,
         ])  # fmt: skip
         return torch.load(tmp_path / name / "last.pt", weights_only=True)

@@ -76,7 +76,7 @@ def test_channels_move_together_and_missing_pixels_are_0():
 
 
 def test_what_is_not_known_is_nothing_only_where_0_means_nothing():
-    """A channel that begins at 250 K, and one that begins at 0 mm/h: both move by 3 pixels per frame, out of the frame."""
+    """A channel that begins at 250 K, and one that begins at 0 mm/h: both move out of the frame, 3 pixels per frame."""
     frames = (0.2 + 0.8 * moving_field((0, -3), 6)).repeat(1, 1, 2, 1, 1)
     value_range = ValueRange((250.0, 0.0), (310.0, 64.0))
     warm, rain = motion(frames[:, :4], 2, value_range)[0, -1]

@@ -23,7 +23,8 @@ def own(tmp_path):
 
     def build(split, **options):
         defaults = dict(
-            dataset="array", cache_dir=str(tmp_path / "cache"), train_data_dir=str(tmp_path / "data"), input_size=[8, 10],
+            dataset="array", cache_dir=str(tmp_path / "cache"), train_data_dir=str(tmp_path / "data"), input_size=[8,
+            10],
             num_frames_input=2, num_frames_output=1,
         )  # fmt: skip
         return data_set(split, **(defaults | options))
@@ -209,7 +210,10 @@ def test_damaged_ranges_are_found_again(own, tmp_path):
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_stays(own, tmp_path):
     """The owner of a folder holds its lock; the lock of a killed process is free."""
-    code = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from filelock import FileLock; "
+        "lock = FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); time.sleep(60)"
+    )
     processes = []
     for name in ("dead", "living"):
         (tmp_path / "cache" / f".making-{name}").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The scan's CPU kernel for other machines than this one: cross-compiled, run in an emulator, compared with the reference.
+"""The scan's CPU kernel for other machines: cross-compiled, run in an emulator, compared with the reference.
 
     python tests/test_cross.py         prints the errors of every target whose tools are installed
 

@@ -92,16 +92,18 @@ sys.exit(pytest.main(["-v", "tests/test_networks.py", "-k", "cpu-double"]))
 
 
 def test_a_run_with_everything_on_the_page(extended):
-    """The new data set, file format, network, cell, head, loss, metric, option, logger and scan, in training and in a test.
+    """Everything that the page adds, such as a data set, a network and a scan, in a training and in a test.
 
     The new back end is held to the reference by the tests of the project, which take every row of the table.
     """
     # Training and the test of the back end share a process, which spares the second its imports.
     printed = run(
-        extended, "-c", TRAIN_AND_TEST, "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--head", "blend", "--patch_size", 4, "--embed_dim", 16,
+        extended, "-c", TRAIN_AND_TEST, "--dataset", "waves", "--model", "VMRNN-G", "--cell", "two_gates", "--head",
+        "blend", "--patch_size", 4, "--embed_dim", 16,
         "--depths", 1, "--d_state", 4, "--input_size", 16, "--num_frames_input", 3, "--num_frames_output", 2,
         "--train_sequences", 16, "--valid_sequences", 4, "--train_batch_size", 4, "--epochs", 2, "--epoch_valid", 1,
-        "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--huber_delta", 0.1, "--table", "--scan", "double",
+        "--lr", "1e-3", "--schedule", "cosine", "--lr_floor", "9e-4", "--huber_delta", 0.1, "--table", "--scan",
+        "double",
         "--device", "cpu", "--log_train", 1, "--res_dir", "run",
     )  # fmt: skip
     assert re.search(r"[1-9]\d* passed", printed)

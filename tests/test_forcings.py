@@ -67,7 +67,8 @@ def test_loss_and_metrics_are_of_what_is_forecast(model):
     other[:, 1, 2:] = 0.3  # the forcings of the last frame are never fed
     seen = []
     results = [
-        evaluate(model, [(inputs, t)], torch.device("cpu"), ("mse",), RolloutLoss(), on_batch=lambda *batch: seen.append(batch))
+        evaluate(model, [(inputs, t)], torch.device("cpu"), ("mse",), RolloutLoss(),
+        on_batch=lambda *batch: seen.append(batch))
         for t in (targets, other)
     ]  # fmt: skip
     assert results[0] == results[1]
@@ -116,9 +117,12 @@ def trained(tmp_path):
         tmp_path / "mask.nc", engine="h5netcdf"
     )
     config = Config(
-        dataset="grid", train_data_dir=str(tmp_path / "whole.nc"), cache_dir=str(tmp_path / "cache"), variables=["rain"],
-        forcings=["sun", "height", f"{tmp_path / 'mask.nc'}:mask"], calendar=True, input_size=[8, 12], num_frames_input=20,
-        num_frames_output=4, valid_fraction=0.0, test_fraction=0.0, model="VMRNN-B", patch_size=2, embed_dim=16, depths=[1],
+        dataset="grid", train_data_dir=str(tmp_path / "whole.nc"), cache_dir=str(tmp_path / "cache"),
+        variables=["rain"],
+        forcings=["sun", "height", f"{tmp_path / 'mask.nc'}:mask"], calendar=True, input_size=[8, 12],
+        num_frames_input=20,
+        num_frames_output=4, valid_fraction=0.0, test_fraction=0.0, model="VMRNN-B", patch_size=2, embed_dim=16,
+        depths=[1],
         scan="torch",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -185,9 +189,13 @@ def test_predict_refuses_an_input_that_lacks_a_forcing(trained, changes, message
     ("change", "message"),
     [
         (lambda coming: coming.isel(y=slice(None, None, -1)), "its coordinate y is not that of the input"),
-        (lambda coming: coming.assign(sun=coming.sun.assign_attrs(units="kW")), "sun is in kW, but in no unit in the input"),
-        (lambda coming: coming.assign(sun=coming.sun.expand_dims(level=[1, 2], axis=1)), "holds sun@1, sun@2, but .* one level"),
-        (lambda coming: pytest.importorskip("cftime") and coming.convert_calendar("noleap"), "its calendar is noleap, that of the input standard"),
+        (lambda coming: coming.assign(sun=coming.sun.assign_attrs(units="kW")), "sun is in kW, but in no unit in the "
+                                                                                "input"),
+        (lambda coming: coming.assign(sun=coming.sun.expand_dims(level=[1, 2], axis=1)), "holds sun@1, sun@2, but .* "
+                                                                                         "one level"),
+        (lambda coming: pytest.importorskip("cftime") and coming.convert_calendar("noleap"), "its calendar is "
+                                                                                             "noleap, that of the "
+                                                                                             "input standard"),
     ],
     ids=["turned", "unit", "levels", "calendar"],
 )  # fmt: skip

@@ -539,7 +539,7 @@ def test_zarr_holds_what_netcdf_holds(tmp_path):
 
 
 def test_a_fill_value_of_zarr_that_nobody_chose_is_said(tmp_path):
-    """Zarr 2 makes 0 the fill value of an array that is made without one: dry pixels would be missing without a word."""
+    """Zarr 2 makes 0 the fill value of an array that is made without one: dry pixels would be missing, unsaid."""
     zarr = pytest.importorskip("zarr")
     for number, (form, fill, said) in enumerate(((2, 0, True), (2, None, False), (3, 0, False))):
         group = zarr.open_group(tmp_path / f"{number}.zarr", mode="w", zarr_format=form)
@@ -817,7 +817,7 @@ def test_a_forecast_has_names_units_and_coordinates_of_the_input(tmp_path):
 
 
 def test_a_forecast_is_a_field_of_cf(tmp_path):
-    """As it is stored: what belongs to a field is named as CF has it, and nothing says what is true of the input alone."""
+    """As it is stored: what belongs to a field is named as CF has it. What is true of the input alone is left out."""
     whole = field().expand_dims(level=[500]).transpose("time", "level", ...)
     whole = whole.assign_coords(
         level=("level", [500], {"units": "hPa"}), crs=((), 0, {"grid_mapping_name": "latitude_longitude"})
@@ -1089,7 +1089,7 @@ def test_a_field_of_other_places_is_told_whatever_its_coordinates_are_called(for
 
 
 def on_plane(unit, size, **sizes):
-    """A field on a plane of 9x12 pixels of 10 m, 5,000 km north of its origin, with coordinates in a unit of `size` metres."""
+    """A field on a plane, 9x12 pixels of 10 m, 5,000 km north of its origin; coordinates in a unit of `size` metres."""
     dataset = field(**sizes).rename(latitude="y", longitude="x")
     rows, columns = dataset.sizes["y"], dataset.sizes["x"]
     facts = {"units": unit} if unit else {}
@@ -1284,8 +1284,8 @@ def test_stored_numbers_of_another_meaning_are_said(tmp_path, quantity, gain):
     how = {"variables": [name], "input_size": [9, 12], "test_data_dir": str(tmp_path / "b")}
     trained = build_dataset("train", options(tmp_path / "a", tmp_path, **how)).value_range
     said = build_dataset("test", options(tmp_path / "a", tmp_path, **how), trained).notes[-1]
-    assert said == (f"{name} is quantity {quantity}, gain {gain}, offset -32.0, but was quantity DBZH, gain 0.5, offset "
-                    "-32.0 in the training: make sure that it is the same field")  # fmt: skip
+    assert said == (f"{name} is quantity {quantity}, gain {gain}, offset -32.0, but was quantity DBZH, gain 0.5, "
+                    "offset -32.0 in the training: make sure that it is the same field")  # fmt: skip
 
 
 def test_another_band_is_said_of_files_that_are_read_beside_others(tmp_path):

@@ -97,7 +97,8 @@ def test_testing_a_published_file_on_a_test_file(trained, tmp_path, capsys, capl
     np.save(tmp_path / "seq.npy", rng.integers(0, 256, (7, 9, 16, 16), dtype=np.uint8))
     test_program.main([
         "--checkpoint", str(tmp_path / "trained_model_state_dict"), *TINY, "--test_data_dir",
-        str(tmp_path / "seq.npy"), "--test_sequences", "9", "--test_batch_size", "2", "--strips", "3", "--l1_weight", "2",
+        str(tmp_path / "seq.npy"), "--test_sequences", "9", "--test_batch_size", "2", "--strips", "3", "--l1_weight",
+        "2",
         "--res_dir", str(tmp_path / "out"),
     ])  # fmt: skip
     assert len(list((tmp_path / "out").glob("forecast_*.png"))) == 3  # of two batches

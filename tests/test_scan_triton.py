@@ -27,9 +27,9 @@ from vmrnn.scan import reference, triton_scan
 
 TOLERANCE = 5e-6  # max abs error / max abs of the reference
 
-# name: (shape (B, H, W, Di, N, R), segments that forward and backward split the sequence into, steps of a chunk and of the
-# shortest segment). The interpreter takes about 20 ms per step of a program, and a program is a batch item, a direction, a
-# block of channels and a segment.
+# name: (shape (B, H, W, Di, N, R), segments that forward and backward split the sequence into, steps of a chunk and of
+# the shortest segment). The interpreter takes about 20 ms per step of a program, and a program is a batch item, a
+# direction, a block of channels and a segment.
 CASES = {
     "1x1": ((1, 1, 1, 8, 2, 1), (1, 1), 8),
     "rows and columns differ": ((1, 3, 5, 9, 16, 3), (1, 1), 8),

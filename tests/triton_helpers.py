@@ -27,8 +27,8 @@ needs_triton = pytest.mark.skipif(
 def patch_language_once():
     """Make Triton's interpreter nearly twice as fast.
 
-    At every call of a function inside a kernel it puts its own functions into triton.language again, which takes 44 % of
-    its time. Once per launch and module is enough.
+    At every call of a function inside a kernel it puts its own functions into triton.language again, which takes 44 %
+    of its time. Once per launch and module is enough.
     """
     from triton.runtime import interpreter
 

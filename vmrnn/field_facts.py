@@ -104,7 +104,7 @@ def climatology(path, config, value_range, info=None, stored=None, notes=None):
     config        Config of the test
     value_range   ValueRange of the data
     info          GridInfo of the test set; None: it is no gridded field
-    stored        (H, W) of the frames of the test set before they are cropped: a map of that size is cropped as they are
+    stored        (H, W) of the frames of the test set before they are cropped: a map of that size is cropped, too
     notes         list to which lines are added about what may be another field
 
     UserError: frames that do not become those of the test, or that are of other places.

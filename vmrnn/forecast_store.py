@@ -337,7 +337,7 @@ class StoredFields:
         return arrays
 
     def check_alike(self, dataset, arrays, info):
-        """Adds to `notes`. UserError: forecasts in other units than the test set, at other levels, or at other places."""
+        """Adds to `notes`. UserError: forecasts in other units, at other levels or of other places."""
         if info is None:
             return
         for i, array in enumerate(arrays):

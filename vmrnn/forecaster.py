@@ -94,8 +94,10 @@ class Forecaster:
         date    numpy.datetime64 or cftime date of the frame (UTC), for a network that was trained with --calendar
 
         A frame that is refused changes nothing. Values outside the range that the network was trained on are reported
-        once per stream, and a stream whose values span less than 2 % of it is reported with its first forecast. UserError: no frame of real numbers, another shape than the frames before, another number of
-        channels than the network's, or, if the file knows no range, values outside [0, 1] that are not uint8.
+        once per stream. A stream whose values span less than 2 % of it is reported with its first forecast.
+
+        UserError: no frame of real numbers, another shape than the frames before, another number of channels than the
+        network's, or, if the file knows no range, values outside [0, 1] that are not uint8.
         """
         given = tuple(np.shape(frame))
         values = as_frame(frame)
@@ -220,13 +222,13 @@ class Forecaster:
         forecast = torch.cat(frames)[..., :height, :width]
         if not forecast.isfinite().all():
             raise UserError(
-                f"the forecast is not finite after {self.count} frames: their values are too far outside the range of the "
-                f"training ({self.observed_range})"
+                f"the forecast is not finite after {self.count} frames: their values are too far outside the range of "
+                f"the training ({self.observed_range})"
             )
         return self.prepare.restore(forecast, self.shape[:2])
 
     def _given_channels(self, count, forcings, dates):
-        """Forcings, calendar and base of the first `count` frames of a forecast, (count, F, h, w). None: there are none.
+        """Forcings, calendar and base of the first frames of a forecast, (count, F, h, w); None: there are none.
 
         count      frames that the network feeds on
         forcings   as in `forecast`

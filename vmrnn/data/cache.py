@@ -64,8 +64,10 @@ def cached_folder(cache_dir, label, key, write):
 
 
 def contents(folder):
-    """{name: [size, checksum of samples]} of the files in a folder of the cache; of a file up to LARGE bytes, the samples
-    are the whole."""
+    """{name: [size, checksum of samples]} of the files in a folder of the cache.
+
+    The samples of a file up to LARGE bytes are the whole file.
+    """
     facts = {}
     for file in sorted(folder.iterdir()):
         if file.name not in (CONTENTS, WHOLE_FILES):

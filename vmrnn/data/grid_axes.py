@@ -96,8 +96,11 @@ def place_names(coordinates, dims):
 
     dims   names of the dimensions of rows and columns
     """
-    return [name for name, found in coordinates.variables.items()
-            if found.dims and set(found.dims) <= set(dims) and (name in dims or is_rows(found) or is_columns(found))]  # fmt: skip
+    return [
+        name
+        for name, found in coordinates.variables.items()
+        if found.dims and set(found.dims) <= set(dims) and (name in dims or is_rows(found) or is_columns(found))
+    ]
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def scalar_levels(coordinates, names):
 
 
 def labels_of(coordinates):
-    """What scalar coordinates say of a field beside its height and its map projection, a list of texts such as "band 2".
+    """What scalar coordinates say of a field, such as "band 2": a list of texts, without height and projection.
 
     coordinates   {name: xarray.DataArray}
     """

@@ -224,7 +224,8 @@ def describe_field(dataset, variable, level, path, array_axes):
     }  # fmt: skip
     return Field(
         selection, roles, (sizes.get("N", 1), sizes.get("T", 1), sizes["H"], sizes["W"]),
-        stored_type(found.dtype, found.attrs, flags), channels, attributes, said, f"{variable} {alike}" if alike else "", doubt, facts,
+        stored_type(found.dtype, found.attrs, flags), channels, attributes, said,
+        f"{variable} {alike}" if alike else "", doubt, facts,
     )  # fmt: skip
 
 
@@ -309,7 +310,7 @@ def frames_text(size):
 
 
 def field_attributes(variable):
-    """Attributes of a field as its forecast has them: without those that say how values are packed, or which they are."""
+    """Attributes that a forecast of a field keeps: not those that say how values are packed, or which they are."""
     facts = plain_attributes({k: v for k, v in variable.attrs.items() if k not in (*PACKING, *OF_VALUES)})
     facts = {key: value for key, value in facts.items() if not key.startswith("STATISTICS_")}  # of GDAL
     if "grid_mapping" in variable.encoding:  # the library has decoded it
@@ -318,7 +319,7 @@ def field_attributes(variable):
 
 
 def steady_coordinates(dataset, roles):
-    """The coordinates and the map projection of a field that do not change with time: {name: (dims, values, attributes)}.
+    """Coordinates and map projection of a field that do not change with time: {name: (dims, values, attributes)}.
 
     Without how long before a frame its forecast began, and when: a forecast has these of its own.
     roles   of the field's dimensions

@@ -182,8 +182,8 @@ def open_tiff(path):
             # The library passes on a scale and an offset that all bands share. Others would be left out.
             if {"scales", "offsets"} & set(variable.attrs):
                 store.close()
-                raise UserError(f"{path}: the bands of {name} have different scales or offsets; write their values as they "
-                                "are (gdal_translate -unscale -ot Float32)")  # fmt: skip
+                raise UserError(f"{path}: the bands of {name} have different scales or offsets; write their values as "
+                                "they are (gdal_translate -unscale -ot Float32)")  # fmt: skip
         return store
     whole = file.series[0]  # its first level is the pages at their full size
     leading = [letter for letter in whole.axes if letter not in "YXSC"]

@@ -28,14 +28,14 @@ def unpacked(variable):
 
 
 def direction_of(values):
-    """1: the values of a coordinate (n,) rise; -1: they fall; 0: neither. Longitudes that jump from 180 to -180 rise."""
+    """1 if the values of a coordinate (n,) rise, -1 if they fall, else 0. Longitudes that jump to -180 rise."""
     steps = np.diff(values.astype(np.float64))
     known = steps[np.isfinite(steps)]  # maps of latitudes may lack those of their corners
     return int(np.sign(np.median(known))) if len(known) else 0
 
 
 def unlike_level(level, other):
-    """Whether two levels, as Channel.level_text, are known and not the same. A unit that one of them lacks is not compared."""
+    """Whether two levels, as Channel.level_text, are known and not the same. A unit that one lacks is not compared."""
     known = level and other and level != other
     return bool(known) and not (level.startswith(f"{other} ") or other.startswith(f"{level} "))
 
@@ -56,7 +56,7 @@ def label_notes(labels, others, other):
 
 
 def facts_of_training(value_range):
-    """(names, units, levels) of the channels of a ValueRange. One of an older checkpoint knows no levels: they are ""."""
+    """(names, units, levels) of the channels of a ValueRange. One of an older checkpoint has no levels, only ""."""
     return value_range.names, value_range.units, value_range.levels or ("",) * len(value_range.names)
 
 
@@ -149,16 +149,19 @@ class GridInfo:
             if given and self.forcings:
                 given = replace(given, names=tuple(self.forcings), units=tuple(self.given_units),
                                 levels=tuple(self.given_levels))  # fmt: skip
-            return replace(value_range, names=tuple(self.names), units=tuple(self.all_units), levels=tuple(self.levels), given=given,
-                           step=self.step(options), directions=self.directions, labels=tuple(self.labels))  # fmt: skip
+            return replace(
+                value_range, names=tuple(self.names), units=tuple(self.all_units), levels=tuple(self.levels),
+                given=given, step=self.step(options), directions=self.directions, labels=tuple(self.labels),
+            )  # fmt: skip
         fields = [*zip(self.names, self.all_units, self.levels, *facts_of_training(value_range))]
         given, forcings = value_range.given, []
         if given and self.forcings:
             forcings = [*zip(self.forcings, self.given_units, self.given_levels, *facts_of_training(given))]
         for name, unit, _, trained_name, trained_unit, _ in (*fields, *forcings):
             if unit != trained_unit:
-                raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on {trained_name} in "
-                                f"{trained_unit or 'no unit'}; give the same field, or write the same units if both mean one")  # fmt: skip
+                raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on "
+                                f"{trained_name} in {trained_unit or 'no unit'}; give the same field, or write the "
+                                "same units if both mean one")  # fmt: skip
         for name, _, _, trained_name, _, _ in fields:
             if name != trained_name and name in value_range.names:
                 raise UserError(f"{path}: holds {', '.join(self.names)}, but the network was trained on "
@@ -170,8 +173,9 @@ class GridInfo:
         for name, _, level, trained_name, _, trained_level in (*fields, *forcings):
             meant = name != trained_name and name.partition("@")[0] in asked
             if unlike_level(level, trained_level) and not meant:
-                raise UserError(f"{path}: {name} is at {level}, but the network was trained on {trained_name} at {trained_level}; "
-                                "give the same level, or leave its coordinate out of the file if it makes no difference")  # fmt: skip
+                raise UserError(f"{path}: {name} is at {level}, but the network was trained on {trained_name} at "
+                                f"{trained_level}; give the same level, or leave its coordinate out of the file if it "
+                                "makes no difference")  # fmt: skip
         return value_range
 
     def notes(self, value_range, options):

@@ -65,9 +65,9 @@ def coded_times(values, attributes, path):
 
 
 def dates_of_numbers(numbers):
-    """Seconds since 1970-01-01 of whole numbers without a unit that are all dates: 20240131, 2024013123, or 202401 for a month.
+    """Seconds since 1970-01-01 of numbers without a unit that are dates: 20240131, 2024013123, or 202401 for a month.
 
-    None: they are not.
+    None: not all of them are.
     """
     texts = [f"{number:.0f}" for number in numbers]
     if not texts or (numbers != np.round(numbers)).any():
@@ -191,7 +191,7 @@ def scalar_or_axis(dataset, name, axis, path):
 
 
 def time_attribute(dataset, path, wanted=""):
-    """FrameTimes from an attribute: of the file, of the field's group, or, in HDF5, of another group. None: there is none.
+    """FrameTimes from an attribute of the file, of the field's group or (HDF5) of another group; None: there is none.
 
     wanted   its name, with its group in front: overview/product_datetime_end; "": one of TIME_ATTRIBUTES
     """

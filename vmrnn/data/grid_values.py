@@ -12,7 +12,7 @@ from vmrnn.values import equals
 
 # Attributes that say how values are packed. Reading uses them up.
 PACKING = (*NUMBERS, "_Unsigned", "flag_values", "flag_meanings", "coordinates", "GDAL_NODATA")
-# Attributes that are about the values of a variable, and name other variables about them: those of a forecast are others
+# Attributes about the values of a variable, or that name other variables about them. They do not hold for a forecast.
 OF_VALUES = ("actual_range", "ancillary_variables")
 # Parts of the names, in small letters and without _, of attributes that may say what is missing or how values
 # are scaled

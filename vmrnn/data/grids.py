@@ -121,7 +121,7 @@ class Grid:
                 yield from np.concatenate(block, axis=3)[here]
 
     def block_length(self, part, fields):
-        """How many frames of a file are read at once. A compressed piece of a file is read whole, so that it is read once."""
+        """How many frames of a file are read at once: whole compressed pieces of it, so that each is read once."""
         pixels = int(np.prod(self.shape[1:3]))
         pieces = [v.encoding.get("chunksizes") or [1] * v.ndim for v in fields]
         lengths = [dict(zip(s.letters, piece)).get("T", 1) for s, piece in zip(part.selections, pieces)]
@@ -208,8 +208,8 @@ def grid_clips(path, options):
         with Bar("read", grid.shape[0]) as bar:
             write_npy(folder / "frames.npy", grid.frames(bar=bar))
         grid.info.save(folder)
-        beyond = [f"{name}: {count} value{'s' * (count > 1)} beyond the fill value, where the NetCDF User Guide allows none: "
-                  "read as missing"
+        beyond = [f"{name}: {count} value{'s' * (count > 1)} beyond the fill value, where the NetCDF User Guide "
+                  "allows none: read as missing"
                   for name, count in grid.beyond_fill.items() if count]  # fmt: skip
         index = {"runs": grid.runs(), "breaks": grid.breaks, "notes": [*grid.notes, *beyond]}
         (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -291,7 +291,8 @@ def parts_by_time(parts):
             if before == after:
                 advice = "in the file itself; sort its frames by time, and keep each once"
             raise UserError(
-                f"{after}: time {moment(times[back[0] + 1], parts[0].times.calendar)} comes twice or goes back, {advice}"
+                f"{after}: time {moment(times[back[0] + 1], parts[0].times.calendar)} comes twice or goes back, "
+                f"{advice}"
             )
     if not all(np.all(np.diff(times.reshape(part.sequences, part.count)) > 0) for part, times in zip(parts, rows)):
         raise UserError(f"{parts[0].path}: {parts[0].times.source} goes back in a sequence; leave it out of the file")
@@ -305,7 +306,8 @@ def notes_of(first, files, shape, breaks):
     read = ", ".join(f"{dim} as {words[letter]}" for dim, letter in first.fields[0].roles.items())
     units = ", ".join(f"{name} ({info.units(i) or 'no unit'})" for i, name in enumerate(info.names))
     notes = [
-        f"{len(files)} file{'s' * (len(files) > 1)}, {shape[0]} frames of {shape[1]}x{shape[2]}, {units}; dimensions: {read}"
+        f"{len(files)} file{'s' * (len(files) > 1)}, {shape[0]} frames of {shape[1]}x{shape[2]}, {units}; dimensions: "
+        f"{read}"
     ]
     if info.forcings:
         notes.append(f"forcings, given and not forecast: {', '.join(info.forcings)}")

@@ -185,8 +185,8 @@ class MovingMNIST(Dataset):
     def __str__(self):
         frames = f"{self.num_frames_input}+{self.num_frames_output} frames"
         return (
-            f"{self.length} generated sequences of {frames}, {self.canvas[0]}x{self.canvas[1]}, "
-            f"{self.num_objects} digit{'s' * (self.num_objects > 1)} each, drawn from {len(self.digits)}, seed {self.seed}"
+            f"{self.length} generated sequences of {frames}, {self.canvas[0]}x{self.canvas[1]}, {self.num_objects} "
+            f"digit{'s' * (self.num_objects > 1)} each, drawn from {len(self.digits)}, seed {self.seed}"
         )
 
     @property
@@ -330,8 +330,8 @@ def check_order(path, frames):
     along_first, along_second = (abs(frames[np.ix_(*places)] - here).mean() for places in ((t + 1, n), (t, n + 1)))
     if along_second < 0.85 * along_first:
         raise UserError(
-            f"{path}: its shape {frames.shape} must be (frames, sequences, height, width), but frames that follow one another "
-            "lie along the second axis; write np.swapaxes(a, 0, 1) instead"
+            f"{path}: its shape {frames.shape} must be (frames, sequences, height, width), but frames that follow one "
+            "another lie along the second axis; write np.swapaxes(a, 0, 1) instead"
         )
 
 

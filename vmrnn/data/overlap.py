@@ -14,8 +14,8 @@ from vmrnn.data.videos import VIDEOS
 from vmrnn.errors import UserError
 
 ENDINGS = {"video": VIDEOS, "frames": IMAGES, "array": ARRAYS}
-SPLITTING = ("train_data_dir", "valid_data_dir", "test_data_dir", "split_by", "valid_fraction", "test_fraction", "frame_step",
-             "digits_split")  # fmt: skip
+SPLITTING = ("train_data_dir", "valid_data_dir", "test_data_dir", "split_by", "valid_fraction", "test_fraction",
+             "frame_step", "digits_split")  # fmt: skip
 
 
 def overlap_notes(data, split, options, training):
@@ -47,8 +47,8 @@ def overlap_notes(data, split, options, training):
     changed = [name for name in ("split_by", "valid_fraction", "test_fraction")
                if getattr(options, name) != getattr(trained, name)]  # fmt: skip
     if not apart and changed and not files_of(trained.train_data_dir, options.dataset):
-        return [f"{', '.join(changed)}: not as in the training, whose data {trained.train_data_dir} are not there: whether the "
-                "sequences hold frames of the training is not known"]  # fmt: skip
+        return [f"{', '.join(changed)}: not as in the training, whose data {trained.train_data_dir} are not there: "
+                "whether the sequences hold frames of the training is not known"]  # fmt: skip
 
     path = path_of(split, options)
     frames, shared = frames_of_training(path, split, options, trained)
@@ -60,12 +60,13 @@ def overlap_notes(data, split, options, training):
     notes = []
     if seen:
         notes.append(
-            f"{seen} of the {len(data.windows)} sequences hold frames of {what}: the figures are not those of unseen data"
+            f"{seen} of the {len(data.windows)} sequences hold frames of {what}: the figures are not those of unseen "
+            "data"
         )
     if shared:
         notes.append(
-            f"{len(shared)} of the {len(files_of(path, options.dataset))} files in {path} are also files of {what}: the figures "
-            "may not be those of unseen data"
+            f"{len(shared)} of the {len(files_of(path, options.dataset))} files in {path} are also files of {what}: "
+            "the figures may not be those of unseen data"
         )
     return notes
 

@@ -88,8 +88,8 @@ def own(split, options, value_range, pictures=False):
         alone = len(all_clips) > 1 and max(map(len, all_clips)) == 1
         hint = "(files of one frame each are one clip with dataset frames) " if alone else ""
         raise UserError(
-            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips {hint}leave no {SPLIT_NAMES[split]} sequence of "
-            f"{inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
+            f"{path}: {sum(map(len, all_clips))} frames in {len(all_clips)} clips {hint}leave no {SPLIT_NAMES[split]} "
+            f"sequence of {inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )
     check_not_all_missing(clips, options.missing_value)
@@ -205,8 +205,8 @@ def decoded(sources, endings, path, options, notes):
         pieces += [clip.cut(start, stop) for start, stop in runs_without_gap(times, step)]
         steps = np.diff(times)
         if endings is VIDEOS and not step and np.ptp(steps) > 0.1 * usual_step(times):
-            notes.append(f"{clip.name}: its frame rate varies: frames are {steps.min():.3g} to {steps.max():.3g} s apart; "
-                         "time_step takes frames at a regular step")  # fmt: skip
+            notes.append(f"{clip.name}: its frame rate varies: frames are {steps.min():.3g} to {steps.max():.3g} s "
+                         "apart; time_step takes frames at a regular step")  # fmt: skip
         paces.setdefault(usual_step(times), source)
     notes += first_few(untimed)
     if not options.time_step and paces and max(paces) > 1.1 * min(paces):
@@ -235,7 +235,8 @@ def array_clips(path, options):
         first_shape = first_shape or frame_shape
         if frame_shape != first_shape:
             raise UserError(
-                f"{file}: frames of {shape_text(frame_shape)}, but {files[0]}: {shape_text(first_shape)}; make them alike"
+                f"{file}: frames of {shape_text(frame_shape)}, but {files[0]}: {shape_text(first_shape)}; make them "
+                "alike"
             )
         indices = range(length["N"]) if "N" in axes else [None]
         clips += [Clip(str(file), store, 0, length["T"], index, axes=axes) for index in indices]

@@ -42,8 +42,8 @@ def kth(split, options, value_range=None):
     sources = [s for s in video_sources(folder) or frame_sources(folder) if KTH_NAME.search(s.name)]
     if not sources:
         raise UserError(
-            f"{folder}: no KTH clip in it (person01_boxing_d1_uncomp.avi, or folders of frames so named); data/README.md, "
-            "section KTH, says where to get them"
+            f"{folder}: no KTH clip in it (person01_boxing_d1_uncomp.avi, or folders of frames so named); "
+            "data/README.md, section KTH, says where to get them"
         )
     persons = KTH_PERSONS[split]
     sources = [s for s in sources if int(KTH_NAME.search(s.name)[2]) in persons]
@@ -87,7 +87,7 @@ def kth_annotations(path):
 
 
 def human36m(split, options, value_range=None):
-    """Human3.6M: images S1_Directions.54138969_000001.jpg in one folder, or S1_.../000001.jpg; RGB, resized to input_size.
+    """Human3.6M: images S1_Directions.54138969_000001.jpg in one folder, or S1_.../000001.jpg; RGB, resized.
 
     Splits: HUMAN_SUBJECTS; validation is the last tenth of each training clip. Every fifth frame is used (numbers 1, 6,
     11, ...). Training takes every window, validation and test take adjoining ones.
@@ -103,8 +103,8 @@ def human36m(split, options, value_range=None):
     if not sources:
         raise UserError(
             f"{folder}: no frames of subjects {', '.join(map(str, subjects))}, the {split} part "
-            "(S1_Directions.54138969_000001.jpg or S1_Directions.54138969/000001.jpg); add their files, see data/README.md, "
-            "section Human3.6M"
+            "(S1_Directions.54138969_000001.jpg or S1_Directions.54138969/000001.jpg); add their files, see "
+            "data/README.md, section Human3.6M"
         )
     clips = decode(sources, options.cache_dir, "human36m", 3, options.frame_size)
     runs = [run for s, clip in zip(sources, clips) for run in consecutive(clip, s.files, HUMAN_STEP)]
@@ -159,8 +159,8 @@ def taxibj(split, options, value_range=None):
                 low = min(low, values.min())
                 yield values.transpose(0, 2, 3, 1) if channels_first else values
             if low >= 0:  # in the data set most values are near -1: hardly any taxis
-                raise UserError(f"{path}: no value below 0 in {set_name}, so it is scaled to [0, 1] and not to [-1, 1]; write "
-                                "2 v - 1 in place of each value v")  # fmt: skip
+                raise UserError(f"{path}: no value below 0 in {set_name}, so it is scaled to [0, 1] and not to [-1, "
+                                "1]; write 2 v - 1 in place of each value v")  # fmt: skip
 
         write_npy(folder / "frames.npy", sequences())
 
@@ -181,8 +181,8 @@ def published(split, clips, windows, options):
     if not len(windows):
         inputs, outputs = frames_wanted(options)
         raise UserError(
-            f"{path_of(split, options)}: no {SPLIT_NAMES[split]} sequence of {inputs}+{outputs} frames, the longest run has "
-            f"{max(map(len, clips))}; ask for fewer"
+            f"{path_of(split, options)}: no {SPLIT_NAMES[split]} sequence of {inputs}+{outputs} frames, the longest "
+            f"run has {max(map(len, clips))}; ask for fewer"
         )
     if split == "valid":
         windows = thin(windows, options.valid_sequences)
@@ -197,7 +197,7 @@ def consecutive(clip, files, step):
 
 
 def frame_numbers(files):
-    """The frame number of each file. A name may hold several numbers; the last one that differs between files counts."""
+    """The frame number of each file: of several numbers in a name, the last one that differs between files."""
     columns = list(zip(*(re.findall(r"[0-9]+", file.stem) for file in files)))
     counting = [column for column in columns if len(set(column)) > 1] or columns
     if not counting:

@@ -1,4 +1,4 @@
-"""What values clips hold: the range of each channel, the share of missing pixels, and values that look like fill values."""
+"""What values clips hold: ranges of channels, the share of missing pixels, and values that look like fill values."""
 
 import json
 import math
@@ -54,8 +54,8 @@ class Summary:
         for channel, extreme, distance in self.apart():
             if distance > APART:
                 lines.append(
-                    f"the value {extreme:g}{self.of_channel(channel)} lies {distance:.3g} times as far out as all others reach: name it "
-                    "with missing_value if it means missing, or give data_range"
+                    f"the value {extreme:g}{self.of_channel(channel)} lies {distance:.3g} times as far out as all "
+                    "others reach: name it with missing_value if it means missing, or give data_range"
                 )
         return lines
 
@@ -109,8 +109,8 @@ def check_reach(summary, value_range, name):
         for value in (summary.low[channel], summary.high[channel]):
             if value is not None and REACH * (high - low) < abs(value - (low + high) / 2) < math.inf:
                 raise UserError(
-                    f"{name}: holds the value {value:g} in channel {channel}, far outside the range {low:g} to {high:g} "
-                    "of the training data; name it with missing_value if it means missing"
+                    f"{name}: holds the value {value:g} in channel {channel}, far outside the range {low:g} to "
+                    f"{high:g} of the training data; name it with missing_value if it means missing"
                 )
 
 
@@ -133,8 +133,8 @@ def check_data_range(summary, value_range, name):
         (low, high), given = summary.ends[:, channel], pairs[channel if len(pairs) > 1 else 0]
         raise UserError(
             f"{name}: the values {low:g} to {high:g}{summary.of_channel(channel)} lie outside data_range {given[0]:g} "
-            f"{given[1]:g}, so the network could not tell them apart; give --data_range without numbers for the range of "
-            "the data, or check the units"
+            f"{given[1]:g}, so the network could not tell them apart; give --data_range without numbers for the range "
+            "of the data, or check the units"
         )
 
 
@@ -145,8 +145,8 @@ def outside_notes(summary, value_range, split):
     value_range   ValueRange of the training data
     split         train, valid or test
 
-    All values of such a channel lie outside the range of the training, some of them lie far outside, or they span less than
-    the share SMALL of it.
+    All values of such a channel lie outside the range of the training, some of them lie far outside, or they span less
+    than the share SMALL of it.
     """
     none_inside, far = beyond(summary, value_range)
     given = list(value_range.given.pairs()) if value_range.given else []
@@ -269,7 +269,7 @@ def range_of(summary, name):
     for channel, extreme, distance in summary.apart():
         if distance > FAR_APART:
             raise UserError(
-                f"{name}: the value {extreme:g}{summary.of_channel(channel)} lies {distance:.3g} times as far out as all others reach; "
-                f"name it with missing_value if it means missing, or give data_range"
+                f"{name}: the value {extreme:g}{summary.of_channel(channel)} lies {distance:.3g} times as far out as "
+                "all others reach; name it with missing_value if it means missing, or give data_range"
             )
     return pairs

@@ -110,9 +110,8 @@ class ClipDataset(Dataset):
         if len(self.clips) == 1:
             clips = f"one clip ({self.clips[0].name})"
         return (
-            f"{self.length} sequences of {self.num_frames_input}+{self.num_frames_output} frames, of {len(self.windows)} "
-            f"in {clips}, {self.size[0]}x{self.size[1]}, "
-            f"values {self.value_range}"
+            f"{self.length} sequences of {self.num_frames_input}+{self.num_frames_output} frames, of "
+            f"{len(self.windows)} in {clips}, {self.size[0]}x{self.size[1]}, values {self.value_range}"
         )
 
     @property
