@@ -31,6 +31,7 @@ from vmrnn.data.times import (
     time_from_name,
     time_from_text,
 )
+from vmrnn.data.units import same_unit
 from vmrnn.errors import UserError
 from vmrnn.field_facts import FieldFacts, climatology, latitude_weights
 from vmrnn.forecast_files import Forecast
@@ -1307,6 +1308,43 @@ def test_another_band_is_said_of_files_that_are_read_beside_others(tmp_path):
     last = banded("d2.nc", 3, 24)
     series = [note for note in open_grid(tmp_path / "d*.nc").notes if "make sure" in note]
     assert series == [f"{last}: band is 3, but is 2 in {tmp_path / 'd1.nc'}: make sure that it is the same field"]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    ["m/s m.s-1 m.s^-1 m*s**-1 s-1·m", "mm/h mm/hr mm.hour-1", "kg/m2/s kg.m-2.s-1 s-1.kg.m-2", "W/m2.K W.m-2.K"],
+)
+def test_a_unit_has_several_spellings(texts):
+    spellings = texts.split()
+    assert all(same_unit(a, b) for a in spellings for b in (*spellings, spellings[0].replace(".", " ")))
+
+
+@pytest.mark.parametrize("unit", ["", "1", "K", "m", "mm", "m s-1", "m s-2", "m/s/kg", "m s", "0.1 mm", "degC", "%"])
+def test_another_unit_is_told(unit):
+    others = {"", "1", "K", "m", "mm", "m/s", "m/s2", "m/(s kg)", "s*m-1", "mm 0.1", "C", "%"}
+    assert {other for other in others if same_unit(unit, other)} <= {
+        unit,
+        *{"m s-1": ["m/s"], "m s-2": ["m/s2"]}.get(unit, ()),
+    }
+
+
+def test_fields_in_a_unit_that_is_spelled_in_another_way_are_those_of_the_training(tmp_path):
+    """As ERA5 writes it and as CF does, in files of one series and in a test."""
+    for i, unit in enumerate(("m s**-1", "m s-1", "m/s", "km/s")):
+        wind = field(SIX_HOURS[2 * i : 2 * i + 2], name="u")
+        write(wind.assign(u=wind.u.assign_attrs(units=unit)), tmp_path / f"{i}.nc")
+    series = options(f"{tmp_path}/[01].nc", tmp_path, data_range=KELVINS, valid_fraction=0.0, test_fraction=0.0)
+    trained = build_dataset("train", series).value_range
+    assert trained.units == ("m s**-1",)
+    alone = dict(num_frames_input=1, num_frames_output=1)
+    assert (
+        len(build_dataset("test", options(tmp_path, tmp_path, test_data_dir=str(tmp_path / "2.nc"), **alone), trained))
+        == 1
+    )
+    with pytest.raises(UserError, match="is in km/s, but the network was trained on u in m s"):
+        build_dataset("test", options(tmp_path, tmp_path, test_data_dir=str(tmp_path / "3.nc"), **alone), trained)
+    with pytest.raises(UserError, match=r"3.nc: u units km/s, but .*0.nc: m s\*\*-1; make them alike"):
+        open_grid(f"{tmp_path}/[03].nc")
 
 
 def test_a_climatology_is_the_mean_of_all_frames_in_the_units_of_the_data(tmp_path):

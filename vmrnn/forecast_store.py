@@ -12,6 +12,7 @@ from vmrnn.data.arrays import npz_member, npz_rows, open_npy
 from vmrnn.data.grid_axes import labels_of, rows_first, scalar_levels, unlike_place
 from vmrnn.data.grid_files import is_zarr
 from vmrnn.data.grid_info import import_xarray, label_notes, unlike_level
+from vmrnn.data.units import same_unit
 from vmrnn.errors import UserError
 from vmrnn.files import replacing
 
@@ -342,7 +343,7 @@ class StoredFields:
             return
         for i, array in enumerate(arrays):
             unit, wanted = str(array.attrs.get("units", "")), info.units(i)
-            if unit and wanted and unit != wanted:
+            if unit and wanted and not same_unit(unit, wanted):
                 raise UserError(
                     f"--forecasts {self.path}: {info.names[i]} is in {unit}, but in {wanted} in the test set; write "
                     f"it in {wanted}"

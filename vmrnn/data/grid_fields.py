@@ -23,6 +23,7 @@ from vmrnn.data.grid_files import NUMBERS, find_variables, format_of, opened, sp
 from vmrnn.data.grid_info import Channel, GridInfo, import_xarray, plain_attributes, unpacked
 from vmrnn.data.grid_times import TIME_ATTRIBUTES, FrameTimes, find_times
 from vmrnn.data.grid_values import OF_VALUES, PACKING, missing_flags, not_applied, stored_type
+from vmrnn.data.units import same_unit
 from vmrnn.errors import UserError
 
 
@@ -353,7 +354,8 @@ def check_alike(first, other, first_path, path):
         raise UserError(f"{path}: holds {other.info.names}, but {first_path} {first.info.names}; make them alike")
     for mine, its in zip(first.fields, other.fields):
         for key, value in mine.facts.items():
-            if its.facts[key] != value:
+            alike = same_unit(its.facts[key], value) if key.endswith(" units") else its.facts[key] == value
+            if not alike:
                 raise UserError(f"{path}: {key} {its.facts[key] or 'none'}, but {first_path}: {value or 'none'}; "
                                 "make them alike")  # fmt: skip
     ours, theirs, dims = first.info.coordinates, other.info.coordinates, (first.info.y, first.info.x)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.times import EPOCH, calendar_features, later_times, step_notes, usual_step
+from vmrnn.data.units import same_unit
 from vmrnn.errors import UserError
 
 INDEX, COORDINATES = "grid.json", "grid.nc"  # the files of a GridInfo beside the cached frames
@@ -158,10 +159,10 @@ class GridInfo:
         if given and self.forcings:
             forcings = [*zip(self.forcings, self.given_units, self.given_levels, *facts_of_training(given))]
         for name, unit, _, trained_name, trained_unit, _ in (*fields, *forcings):
-            if unit != trained_unit:
+            if not same_unit(unit, trained_unit):
                 raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but the network was trained on "
                                 f"{trained_name} in {trained_unit or 'no unit'}; give the same field, or write the "
-                                "same units if both mean one")  # fmt: skip
+                                "same unit if both mean one")  # fmt: skip
         for name, _, _, trained_name, _, _ in fields:
             if name != trained_name and name in value_range.names:
                 raise UserError(f"{path}: holds {', '.join(self.names)}, but the network was trained on "

@@ -17,6 +17,7 @@ from vmrnn.data.media import images_in
 from vmrnn.data.sources import Source, series_note
 from vmrnn.data.table import DATASETS
 from vmrnn.data.times import increases, moment, parse_step, runs_without_gap, usual_step
+from vmrnn.data.units import same_unit
 from vmrnn.data.videos import VIDEOS
 from vmrnn.errors import UserError
 
@@ -230,7 +231,7 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
         raise UserError(f"{path}: holds {', '.join(grid.info.names)}, but the network takes one level each of "
                         f"{', '.join(names)}; leave the other levels out")  # fmt: skip
     for name, unit, number in zip(names, grid.info.all_units, changing):
-        if unit != (wanted := source.info.given_units[number]):
+        if not same_unit(unit, wanted := source.info.given_units[number]):
             raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but in {wanted or 'no unit'} in the input; write it in "
                             "the same unit")  # fmt: skip
     for name, level, number in zip(names, grid.info.levels, changing):
