@@ -1,6 +1,8 @@
 """Forecasting a stream and a file: the same as a rollout, in the units of the data, whatever the frame size."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,9 +18,12 @@ from vmrnn import config as configuration
 from vmrnn.checkpoint import save_checkpoint, save_weights
 from vmrnn.data.inputs import Input
 from vmrnn.data.prepare import as_channels, as_type
+from vmrnn.data.times import later_times
 from vmrnn.errors import UserError
+from vmrnn.forecast_files import Forecast
 from vmrnn.network import build_model
 from vmrnn.rollout import rollout
+from vmrnn.values import ValueRange
 
 SMALL = dict(
     patch_size=2, embed_dim=16, depths=[1], depths_down=[1, 1], depths_up=[1, 1], d_state=4, input_size=[16, 16],
@@ -256,6 +261,21 @@ def test_the_forecast_has_the_inputs_type_and_units(trained, tmp_path, dtype):
         assert (forecast == np.rint(stream.forecast(2)).clip(max=2**15 - 1)).all()
     else:
         np.testing.assert_allclose(forecast, stream.forecast(2), rtol=1e-5)
+
+
+def test_whole_numbers_have_the_missing_value_where_nothing_was_seen():
+    unit = np.array([0.5, np.nan], np.float32).reshape(1, 1, 1, 2, 1)
+    for dtype in ("u1", "i2"):
+        found = Forecast(unit, ValueRange(0.0, 200.0, (7.0, 9.0)), np.dtype(dtype)).array()
+        assert found.dtype == dtype and found.tolist() == [[[100, 7]]]
+
+
+def test_lead_times_count_from_the_last_frame_in_frames_of_the_input():
+    forecast = Forecast(np.zeros((1, 2, 4, 4, 1), np.float32), ValueRange(), np.dtype("f4"), step=3)
+    assert forecast.dataset().lead_time.values.tolist() == [3, 6] and forecast.lead_names() is None
+    times = np.array([0.0, 600.0, 1200.0])
+    info = SimpleNamespace(times=times, calendar="standard", next_times=later_times)
+    assert replace(forecast, info=info, times=[times]).lead_names() == ["10 min", "20 min"]
 
 
 def test_a_forecast_of_yes_and_no():

@@ -110,6 +110,12 @@ def test_the_forecasts_of_the_whole_test_set(field, tmp_path, ending):
     assert not list(tmp_path.glob(".all*"))  # nothing half-written is left
 
 
+def test_frames_without_times_are_counted_from_the_last_input(tmp_path):
+    writer = ForecastWriter(tmp_path / "x.nc", 1, ValueRange(), FieldFacts())
+    found = writer.coordinates([(3, 1, 4, 5), (2, 1, 4, 5), (2, 1, 4, 5)])
+    assert found.input_time.values.tolist() == [-2, -1, 0] and found.lead_time.values.tolist() == [1, 2]
+
+
 def test_the_same_forecasts_from_a_file_give_the_same_figures(field, tmp_path):
     """test.py --forecasts on what --save_forecasts wrote, in every layout; without the network."""
     folder, options, model = field
