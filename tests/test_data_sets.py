@@ -304,7 +304,8 @@ def test_frames_of_the_training_in_a_test_are_named(tmp_path, trained, tested, s
     def config(**paths_and_options):
         paths = {key: str(tmp_path / value) for key, value in paths_and_options.items() if key.endswith("_dir")}
         base = dict(
-            dataset="array", train_data_dir=str(tmp_path / "a.npy"), cache_dir=str(tmp_path / "cache"), input_size=[8, 10],
+            dataset="array", train_data_dir=str(tmp_path / "a.npy"), cache_dir=str(tmp_path / "cache"), input_size=[8,
+            10],
             num_frames_input=2, num_frames_output=1,
         )  # fmt: skip
         return configuration.Config(**base | paths_and_options | paths)
@@ -320,13 +321,15 @@ def test_the_programs_say_that_a_set_holds_frames_of_the_training(tmp_path, capl
     path = tmp_path / "a.npy"
     np.save(path, np.random.default_rng(0).random((40, 8, 16), np.float32))
     train.main(
-        f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir {path} --valid_data_dir "
-        f"{path} --cache_dir {tmp_path / 'cache'} --input_size 8 16 --num_frames_input 2 --num_frames_output 2 "
+        f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir {path} "
+        f"--valid_data_dir {path} --cache_dir {tmp_path / 'cache'} --input_size 8 16 --num_frames_input 2 "
+        "--num_frames_output 2 "
         f"--train_sequences 4 --train_batch_size 4 --epochs 1 --device cpu --res_dir {tmp_path / 'run'}".split()
     )
     assert "36 of the 37 sequences hold frames of the training: the figures" in caplog.text
     test_program.main(
-        f"--checkpoint {tmp_path / 'run'} --test_data_dir {path} --cache_dir {tmp_path / 'cache'} --device cpu --strips 1 "
+        f"--checkpoint {tmp_path / 'run'} --test_data_dir {path} --cache_dir {tmp_path / 'cache'} --device cpu "
+        "--strips 1 "
         f"--no-motion --res_dir {tmp_path / 'test'}".split()
     )
     said = "37 of the 37 sequences hold frames of the training or its validation"
@@ -396,7 +399,7 @@ def test_every_place_of_a_crop_is_equally_likely():
 
 
 def test_crops_depend_on_seed_epoch_and_index_only(own, tmp_path):
-    """Random places in training, all of them inside and many; the centre in evaluation; the same at any worker count."""
+    """Random places in training, all of them inside and many; the centre in evaluation; the same with any workers."""
     place = np.arange(30 * 40, dtype=np.int32).reshape(30, 40)
     np.save(tmp_path / "a.npy", np.broadcast_to(place, (20, 30, 40)))
     options = dict(
@@ -671,8 +674,9 @@ def test_lists_of_numbers_in_files_and_on_the_command_line(tmp_path):
 def test_training_on_an_array_of_your_own(tmp_path, own):
     np.save(tmp_path / "data" / "rain.npy", np.random.default_rng(0).integers(0, 99, (40, 20, 24)))
     train.main(
-        f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir {tmp_path / 'data'} "
-        f"--cache_dir {tmp_path / 'cache'} --input_size 8 16 --frame_fit crop --num_frames_input 2 --num_frames_output 2 "
+        "--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir "
+        f"{tmp_path / 'data'} --cache_dir {tmp_path / 'cache'} --input_size 8 16 --frame_fit crop --num_frames_input "
+        "2 --num_frames_output 2 "
         f"--train_sequences 8 --train_batch_size 4 --epochs 1 --device cpu --res_dir {tmp_path / 'run'}".split()
     )
     assert (tmp_path / "run" / "best.safetensors").exists()
@@ -686,9 +690,10 @@ def test_a_validation_without_a_target_is_refused(tmp_path):
     np.save(tmp_path / "valid" / "a.npy", values[:4])
     with pytest.raises(UserError, match="valid: all validation targets are missing"):
         train.main(
-            f"--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir "
-            f"{tmp_path / 'train'} --valid_data_dir {tmp_path / 'valid'} --cache_dir {tmp_path / 'cache'} --input_size 8 16 "
-            f"--num_frames_input 2 --num_frames_output 2 --train_sequences 8 --train_batch_size 4 --epochs 1 "
+            "--model VMRNN-B --embed_dim 16 --depths 1 --patch_size 4 --dataset array --train_data_dir "
+            f"{tmp_path / 'train'} --valid_data_dir {tmp_path / 'valid'} --cache_dir {tmp_path / 'cache'} "
+            "--input_size 8 16 --num_frames_input 2 --num_frames_output 2 --train_sequences 8 --train_batch_size 4 "
+            "--epochs 1 "
             f"--epoch_valid 1 --device cpu --res_dir {tmp_path / 'run'}".split()
         )
 

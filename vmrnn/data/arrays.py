@@ -127,8 +127,8 @@ def find_axes(path, array, channels, axes=""):
     if fitting:
         raise UserError(f"{path}: {shape} may be {' or '.join(fitting)}; say which with array_axes")
     found = ", ".join(f"as {letters} {channels_of(letters)}" for letters in readings)
-    raise UserError(f"{path}: {shape} has {found} channels, but input_channels is {channels}; change it, or name the axes "
-                    f"with array_axes, such as {readings[0]}")  # fmt: skip
+    raise UserError(f"{path}: {shape} has {found} channels, but input_channels is {channels}; change it, or name the "
+                    f"axes with array_axes, such as {readings[0]}")  # fmt: skip
 
 
 READINGS = {3: ("THW",), 4: ("NTHW", "TCHW", "THWC"), 5: ("NTCHW", "NTHWC")}  # number of axes -> what they may be

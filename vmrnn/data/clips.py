@@ -116,7 +116,7 @@ def times_of(clips):
 
 
 def seconds_apart(clips):
-    """Seconds from one frame to the next of decoded clips, by the first one that knows; 0: none does, or times are numbers."""
+    """Seconds from one frame to the next of the first decoded clip that has times in seconds; 0: none has."""
     index = json.loads((Path(clips[0].path).parent / "index.json").read_text(encoding="utf-8"))
     known = (times for _, _, times, dated in index["clips"] if dated and times and len(times) > 1)
     return next((usual_step(times) * clips[0].step for times in known), 0.0)

@@ -42,8 +42,8 @@ def image_frames(paths, channels=None):
         with reading(path, "an image"):
             for number, (frame, stored) in enumerate(pages(path, channels)):
                 if len(paths) > 1 and number:
-                    raise UserError(f"{path}: holds several frames, and other images of its folder hold one; put it into "
-                                    "a folder of its own")  # fmt: skip
+                    raise UserError(f"{path}: holds several frames, and other images of its folder hold one; put it "
+                                    "into a folder of its own")  # fmt: skip
                 kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype} of {stored} channels"
                 first = first or kind
                 if kind != first:
@@ -177,8 +177,8 @@ def refuse_mask(file, path):
     beside = Path(f"{path}.msk")
     if beside.exists() or any(series.keyframe.subfiletype & MASK for series in file.series):
         where = f"{beside.name} beside it" if beside.exists() else "one of its pages"
-        raise UserError(f"{path}: {where} is a mask of missing pixels, which is not applied; write them as NaN, or as the number "
-                        "of GDAL_NODATA (gdalwarp -dstnodata NUMBER)")  # fmt: skip
+        raise UserError(f"{path}: {where} is a mask of missing pixels, which is not applied; write them as NaN, or as "
+                        "the number of GDAL_NODATA (gdalwarp -dstnodata NUMBER)")  # fmt: skip
 
 
 def tiff_pages(path, channels):
@@ -204,8 +204,8 @@ def tiff_pages(path, channels):
                 # Palettes, inverted grey, other colour spaces: pictures of 8 bits, whose values are not the stored ones
                 if page.dtype is None or page.dtype.itemsize > 1 or missing is not None:
                     holes = "" if missing is None else f" with missing values (GDAL_NODATA {missing:g})"
-                    raise UserError(f"{path}: page {number} is {page.photometric.name} {page.axes} of {page.dtype}{holes}; "
-                                    "write it as grey or RGB")  # fmt: skip
+                    raise UserError(f"{path}: page {number} is {page.photometric.name} {page.axes} of "
+                                    f"{page.dtype}{holes}; write it as grey or RGB")  # fmt: skip
                 yield pillow_page(path, number, channels)
                 continue
             try:
@@ -254,7 +254,7 @@ def nodata_of(page, path):
 
 
 def gdal_scales(page):
-    """What GDAL says of the scale of a TIFF page's values, {"scale": "0.1", "offset": "5"}; of several bands "0.1, 0.01"."""
+    """GDAL's scale and offset of a TIFF page's values: {"scale": "0.1", "offset": "5"}, or of two bands "0.1, 0.01"."""
     tag, found = page.tags.get(GDAL_METADATA), {}
     for role, text in re.findall(r'role="(scale|offset)"[^>]*>([^<]*)<', str(tag.value) if tag else ""):
         found[role] = f"{found[role]}, {text}" if role in found else text

@@ -106,8 +106,8 @@ def open_input(path, config, whole=False):
     if suffix in ARRAYS:
         return array_input(file, config)
     raise UserError(
-        f"{path}: its name does not end as one of {' '.join((*VIDEOS, *ARRAYS, *GRIDS))}; name such a file or a folder of "
-        "images"
+        f"{path}: its name does not end as one of {' '.join((*VIDEOS, *ARRAYS, *GRIDS))}; name such a file or a "
+        "folder of images"
     )
 
 
@@ -169,7 +169,7 @@ def picture_channels(config):
 
 
 def grid_input(path, config, whole):
-    """A gridded field. Its sequences each get a forecast. Of runs between gaps in time only the last one is continued."""
+    """A gridded field. Its sequences each get a forecast. Of runs between gaps in time only the last is continued."""
     how = (config.variables, config.array_axes, config.time_from, config.time_step)
     grid = open_grid(path, *how, config.forcings)
     if len(grid.info.names) != config.input_channels:
@@ -220,8 +220,8 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
     names = [config.forcings[i] for i in changing]
     if path is None:
         raise UserError(
-            f"the network needs {', '.join(names)} for the {count} frames after the input; name a file that holds it with "
-            "--forcing_data"
+            f"the network needs {', '.join(names)} for the {count} frames after the input; name a file that holds it "
+            "with --forcing_data"
         )
     grid = open_grid(path, names, config.array_axes, config.time_from)
     if grid.shape[1:3] != given.shape[1:3]:
@@ -232,8 +232,8 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
                         f"{', '.join(names)}; leave the other levels out")  # fmt: skip
     for name, unit, number in zip(names, grid.info.all_units, changing):
         if not same_unit(unit, wanted := source.info.given_units[number]):
-            raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but in {wanted or 'no unit'} in the input; write it in "
-                            "the same unit")  # fmt: skip
+            raise UserError(f"{path}: {name} is in {unit or 'no unit'}, but in {wanted or 'no unit'} in the input; "
+                            "write it in the same unit")  # fmt: skip
     for name, level, number in zip(names, grid.info.levels, changing):
         if unlike_level(level, wanted := source.info.given_levels[number]):
             raise UserError(f"{path}: {name} is at {level}, but at {wanted} in the input; give the same level")
@@ -252,7 +252,8 @@ def coming_forcings(source, config, last_frame, times, count, path=None):
         wide = np.abs(grid.info.times[numbers] - times[:count]) > 1e-3 * usual_step(times)
         if wide.any():
             raise UserError(
-                f"{path}: holds no {', '.join(names)} at {moment(times[int(wide.argmax())], grid.info.calendar)}; the forecast needs it"
+                f"{path}: holds no {', '.join(names)} at {moment(times[int(wide.argmax())], grid.info.calendar)}; the "
+                "forecast needs it"
             )
     elif grid.shape[0] < count:
         raise UserError(f"{path}: holds {grid.shape[0]} frames of {', '.join(names)}; the forecast needs {count}")

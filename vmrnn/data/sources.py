@@ -82,8 +82,8 @@ class Source:
             for file in self.files:
                 numbers = tuple(NUMBER.findall(file.stem))  # as texts: 1.1 and 1.10 are two
                 if numbers and numbers in seen:
-                    raise UserError(f"{self.name}: {seen[numbers].name} and {file.name} have the same number, so the images are no "
-                                    "one series; put each series into a folder of its own")  # fmt: skip
+                    raise UserError(f"{self.name}: {seen[numbers].name} and {file.name} have the same number, so the "
+                                    "images are no one series; put each series into a folder of its own")  # fmt: skip
                 seen[numbers] = file
             return [self]
         return [replace(self, name=f"{self.name}/{self.files[start].stem}", files=self.files[start:stop])

@@ -120,7 +120,7 @@ def times_from_names(paths):
 
 
 def names_without_times(paths):
-    """The files whose names keep `times_from_names` from finding times: those with another count of numbers, or else all."""
+    """The files that keep `times_from_names` from finding times: names with another count of numbers, or else all."""
     counts = [len(re.findall(r"[0-9]+", Path(path).stem)) for path in paths]
     usual = Counter(counts).most_common(1)[0][0]
     return [path for path, count in zip(paths, counts) if count != usual] or list(paths)
@@ -132,7 +132,7 @@ def dates_from_names(paths):
 
 
 def dated_columns(paths):
-    """Yields (number of the first column, seconds since 1970-01-01 of all files) of columns of numbers that are dates."""
+    """Columns of numbers that are dates: yields (number of the first column, seconds since 1970-01-01 of all files)."""
     columns = numbers_in_names(paths)
     for first in range(len(columns)):
         for last in range(len(columns), first, -1):
@@ -174,7 +174,7 @@ def numbers_in_names(paths):
 
 
 def dates_of(texts):
-    """Seconds since 1970-01-01 of texts that are all dates: 20240131, or with hours, minutes and seconds; None: they are not."""
+    """Seconds since 1970-01-01 of texts that are dates: 20240131, or with a time of day; None: not all of them are."""
     form = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(texts[0]))
     if form is None or len({len(text) for text in texts}) > 1:
         return None
@@ -237,8 +237,8 @@ def step_notes(step, trained):
     # Months differ by less than a tenth. Their usual steps are medians.
     if not (step and trained) or max(step, trained) <= 1.1 * min(step, trained):
         return []
-    return [f"frames are {span(step)} apart, but were {span(trained)} apart in the training: take those of that step with "
-            "time_step or frame_step"]  # fmt: skip
+    return [f"frames are {span(step)} apart, but were {span(trained)} apart in the training: take those of that step "
+            "with time_step or frame_step"]  # fmt: skip
 
 
 def runs_without_gap(times, step=None):

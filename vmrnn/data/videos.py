@@ -54,8 +54,8 @@ def video_frames(path, channels=None, times=None):
                     channels, first = values.shape[2], first or values.shape
                     if values.shape != first:
                         raise UserError(
-                            f"{path}: frame {count} is {values.shape[0]}x{values.shape[1]} after {first[0]}x{first[1]}; "
-                            "all frames must have one size"
+                            f"{path}: frame {count} is {values.shape[0]}x{values.shape[1]} after "
+                            f"{first[0]}x{first[1]}; all frames must have one size"
                         )
                     if times is not None:
                         times.append(frame.time)
