@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,29 @@ def test_frames_of_the_training_in_a_test_are_named(tmp_path, trained, tested, s
     options = config(**tested)
     notes = overlap_notes(build_dataset("test", options), "test", options, config(**trained).to_dict())
     assert len(notes) == (says is not None) and (says is None or re.match(says, notes[0])), notes
+
+
+@pytest.mark.parametrize(
+    "dataset, copied, count", [("array", "2.npy", 1), ("frames", "x", 4), ("frames", "renamed", 0)]
+)
+def test_copies_of_files_of_the_training_are_named(tmp_path, dataset, copied, count):
+    """A test folder with a clip of its own and a copy of one of the training. A renamed image may just look the same."""
+    for folder, name, seed in (("train", "1", 1), ("test", "other", 2), ("test", copied, 1)):
+        values = np.random.default_rng(seed).integers(0, 256, (4, 8, 10, 1), np.uint8)
+        if dataset == "array":
+            (tmp_path / folder).mkdir(exist_ok=True)
+            np.save(tmp_path / folder / f"{Path(name).stem}.npy", values[..., 0])
+        else:
+            write_images(tmp_path / folder / name, values, "b_{:03d}.png" if name == "renamed" else "a_{:03d}.png")
+    options = configuration.Config(
+        dataset=dataset, train_data_dir=str(tmp_path / "train"), test_data_dir=str(tmp_path / "test"), input_size=[8, 10],
+        cache_dir=str(tmp_path / "cache"), num_frames_input=2, num_frames_output=1,
+    )  # fmt: skip
+    notes = overlap_notes(build_dataset("test", options), "test", options, replace(options, test_data_dir="").to_dict())
+    assert len(notes) == (count > 0), notes
+    assert not count or re.match(
+        rf"{count} of the \d files in .*test are also files of .*, or copies of them: ", notes[0]
+    )
 
 
 def test_the_programs_say_that_a_set_holds_frames_of_the_training(tmp_path, caplog, monkeypatch):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmrnn.data.arrays import ARRAYS
+from vmrnn.data.cache import LARGE, checksum
 from vmrnn.data.grid_files import grid_files
 from vmrnn.data.images import IMAGES
 from vmrnn.data.media import files_in
@@ -26,8 +27,9 @@ def overlap_notes(data, split, options, training):
     options    Config that the data set was made with
     training   options of the training, a dict
 
-    Frames are known by their files and their numbers. A copy of a file is not noticed. The data sets of the literature
-    have splits of their own, which no option changes.
+    Frames are known by their files and their numbers, and files of another path by their content as well, see `copies`.
+    Copies within one path are not noticed. The data sets of the literature have splits of their own, which no option
+    changes.
     """
     if training.get("dataset", options.dataset) != options.dataset:
         return []
@@ -65,7 +67,8 @@ def overlap_notes(data, split, options, training):
         )
     if shared:
         notes.append(
-            f"{len(shared)} of the {len(files_of(path, options.dataset))} files in {path} are also files of {what}: "
+            f"{len(shared)} of the {len(files_of(path, options.dataset))} files in {path} are also files of {what}, "
+            "or copies of them: "
             "the figures may not be those of unseen data"
         )
     return notes
@@ -79,8 +82,8 @@ def frames_of_training(path, split, options, trained):
     options   Config that the data set was made with
     trained   Config with the paths and fractions of the training
 
-    Returns ({(path, index) of a clip: numbers of its frames}, the files in common). The first is known only where both
-    are the same files, so that their frames have the same numbers; the second is for all other paths.
+    Returns ({(path, index) of a clip: numbers of its frames}, the files in common or copied). The first is known only
+    where both are the same files, so that their frames have the same numbers; the second is for all other paths.
     """
     parts = [("train", trained.train_data_dir, False)]
     if split == "test":
@@ -89,12 +92,30 @@ def frames_of_training(path, split, options, trained):
     for part, place, whole in parts:
         others = files_of(place, options.dataset)
         if not others or others != files:
-            shared |= others & files
+            shared |= (others & files) | copies(files, others, named=options.dataset == "frames")
             continue
         clips, _ = read_clips(path, replace(options, frame_step=trained.frame_step))
         for clip in clips if whole else part_of(clips, part, trained):
             frames.setdefault((clip.path, clip.index), set()).update(range(clip.start, clip.stop, clip.step))
     return frames, shared
+
+
+def copies(files, others, named=False):
+    """The files whose content one of `others` has too, a set. Folders, such as Zarr stores, are not compared.
+
+    files, others   sets of absolute paths
+    named           whether a copy has the same name as well. Images without rain are alike at any time
+
+    Only files of equal size are read, and of one above LARGE bytes samples.
+    """
+
+    def key(file, size):
+        return size, checksum(file, size, LARGE), named and file.name
+
+    ours, theirs = ([(file, file.stat().st_size) for file in some if file.is_file()] for some in (files, others))
+    sizes = {size for _, size in ours} & {size for _, size in theirs}
+    known = {key(file, size) for file, size in theirs if size in sizes}
+    return {file for file, size in ours if size in sizes and key(file, size) in known}
 
 
 def files_of(path, dataset):
