@@ -334,6 +334,30 @@ def test_a_video_of_10_bits_has_more_than_256_levels(tmp_path):
 # Whole and cut-off videos
 
 
+def test_deep_videos_of_different_depths_are_refused(tmp_path):
+    """Grey of 10 bits keeps its numbers, YUV of 10 bits becomes 16 bits: the same grey would be 512 and 33,516."""
+    (tmp_path / "data").mkdir()
+    for name, pixels in (("a", "gray10le"), ("b", "yuv420p10le")):
+        with av.open(str(tmp_path / "data" / f"{name}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 16, 16, pixels
+            for number in range(8):
+                frame = av.VideoFrame(16, 16, pixels)
+                for plane in frame.planes:
+                    plane.update(np.full(plane.buffer_size // 2, 512, np.uint16).tobytes())
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    options = dict(
+        dataset="video", cache_dir=tmp_path / "cache", num_frames_input=2, num_frames_output=1, data_range=(0, 1023)
+    )
+    with pytest.raises(
+        UserError, match="b.mkv: 16x16 uint16 of 16 bits, but a.mkv: 16x16 uint16 of 10 bits; make them alike"
+    ):
+        data_set("train", train_data_dir=tmp_path / "data", input_size=(16, 16), **options)
+    assert len(data_set("train", train_data_dir=tmp_path / "data" / "a.mkv", input_size=(16, 16), **options))
+
+
 def test_frames_that_an_edit_list_hides_are_not_missing():
     frames = read_frames(shared("media/discard_first_keyframe.mp4"))
     assert len(frames) == 25  # of 30 announced

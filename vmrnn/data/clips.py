@@ -14,6 +14,7 @@ from vmrnn.data.arrays import open_npy
 from vmrnn.data.cache import cached_folder, stamp, write_npy
 from vmrnn.data.prepare import resized
 from vmrnn.data.times import increases, usual_step
+from vmrnn.data.videos import bits_of
 from vmrnn.errors import UserError
 from vmrnn.progress import Bar
 
@@ -72,8 +73,8 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
     antialias   as in prepare.resize
     time_step   as in Source.timed_frames
 
-    UserError: a damaged source, one whose frames have another size or type than those before, or one whose times do not
-    fit time_step.
+    UserError: a damaged source, one whose frames have another size, type or depth than those before, or one whose
+    times do not fit time_step.
     """
     # The names of images tell their times: an image that gets another name is at another time
     versions = [[source.name, source.named_times(), *map(stamp, source.files)] for source in sources]
@@ -85,9 +86,12 @@ def decode(sources, cache_dir, label, channels, size=None, antialias=True, time_
             first = None
             for number, source in enumerate(sources, 1):
                 bar.describe(f"decode {number}/{len(sources)} {Path(source.name).name}")
-                times = []
+                times, depth = [], ""
                 for frame, time in source.timed_frames(channels, time_step):
-                    kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype}"
+                    # Some deep videos keep their numbers and others are converted, so that one grey would be two values
+                    if source.video and frame.dtype == np.uint16 and not times:
+                        depth = f" of {bits_of(source.files[0], frame.shape[2])} bits"
+                    kind = f"{frame.shape[0]}x{frame.shape[1]} {frame.dtype}{depth}"
                     first = first or kind
                     if kind != first:
                         raise UserError(f"{source.name}: {kind}, but {sources[0].name}: {first}; make them alike")

@@ -33,11 +33,7 @@ def video_frames(path, channels=None, times=None):
             head = f.read(10)
         if head[:3] == b"GIF":  # its decoder takes memory for a whole frame before it says how large one is
             check_size(path, *struct.unpack("<2H", head[6:]))
-        with av.open(
-            f"file:{local_path(path)}",
-            **LENIENT,
-            options={"protocol_whitelist": "file", "format_whitelist": DEMUXERS},
-        ) as container:
+        with opened(path) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: holds no video; name another file")
             stream = container.streams.video[0]
@@ -67,13 +63,36 @@ def video_frames(path, channels=None, times=None):
         raise UserError(f"{path}: cut off after {count} frames; fetch or write the file again")
 
 
+def opened(path):
+    """The container of a local video, which opens nothing else."""
+    options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
+    return av.open(f"file:{local_path(path)}", **LENIENT, options=options)
+
+
+def bits_of(path, channels):
+    """The bits of the values that `video_frames` yields: those of the file where it keeps the numbers, else 8 or 16.
+
+    channels   1 or 3
+    UserError: no video.
+    """
+    with reading(path, "a video"), opened(path) as container:
+        frame = next(container.decode(video=0))
+    bits = max(component.bits for component in frame.format.components)
+    return bits if bits <= 8 or keeps_numbers(frame.format.name, channels) else 16
+
+
+def keeps_numbers(kind, channels):
+    """Whether frames of a pixel format of more than 8 bits keep their numbers."""
+    return (kind.startswith("gray") and channels == 1) or (kind.startswith("gbrp") and channels == 3)
+
+
 def frame_values(frame, channels):
     """The values of a decoded frame, (H, W, C), whole numbers."""
     kind = frame.format.name
     grey = kind.startswith(("gray", "ya", "mono"))
     channels = channels or (1 if grey else 3)
     deep = max(component.bits for component in frame.format.components) > 8
-    if deep and ((kind.startswith("gray") and channels == 1) or (kind.startswith("gbrp") and channels == 3)):
+    if deep and keeps_numbers(kind, channels):
         values = frame.to_ndarray()
     elif deep:
         values = frame.to_ndarray(format="gray16le" if channels == 1 else "rgb48le")
