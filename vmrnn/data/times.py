@@ -148,7 +148,7 @@ def series_of_names(paths):
 
     A number or a date in the names counts. Another series begins where the text before it changes, or where it does not
     increase: camA_000.png and what follows, then camB_000.png. Of several numbers that one counts which leaves the
-    fewest series. Names are one series if they do not hold equally many numbers, or if most of them would stand alone.
+    fewest series, and of equals the last. Names are one series if they do not hold equally many numbers, or if most of them would stand alone.
     """
     stems = [Path(path).stem for path in paths]
     readings = []  # of each name, the text before the counting number, and that number
@@ -162,7 +162,7 @@ def series_of_names(paths):
         [i for i, (last, this) in enumerate(pairwise(reading), 1) if this[0] != last[0] or this[1] <= last[1]]
         for reading in readings
     ]
-    fewest = min(cuts, key=len, default=[])
+    fewest = min(reversed(cuts), key=len, default=[])
     edges = [0, *(fewest if len(fewest) < len(paths) / 2 else []), len(paths)]
     return list(pairwise(edges))
 
