@@ -320,7 +320,7 @@ def test_frames_of_the_training_in_a_test_are_named(tmp_path, trained, tested, s
     "dataset, copied, count", [("array", "2.npy", 1), ("frames", "x", 4), ("frames", "renamed", 0)]
 )
 def test_copies_of_files_of_the_training_are_named(tmp_path, dataset, copied, count):
-    """A test folder with a clip of its own and a copy of one of the training. A renamed image may just look the same."""
+    """A test folder with a clip of its own and a copy of one of the training. A renamed image may only look alike."""
     for folder, name, seed in (("train", "1", 1), ("test", "other", 2), ("test", copied, 1)):
         values = np.random.default_rng(seed).integers(0, 256, (4, 8, 10, 1), np.uint8)
         if dataset == "array":
@@ -329,7 +329,8 @@ def test_copies_of_files_of_the_training_are_named(tmp_path, dataset, copied, co
         else:
             write_images(tmp_path / folder / name, values, "b_{:03d}.png" if name == "renamed" else "a_{:03d}.png")
     options = configuration.Config(
-        dataset=dataset, train_data_dir=str(tmp_path / "train"), test_data_dir=str(tmp_path / "test"), input_size=[8, 10],
+        dataset=dataset, train_data_dir=str(tmp_path / "train"), test_data_dir=str(tmp_path / "test"), input_size=[8,
+        10],
         cache_dir=str(tmp_path / "cache"), num_frames_input=2, num_frames_output=1,
     )  # fmt: skip
     notes = overlap_notes(build_dataset("test", options), "test", options, replace(options, test_data_dir="").to_dict())

@@ -148,7 +148,8 @@ def series_of_names(paths):
 
     A number or a date in the names counts. Another series begins where the text before it changes, or where it does not
     increase: camA_000.png and what follows, then camB_000.png. Of several numbers that one counts which leaves the
-    fewest series, and of equals the last. Names are one series if they do not hold equally many numbers, or if most of them would stand alone.
+    fewest series, and of equals the last. Names are one series if they do not hold equally many numbers, or if most of
+    them would stand alone.
     """
     stems = [Path(path).stem for path in paths]
     readings = []  # of each name, the text before the counting number, and that number
