@@ -166,7 +166,7 @@ def test_pixels_that_were_never_seen(trained):
 
 def test_memory_does_not_grow_with_the_stream(trained):
     _, path = trained()
-    stream = vmrnn.vmrnn.Forecaster(path, device="cpu")
+    stream = vmrnn.Forecaster(path, device="cpu")
 
     def held(value):
         if torch.is_tensor(value):
