@@ -81,6 +81,11 @@ def nan_filled_memory():
     A kernel that reads memory before writing it, or leaves a part of a result unwritten, then shows.
     """
 
+    # The first use of torch.device as a context keeps a list of the functions that make tensors. With the wrappers in
+    # that list, torch.empty would ignore the device "meta" later, in another test, and take all memory.
+    with torch.device("cpu"):
+        torch.empty(0)
+
     def poisoned(function):
         def wrapper(*args, **kwargs):
             tensor = function(*args, **kwargs)
