@@ -260,6 +260,21 @@ def test_parts_by_file_and_folders_of_their_own(own, tmp_path):
     assert [clips_of(split, **apart) for split in ("train", "valid", "test")] == [[0, 1, 2], [4], [4]]
 
 
+def test_clips_that_give_no_sequence_are_counted(tmp_path):
+    """The last fifth of 10, 20 and 40 frames validates, and a sequence has 4."""
+    for i, count in enumerate((10, 20, 40)):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((count, 8, 10)))
+    options = configuration.Config(
+        dataset="array", train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), input_size=[8, 10],
+        num_frames_input=3, num_frames_output=1, valid_fraction=0.2, test_fraction=0.0,
+    )  # fmt: skip
+    said = {split: [n for n in build_dataset(split, options).notes if "give no" in n] for split in ("train", "valid")}
+    assert said == {
+        "train": [],
+        "valid": ["1 of 3 clips give no validation sequence: they have fewer than 4 frames in a row there"],
+    }
+
+
 def test_parts_by_file_keep_a_clip_with_a_gap_whole(own, tmp_path):
     """Clips whose image number 7 is missing: both pieces of a clip are of one split."""
     for i in range(3):

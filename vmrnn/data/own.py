@@ -92,6 +92,7 @@ def own(split, options, value_range, pictures=False):
             f"sequence of {inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )
+    notes += short_notes(clips, total, split)
     check_not_all_missing(clips, options.missing_value)
 
     # The range. The training data are read whole if their range must be found; otherwise a sample of frames is enough.
@@ -157,6 +158,23 @@ def gap_notes(clips, total):
     whole = [sum(map(len, pieces)) for pieces in by_clip(clips)]
     cost = sum(max(0, length - total + 1) for length in whole) - len(cut_windows(clips, total))
     return [f"{gaps} gap{'s' * (gaps > 1)} in time: no sequence crosses one, which costs {cost} sequences"]
+
+
+def short_notes(clips, total, split):
+    """How many clips of a split give no sequence: a list with one line, or an empty one if all give some.
+
+    clips   the clips of the split, parted at gaps
+    total   frames of a sequence
+    split   train, valid or test
+    """
+    whole = by_clip(clips)
+    short = sum(max(map(len, pieces)) < total for pieces in whole)
+    if not short:
+        return []
+    return [
+        f"{short} of {len(whole)} clips give no {SPLIT_NAMES[split]} sequence: they have fewer than {total} frames in "
+        "a row there"
+    ]
 
 
 def video_clips(path, options):
