@@ -18,7 +18,8 @@ from vmrnn.data.grids import open_grid
 from vmrnn.data.images import image_frames, image_notes, page_count
 from vmrnn.data.inputs import open_input
 from vmrnn.data.media import files_in
-from vmrnn.data.videos import video_frames
+from vmrnn.data.prepare import GREY as GREY_WEIGHTS
+from vmrnn.data.videos import frame_values, video_frames
 from vmrnn.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -329,6 +330,15 @@ def test_a_video_of_10_bits_has_more_than_256_levels(tmp_path):
         container.mux(stream.encode())
     got = read_frames(tmp_path / "a.mkv", channels=1)
     assert got.dtype == np.uint16 and len(np.unique(got)) > 512
+
+
+def test_a_deep_frame_becomes_the_same_grey_every_time():
+    """Several threads made eight pixels 32768 in one conversion of about 1,000."""
+    values = RNG.integers(0, 65536, (30, 40, 3)).astype(np.uint16)
+    frame = av.VideoFrame.from_ndarray(values, format="rgb48be")
+    luma = values @ GREY_WEIGHTS
+    worst = max(np.abs(frame_values(frame, 1)[..., 0] - luma).max() for _ in range(20_000))
+    assert worst < 500  # of 65535
 
 
 # Whole and cut-off videos

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from vmrnn.data.arrays import npz_member, unpack
 from vmrnn.errors import UserError
 
-CACHE_FORMAT = 13  # part of every key; raise it when the content of the cache, or the way to write it, changes
+CACHE_FORMAT = 14  # part of every key; raise it when the content of the cache, or the way to write it, changes
 
 MAKING = ".making-"  # start of the names of unfinished folders
 CONTENTS = "contents.json"  # file in a folder of the cache: what the folder held when it was made

@@ -11,6 +11,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from vmrnn.data.reading import check_size, local_path, reading
+from vmrnn.data.videos import ONE_THREAD
 from vmrnn.errors import UserError
 from vmrnn.values import equals
 
@@ -133,7 +134,7 @@ def deep_png(path, image, channels):
     with av.open(f"file:{local_path(path)}", format="png_pipe", options={"protocol_whitelist": "file"}) as container:
         decoded = next(container.decode(video=0))
     grey = decoded.format.name.startswith("ya")
-    frame = decoded.to_ndarray(format="gray16le" if grey else decoded.format.name)
+    frame = decoded.to_ndarray(format="gray16le" if grey else decoded.format.name, **ONE_THREAD)
     frame = frame.reshape(*frame.shape[:2], -1)[..., : 1 if grey else 3]  # without alpha
     return in_channels(path, oriented(frame, image.getexif().get(ORIENTATION, 1)), channels), frame.shape[2]
 

@@ -12,8 +12,12 @@ from vmrnn.errors import UserError
 VIDEOS = (".avi", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg", ".ts", ".gif")
 # The demuxers of these endings. Others open further files or addresses that a file names.
 DEMUXERS = "avi,mov,matroska,asf,mpeg,mpegvideo,mpegts,m4v,gif"
+PYAV = int(av.__version__.split(".")[0])
 # For a title that is not UTF-8. PyAV 19 has no such argument and reads every title.
-LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+LENIENT = {"metadata_errors": "replace"} if PYAV < 19 else {}
+# Since 17, PyAV lets several threads convert the colours of a frame. One grey frame of 16 bits in about 1,000 then holds
+# eight wrong pixels.
+ONE_THREAD = {"threads": 1} if PYAV >= 17 else {}
 
 
 def video_frames(path, channels=None, times=None):
@@ -95,9 +99,9 @@ def frame_values(frame, channels):
     if deep and keeps_numbers(kind, channels):
         values = frame.to_ndarray()
     elif deep:
-        values = frame.to_ndarray(format="gray16le" if channels == 1 else "rgb48le")
+        values = frame.to_ndarray(format="gray16le" if channels == 1 else "rgb48le", **ONE_THREAD)
     else:
-        values = frame.to_ndarray(format="gray" if channels == 1 else "rgb24")
+        values = frame.to_ndarray(format="gray" if channels == 1 else "rgb24", **ONE_THREAD)
     return values.reshape(frame.height, frame.width, channels)
 
 
