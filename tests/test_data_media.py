@@ -145,6 +145,13 @@ def test_an_array_that_is_not_there(tmp_path):
         read_frames(tmp_path / "a.npz", array_key="snow")
 
 
+def test_one_of_several_arrays_is_not_taken_without_a_word(tmp_path):
+    np.savez(tmp_path / "a.npz", GREY, GREY[::-1], np.arange(3))
+    with pytest.raises(UserError, match=r"holds arr_0 \(.*arr_1 \(.*name the array of frames with array_key"):
+        read_frames(tmp_path / "a.npz")
+    assert np.array_equal(read_frames(tmp_path / "a.npz", array_key="arr_1"), GREY[::-1])
+
+
 def test_a_half_written_kth_clip(tmp_path):
     content = shared("kth/person01_jogging_d1_uncomp.avi").read_bytes()
     (tmp_path / "half.avi").write_bytes(content[: len(content) // 2])

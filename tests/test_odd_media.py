@@ -578,7 +578,9 @@ def test_objects_and_tables_name_the_way_out(tmp_path):
     np.save(tmp_path / "a.npy", ragged, allow_pickle=True)
     np.savez(tmp_path / "b.npz", ragged)
     np.save(tmp_path / "c.npy", np.zeros((4, 8, 8), [("rain", "f4")]))
-    for name, says in (("a.npy", "np.stack"), ("b.npz", "np.stack"), ("c.npy", "columns rain")):
+    np.save(tmp_path / "d.npy", np.zeros((4, 8, 8), np.longdouble))
+    wide = "float(96|128)" if np.dtype(np.longdouble).itemsize > 8 else "equal"
+    for name, says in (("a.npy", "np.stack"), ("b.npz", "np.stack"), ("c.npy", "columns rain"), ("d.npy", wide)):
         with pytest.raises(UserError, match=says):
             data_set("train", dataset="array", train_data_dir=str(tmp_path / name), cache_dir=str(tmp_path / "c"))
 

@@ -147,7 +147,7 @@ class Config:
     test_fraction: float = option("data", 0.1, "your own data: fraction held out for the test, at the end", at_least=0,
         below=1)
     array_key: str = option("data", "",
-        "name of the array in a .npz; empty: arr_0, or the only array with 3 dimensions or more")
+        "name of the array in a .npz; empty: the only one with 3 dimensions or more")
     variables: list[str] = option("data", [],
         "grid: fields of the file in the order of the channels: t2m tp, image1/image_data, one level u@850; empty: its "
         "only field")

@@ -58,7 +58,7 @@ def open_npy(path):
 def npz_member(path, key=""):
     """(name, shape, dtype) of one array of a .npz file, from its header alone.
 
-    key   the array's name; empty: arr_0, or the only array with three dimensions or more
+    key   the array's name; empty: the only array with three dimensions or more
 
     UserError: no such array, or a missing, damaged or foreign file.
     """
@@ -72,7 +72,8 @@ def npz_member(path, key=""):
     if key and key not in headers:
         raise UserError(f"{path}: no array {key!r} in it, it holds {listed}; name one of them with array_key")
     large = [name for name, (shape, _) in headers.items() if len(shape) >= 3]
-    name = key or ("arr_0" if "arr_0" in headers else large[0] if len(large) == 1 else "")
+    few = large or [name for name in headers if name == "arr_0"]
+    name = key or (few[0] if len(few) == 1 else "")
     if not name:
         raise UserError(f"{path}: holds {listed}; name the array of frames with array_key")
     if headers[name][1].hasobject:
@@ -94,11 +95,11 @@ def find_axes(path, array, channels, axes=""):
     UserError: no numbers, no reading that fits, or several; the message shows them.
     """
     shape = array.shape
-    if array.dtype.kind not in "buif" or array.size == 0 or not 3 <= array.ndim <= 5:
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8 or array.size == 0 or not 3 <= array.ndim <= 5:
         if array.dtype.names:
             raise UserError(f"{path}: a table with the columns {', '.join(array.dtype.names)}; {AS_NUMBERS}")
         raise UserError(
-            f"{path}: holds {array.dtype} {shape}; it must hold numbers (T, H, W[, C]) or (N, T, H, W[, C])"
+            f"{path}: holds {array.dtype} {shape}; it must hold real numbers of at most 64 bits (T, H, W[, C]) or (N, T, H, W[, C])"
         )
 
     def channels_of(letters):
