@@ -1,5 +1,6 @@
 """Videos and images as people have them: turned, deep, of many pages, hostile. Every value that is read is checked."""
 
+import importlib.util
 import struct
 import subprocess
 import sys
@@ -278,6 +279,33 @@ def test_a_mask_of_missing_pixels_is_refused(tmp_path, beside):
     for read in (page_count, image_notes, open_grid, lambda path: list(image_frames([path]))):
         with pytest.raises(UserError, match="is a mask of missing pixels.*gdalwarp"):
             read(path)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "int32", "float32"])
+def test_a_tiff_that_pillow_unpacks_keeps_its_values(tmp_path, dtype):
+    """tifffile leaves LZW to the package imagecodecs, which is not required."""
+    values = (
+        RNG.integers(0, 3, (16, 20)) * 127 if dtype in ("bool", "uint8") else RNG.normal(2e4, 4e3, (16, 20))
+    ).astype(dtype)
+    Image.fromarray(values).save(tmp_path / "a.tif", compression="tiff_lzw")
+    (frame,) = image_frames([tmp_path / "a.tif"])
+    stored = values.astype(np.uint8) * 255 if dtype == "bool" else values
+    assert frame.dtype == stored.dtype and np.array_equal(frame[..., 0], stored)
+
+
+def test_a_tiff_that_needs_a_package_names_it(tmp_path):
+    """Pillow would read uint32 as int32, and the reader of gridded fields has no Pillow."""
+    if importlib.util.find_spec("imagecodecs"):
+        pytest.skip("imagecodecs is installed")
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.zeros((16, 20), np.int32)).save(path, compression="tiff_lzw")
+    with pytest.raises(UserError, match="pip install imagecodecs"):
+        list(open_grid(path).frames())
+    signed, unsigned = (struct.pack("<HHII", 339, 3, 1, kind) for kind in (2, 1))
+    content = path.read_bytes()
+    assert signed in content
+    path.write_bytes(content.replace(signed, unsigned))
+    assert "pip install imagecodecs" in refusal(path)
 
 
 def test_bands_of_a_tiff_are_no_transparency(tmp_path):

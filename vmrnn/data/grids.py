@@ -24,6 +24,7 @@ from vmrnn.data.grid_fields import check_alike, describe, file_of, opened_datase
 from vmrnn.data.grid_files import choose_variables, format_of, grid_files, split_path
 from vmrnn.data.grid_info import GridInfo, label_notes
 from vmrnn.data.grid_values import decode, is_netcdf
+from vmrnn.data.images import PACKED, lacks_package
 from vmrnn.data.times import (
     check_step,
     lead_names,
@@ -134,7 +135,9 @@ class Grid:
         path = selection.path or part.path
         try:
             values, beyond = decode(block, selection.flags, self.dtype, is_netcdf(path, variable.dims))
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+            if lacks_package(error):
+                raise UserError(PACKED.format(path)) from error
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{path}: {selection.variable} cannot be read ({reason}); fetch it again") from error
         self.beyond_fill[selection.variable] += beyond

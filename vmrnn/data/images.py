@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -23,6 +24,7 @@ REDUCED, MASK = 1, 4  # bits of TIFF's NewSubfileType: a page of the pyramid, a 
 ORIENTATION = 274  # tag of TIFF and EXIF
 PALETTE = "{}: has a palette, whose colours are read; if its numbers are the values, write them as grey"
 GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags of TIFF
+PACKED = "{}: its compression needs a further package; pip install imagecodecs, or write it uncompressed"
 ALPHA = (1, 2)  # kinds of TIFF's ExtraSamples that are transparency; a sample of kind 0 is a band with values
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would log a line per damaged tag
@@ -211,10 +213,16 @@ def tiff_pages(path, channels):
                 continue
             try:
                 frame = page.asarray()
-            except ValueError as error:  # a compression that needs the package imagecodecs
-                if "imagecodecs" not in str(error) or page.dtype != np.uint8 or missing is not None:
+            except (ValueError, ImportError) as error:
+                if not lacks_package(error):
                     raise
-                yield pillow_page(path, number, channels)
+                frame, stored = None, 0
+                with suppress(OSError):  # a type that Pillow does not know
+                    frame, stored = pillow_page(path, number, channels)
+                kept = frame is not None and frame.dtype == (np.uint8 if page.dtype == bool else page.dtype)
+                if not kept or missing is not None:
+                    raise UserError(PACKED.format(path)) from error
+                yield frame, stored
                 continue
             frame = frame.transpose(1, 2, 0) if page.axes == "SYX" else frame
             frame = frame.reshape(height, width, -1)
@@ -283,6 +291,11 @@ def tiff_notes(path):
     notes = [] if missing is None else [f"{path}: {missing:g} is read as missing, by its tag GDAL_NODATA"]
     said = ", ".join(f"{role} {text}" for role, text in scales.items())
     return notes + ([f"{path}: the file says {said}, which is not applied"] if said else [])
+
+
+def lacks_package(error):
+    """Whether tifffile reported that a page is compressed in a way that only the package imagecodecs unpacks."""
+    return re.search("imagecodecs|'compression'", str(error)) is not None
 
 
 def pillow_page(path, number, channels):
