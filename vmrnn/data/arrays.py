@@ -99,7 +99,8 @@ def find_axes(path, array, channels, axes=""):
         if array.dtype.names:
             raise UserError(f"{path}: a table with the columns {', '.join(array.dtype.names)}; {AS_NUMBERS}")
         raise UserError(
-            f"{path}: holds {array.dtype} {shape}; it must hold real numbers of at most 64 bits (T, H, W[, C]) or (N, T, H, W[, C])"
+            f"{path}: holds {array.dtype} {shape}; it must hold real numbers of at most 64 bits (T, H, W[, C]) or (N, "
+            "T, H, W[, C])"
         )
 
     def channels_of(letters):

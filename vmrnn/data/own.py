@@ -81,8 +81,9 @@ def own(split, options, value_range, pictures=False):
 
     all_clips, notes = read_clips(path, options)
     clips = all_clips if apart else part_of(all_clips, split, options)
+    notes = [*notes, *gap_notes(all_clips, total), *short_notes(clips, total, split)]
+    clips = [clip for clip in clips if len(clip)]  # the part of a very short clip may be empty
     windows = cut_windows(clips, total)
-    notes = [*notes, *gap_notes(all_clips, total)]
     if not len(windows):
         inputs, outputs = frames_wanted(options)
         alone = len(all_clips) > 1 and max(map(len, all_clips)) == 1
@@ -92,7 +93,6 @@ def own(split, options, value_range, pictures=False):
             f"sequence of {inputs}+{outputs} frames; ask for fewer, add clips, or change split_by, valid_fraction "
             f"({options.valid_fraction:g}) and test_fraction ({options.test_fraction:g})"
         )
-    notes += short_notes(clips, total, split)
     check_not_all_missing(clips, options.missing_value)
 
     # The range. The training data are read whole if their range must be found; otherwise a sample of frames is enough.
@@ -161,19 +161,19 @@ def gap_notes(clips, total):
 
 
 def short_notes(clips, total, split):
-    """How many clips of a split give no sequence: a list with one line, or an empty one if all give some.
+    """How many clips give no sequence: a list with one line, or an empty one if all give some.
 
-    clips   the clips of the split, parted at gaps
+    clips   the clips of a split, parted at gaps
     total   frames of a sequence
     split   train, valid or test
     """
     whole = by_clip(clips)
-    short = sum(max(map(len, pieces)) < total for pieces in whole)
+    short = [pieces[0].name for pieces in whole if max(map(len, pieces)) < total]
     if not short:
         return []
     return [
-        f"{short} of {len(whole)} clips give no {SPLIT_NAMES[split]} sequence: they have fewer than {total} frames in "
-        "a row there"
+        f"{len(short)} of the {len(whole)} clips of the {SPLIT_NAMES[split]} data give no sequence: they have fewer "
+        f"than {total} frames in a row, such as {short[0]}"
     ]
 
 

@@ -15,8 +15,8 @@ DEMUXERS = "avi,mov,matroska,asf,mpeg,mpegvideo,mpegts,m4v,gif"
 PYAV = int(av.__version__.split(".")[0])
 # For a title that is not UTF-8. PyAV 19 has no such argument and reads every title.
 LENIENT = {"metadata_errors": "replace"} if PYAV < 19 else {}
-# Since 17, PyAV lets several threads convert the colours of a frame. One grey frame of 16 bits in about 1,000 then holds
-# eight wrong pixels.
+# Since 17, PyAV lets several threads convert the colours of a frame. One grey frame of 16 bits in about 1,000 then
+# holds eight wrong pixels.
 ONE_THREAD = {"threads": 1} if PYAV >= 17 else {}
 
 
