@@ -279,6 +279,30 @@ def test_parts_by_file_and_folders_of_their_own(own, tmp_path):
     assert [clips_of(split, **apart) for split in ("train", "valid", "test")] == [[0, 1, 2], [4], [4]]
 
 
+def test_clips_that_are_copies_are_counted(own, tmp_path):
+    for i, clip in enumerate((0, 1, 0)):
+        np.save(tmp_path / "data" / f"{i}.npy", numbered(clip, 30)[..., 0])
+        write_images(tmp_path / "data" / f"clip{i}", numbered(clip, 30))
+    for dataset, said in (("array", "2.npy of .*0.npy: with"), ("frames", "such as clip2 of clip0: with")):
+        for split_by, count in (("file", 1), ("time", 0)):
+            notes = own("train", dataset=dataset, split_by=split_by).notes
+            found = [note for note in notes if "1 of 3 clips hold the same" in note]
+            assert len(found) == count and all(re.search(said, note) for note in found)
+
+
+@pytest.mark.parametrize(
+    ("stride", "said"), [(1, "frame 2 of the first"), (6, "frame 7 of the first"), (8, None), (0, None)]
+)
+def test_windows_that_were_cut_beforehand_are_seen_to_overlap(own, tmp_path, stride, said):
+    """stride 0: maps without rain, which are all equal."""
+    frames = np.random.default_rng(0).random((40, 8, 10), np.float32) * (stride > 0)
+    frames[:, 0] = np.nan
+    np.save(tmp_path / "data" / "a.npy", np.stack([frames[i * stride : i * stride + 8] for i in range(5)]))
+    notes = own("train", dataset="array", data_range=[0, 1]).notes
+    found = [note.split("begins with ")[1].split(",")[0] for note in notes if "overlap" in note]
+    assert found == [said] * (said is not None)
+
+
 def test_parts_by_file_keep_a_clip_with_a_gap_whole(own, tmp_path):
     """Clips whose image number 7 is missing: both pieces of a clip are of one split."""
     for i in range(3):

@@ -28,8 +28,8 @@ def overlap_notes(data, split, options, training):
     training   options of the training, a dict
 
     Frames are known by their files and their numbers, and files of another path by their content as well, see `copies`.
-    Copies within one path are not noticed. The data sets of the literature have splits of their own, which no option
-    changes.
+    Copies within one path are those of own.copy_notes. The data sets of the literature have splits of their own, which
+    no option changes.
     """
     if training.get("dataset", options.dataset) != options.dataset:
         return []

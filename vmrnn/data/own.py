@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vmrnn.data.arrays import ARRAYS, find_axes, open_npy
-from vmrnn.data.cache import unpacked
+from vmrnn.data.cache import identity, unpacked
 from vmrnn.data.clips import Clip, decode, seconds_apart, times_of
 from vmrnn.data.grid_info import GridInfo
 from vmrnn.data.grids import calendar_of, grid_clips
@@ -35,6 +35,7 @@ from vmrnn.errors import UserError
 from vmrnn.values import ValueRange
 
 BYTE_RANGE = (0.0, 255.0)  # of 8-bit pictures
+LOOK = 200  # first frames of a sequence among which the start of the next one is looked for
 
 
 def video(split, options, value_range=None):
@@ -177,6 +178,27 @@ def short_notes(clips, total, split):
     ]
 
 
+def copy_notes(clips, options):
+    """How many clips are copies of others, which split_by file may put into two splits: a list of one line or none.
+
+    clips     (name, its files) of each
+    options   Config
+    """
+    if options.split_by != "file":
+        return []
+    seen, copies = {}, []
+    for name, files in clips:
+        first = seen.setdefault(tuple(tuple(identity(file)) for file in files), name)
+        if first != name:
+            copies.append(f"{name} of {first}")
+    if not copies:
+        return []
+    return [
+        f"{len(copies)} of {len(clips)} clips hold the same as others, such as {copies[0]}: with split_by file, copies "
+        "may be in two splits"
+    ]
+
+
 def video_clips(path, options):
     """Clips of a video, or of the videos in a folder, decoded into the cache."""
     notes = []
@@ -210,6 +232,7 @@ def decoded(sources, endings, path, options, notes):
         raise UserError(f"input_channels is {options.input_channels}; {options.dataset} is read as 1 (grey) or 3 (RGB)")
     if not sources:
         raise UserError(f"{path}: nothing in it for dataset {options.dataset} ({' '.join(endings)}); name another path")
+    notes += copy_notes([(source.name, source.files) for source in sources], options)
     how = options.input_channels, stored_size(options), True, options.time_step
     clips, pieces = decode(sources, options.cache_dir, options.dataset, *how), []
     untimed, paces = [], {}
@@ -236,7 +259,7 @@ def decoded(sources, endings, path, options, notes):
 
 def array_clips(path, options):
     """Clips of a .npy or .npz file, or of a folder of them: one per file, or one per entry of its axis N."""
-    path, channels, notes, said = checked_path(path), options.input_channels, [], []
+    path, channels, notes, read, overlaps = checked_path(path), options.input_channels, [], [], []
     files = files_in(path, ARRAYS, notes) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no .npy or .npz in it; name another path")
@@ -257,11 +280,35 @@ def array_clips(path, options):
                 "alike"
             )
         indices = range(length["N"]) if "N" in axes else [None]
-        clips += [Clip(str(file), store, 0, length["T"], index, axes=axes) for index in indices]
-        if axes not in said:
-            said.append(axes)
+        found = [Clip(str(file), store, 0, length["T"], index, axes=axes) for index in indices]
+        clips += found
+        overlaps += overlap_note(found)
+        if axes not in read:
+            read.append(axes)
             notes.append(f"{file}: {array.dtype} {array.shape} read as {', '.join(axes)}")
-    return clips, notes
+    return clips, [*notes, *first_few(overlaps), *copy_notes([(str(file), (file,)) for file in files], options)]
+
+
+def overlap_note(clips):
+    """A list of one line if the second sequence of an array begins within the first, else of none.
+
+    clips   of the sequences of one array. Windows that were cut beforehand overlap, and then parts of the array share
+            frames
+    """
+    if len(clips) < 2:
+        return []
+    first, second = (clip.frames() for clip in clips[:2])
+    known = second[0][second[0] == second[0]]  # without NaN
+    if not known.size or known.min() == known.max():  # a map without rain is equal to any other
+        return []
+    for t in range(min(len(first), LOOK)):
+        alike = np.array_equal(first[t], second[0], equal_nan=True)
+        if alike and np.array_equal(first[t:], second[: len(first) - t], equal_nan=True):
+            return [
+                f"{clips[0].name}: its sequences overlap: the second begins with frame {t + 1} of the first, so that "
+                "parts of this file share frames; write the frames as one sequence"
+            ]
+    return []
 
 
 def shape_text(frame_shape):
